@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint types unit starter clean
+
+install: $(STAMP)
+
+# torch first and alone: its exact pin takes the CPU build where one is at hand; a looser one pulls gigabytes of CUDA
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/tunesmith quickstart
+
+test: install lint types unit
+
+lint:
+	$(BIN)/ruff check src tests tools
+
+types:
+	$(BIN)/mypy
+
+unit:
+	$(BIN)/pytest
+
+# rebuild the starter model from its sources (about an hour on two cores)
+starter: install
+	$(BIN)/python tools/starter/build.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

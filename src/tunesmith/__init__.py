@@ -1,0 +1,38 @@
+"""Tunesmith: from a JSONL file to a fine-tuned language model that you can prove is better.
+
+    import tunesmith as ts
+    run = ts.train(dataset="echo", model="starter")     # a Run: the directory of everything about it
+    print(ts.evaluate(run).verdict)                     # better, worse, or cannot tell
+
+Names are imported when first used; `import tunesmith` itself loads nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.api import check, evaluate, load, plan, prepare, resume, train
+    from tunesmith.conversation import Conversation, Issue, Message
+    from tunesmith.data.split import split
+    from tunesmith.recipe import Recipe
+    from tunesmith.runs import Run
+
+_PLACES = {
+    "check": "api", "evaluate": "api", "load": "api", "plan": "api", "prepare": "api", "resume": "api", "train": "api",
+    "Conversation": "conversation", "Issue": "conversation", "Message": "conversation", "split": "data.split", "Recipe": "recipe", "Run": "runs",
+}
+__all__ = ["Conversation", "Issue", "Message", "Recipe", "Run", "check", "evaluate", "load", "plan", "prepare", "resume", "split", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    value = getattr(import_module(f"tunesmith.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

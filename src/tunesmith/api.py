@@ -1,0 +1,119 @@
+"""The Python interface: what the commands do, as functions. `import tunesmith as ts; ts.train(dataset="data.jsonl")`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tunesmith import backends, planning
+from tunesmith.conversation import Conversation
+from tunesmith.data.check import Loaded
+from tunesmith.data.check import load as load_checked
+from tunesmith.errors import Interrupted, RunError, TunesmithError
+from tunesmith.recipe import resolve
+from tunesmith.runs import Event, Run, open_run, refuse_taken
+
+POLL_SECONDS = 0.1
+
+
+def load(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None) -> list[Conversation]:
+    """The conversations of a data set. Raises DataError with place and fix at the first bad row."""
+    return load_checked(str(dataset), columns).require().conversations
+
+
+def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None) -> Loaded:
+    """A data set with every finding about it: `.conversations`, `.issues`, `.rows_in`, `.formats`."""
+    return load_checked(str(dataset), columns)
+
+
+def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Plan:
+    """What training would do and need. Settings as for `train`; writes nothing."""
+    return prepare(dataset, config=config, **settings).plan
+
+
+def prepare(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Prepared:
+    """The plan together with the rows, split and rendered: what a backend is given."""
+    if dataset is not None:
+        settings["dataset"] = str(dataset)
+    recipe, origin = resolve({k: str(v) if isinstance(v, os.PathLike) else v for k, v in settings.items()}, config)
+    backends.get(recipe.provider)
+    if recipe.output_dir:
+        refuse_taken(Path(recipe.output_dir))  # before the work of reading
+    return planning.prepare(recipe, origin)
+
+
+def train(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, on_event: Callable[[Run, Event], None] | None = None,
+          **settings: Any) -> Run:
+    """Train and wait for the end. Settings are those of the Recipe (`epochs=3, lora_rank=8, …`).
+
+    Returns the Run; `run / "best_model"` loads in plain transformers. `on_event` sees every event as it
+    comes. Raises DataError, UsageError, or TunesmithError when training fails; KeyboardInterrupt makes a
+    checkpoint and raises Interrupted.
+    """
+    prepared = prepare(dataset, config=config, **settings)
+    backend = backends.get(prepared.plan.recipe.provider)
+    run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
+    return watch(run, backend, on_event)
+
+
+def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] | None = None) -> Run:
+    """Go on with a run from its last whole checkpoint, and wait for the end. A finished run is returned as it is."""
+    run = find_run(path)
+    if run.state() == "succeeded":
+        return run
+    if run.busy():
+        time.sleep(2)  # a worker whose parent was killed takes a moment to see it
+        if run.busy():
+            raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
+    backend = backends.get(run.manifest()["provider"])
+    run.mend_log()
+    offset = run.log_size()
+    backend.resume(run)
+    return watch(run, backend, on_event, offset)
+
+
+def find_run(path: str | os.PathLike[str]) -> Run:
+    """The run at a path, also from the path of one of its checkpoints or model folders."""
+    here = Path(path)
+    for folder in (here, *list(here.parents)[:2]):
+        if (folder / "run.json").exists():
+            return Run(folder)
+    return open_run(here)
+
+
+def watch(run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0) -> Run:
+    """Pass on events until the run ends. Ctrl-C asks the backend to stop (a second one kills the worker with us)."""
+    interrupted = False
+    while True:
+        try:
+            state = backend.poll(run)
+            events, offset = run.events_from(offset)
+            for event in events:
+                if on_event:
+                    on_event(run, event)
+            if state not in ("queued", "preparing", "running"):
+                break
+            time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            backend.cancel(run)
+    if state == "succeeded":
+        return run
+    if state in ("paused", "cancelled"):
+        step = max((e["step"] for e in run.metrics("step")), default=0)
+        raise Interrupted(f"stopped at step {step}, after a checkpoint", where=str(run), fix=f"go on with: tunesmith train --resume {run}")
+    last = next((e for e in reversed(list(run.events())) if e["type"] == "error"), {})
+    error = TunesmithError(last.get("message", "the run failed"), where=last.get("where", str(run)), fix=last.get("fix", f"see {run / 'worker.log'}"))
+    error.exit_status = last.get("exit_status", 1)
+    raise error
+
+
+def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Any:
+    """Compare base and tuned on held-out rows; see `tunesmith.evaluation.evaluate`."""
+    from tunesmith.evaluation.evaluate import evaluate as run_evaluation
+    return run_evaluation(None if run is None else find_run(run), **options)

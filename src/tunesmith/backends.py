@@ -1,0 +1,118 @@
+"""The seam between a plan and whoever carries it out: one protocol, a lookup, and a fake that learns nothing."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunesmith.conversation import Conversation
+from tunesmith.data.write import as_row, write_json, write_jsonl
+from tunesmith.errors import UsageError, did_you_mean
+from tunesmith.planning import Plan, Prepared
+from tunesmith.runs import Run, create
+
+BACKENDS = {"huggingface": "tunesmith.local.backend:LocalBackend", "fake": "tunesmith.backends:FakeBackend"}
+
+
+class Backend(Protocol):
+    """Starts, watches over and stops the work on a run. The run directory holds everything else."""
+
+    def submit(self, prepared: Prepared, path: Path) -> Run:
+        """Create the run and start the work; returns at once."""
+        ...
+
+    def resume(self, run: Run) -> None:
+        """Start the work again from the last checkpoint; returns at once."""
+        ...
+
+    def poll(self, run: Run) -> str:
+        """queued, preparing, running, paused, succeeded, failed, cancelled, or interrupted."""
+        ...
+
+    def cancel(self, run: Run) -> None:
+        """Ask the work to stop; a local run checkpoints first."""
+        ...
+
+    def completer(self, model: str) -> Completer:
+        """Answers of a model, where the backend has them."""
+        ...
+
+
+class Completer(Protocol):
+    """Chat with a model: batches of conversations in, one answer each out."""
+
+    def __call__(self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[str]: ...
+
+
+def get(provider: str) -> Backend:
+    """The backend of a provider. Raises UsageError for an unknown one."""
+    if provider not in BACKENDS:
+        raise UsageError(f'no provider "{provider}"{did_you_mean(provider, list(BACKENDS))}', where="--provider", fix=f"known: {', '.join(BACKENDS)}")
+    module, _, name = BACKENDS[provider].partition(":")
+    return getattr(import_module(module), name)()  # type: ignore[no-any-return]
+
+
+def create_run(prepared: Prepared, path: Path) -> Run:
+    """A run directory with manifest and splits: the same for every backend."""
+    plan = prepared.plan
+    run = create(path, _manifest(plan, prepared))
+    for side, rows in prepared.splits.items():
+        if rows:
+            write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
+    write_json(run / "data" / "check.json", plan.issues)
+    return run
+
+
+def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "version": 1, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "provider": plan.recipe.provider, "recipe": plan.recipe, "origin": plan.origin,
+        "plan": {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "rows": plan.rows, "tokens": plan.tokens, "dropped": plan.dropped,
+                 "supervised_tokens": plan.supervised_tokens, "longest": plan.longest, "memory_mb": plan.memory_mb},
+        "model": plan.model, "data_hashes": {side: [row.digest() for row in rows] for side, rows in prepared.splits.items()},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class FakeBackend:
+    """Learns nothing and ends at once: for dry runs, and for tests of everything around training."""
+
+    def submit(self, prepared: Prepared, path: Path) -> Run:
+        run = create_run(prepared, path)
+        self.resume(run)
+        return run
+
+    def resume(self, run: Run) -> None:
+        run.append("state", state="running")
+        steps = run.manifest()["plan"]["steps"]
+        for step in range(1, steps + 1):
+            run.append("step", step=step, epoch=0.0, loss=1 / step, lr=0.0, grad_norm=0.0, tokens=0, total_tokens=0,
+                       total_supervised_tokens=0, seconds=0.0, tokens_per_second=0.0, memory_mb=0)
+        run.append("done", step=steps, best_step=steps, stopped_early=False, seconds=0.0, tokens_per_second=0.0, peak_memory_mb=0)
+        run.append("state", state="succeeded")
+
+    def poll(self, run: Run) -> str:
+        return run.state()
+
+    def cancel(self, run: Run) -> None:
+        if run.state() not in ("succeeded", "failed"):
+            run.append("state", state="cancelled")
+
+    def completer(self, model: str) -> Completer:
+        def echo(prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[str]:
+            return [p.messages[-1].content if p.messages else "" for p in prompts]
+        return echo
+
+
+WatchHook = Callable[[dict[str, Any]], None]

@@ -1,0 +1,86 @@
+"""The command line: a table of commands, and what is the same for all of them.
+
+Each command is a function in a module of this folder, imported only when it is called for, so that help is fast.
+Results go to stdout, progress and errors to stderr. Exit status: 0 ok, 1 failed, 2 usage, 3 data, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {  # words -> (module:function, one line of help)
+    "quickstart": ("quickstart:quickstart", "train the sample persona from the built-in model and prove it: about two minutes"),
+    "init": ("init:init", "write a commented config.toml for your data"),
+    "data check": ("data:check", "find every problem in a data set, with line and fix"),
+    "data split": ("data:split", "write train, valid and test files"),
+    "data preview": ("data:preview", "show rows as the model sees them, with what is learnt highlighted"),
+    "plan": ("train:plan", "what a training run would do and need; writes nothing"),
+    "train": ("train:train", "fine-tune a model"),
+    "runs list": ("runs:list_runs", "runs and how they stand"),
+    "runs show": ("runs:show", "one run: settings, losses, checkpoints"),
+    "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
+    "chat": ("chat:chat", "talk with a model or a run"),
+    "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
+}
+GROUPS = ("data", "runs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("--version", "-V"):
+        from importlib.metadata import version
+        print(f"tunesmith {version('tunesmith')}")
+        return 0
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
+        import os
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from tunesmith.errors import TunesmithError
+        if not isinstance(error, TunesmithError):
+            raise
+        return _report(error, "--json" in words)
+
+
+def _run(words: list[str]) -> int:
+    size = 2 if words[0] in GROUPS else 1
+    name = " ".join(words[:size])
+    if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(overview(words[0]))
+        return 0
+    if name not in COMMANDS:
+        from tunesmith.errors import UsageError, did_you_mean
+        raise UsageError(f'no command "{name}"{did_you_mean(name, list(COMMANDS))}', fix="tunesmith --help lists them")
+    module, _, function = COMMANDS[name][0].partition(":")
+    return int(getattr(import_module(f"tunesmith.cli.{module}"), function)(words[size:]) or 0)
+
+
+def _report(error: Exception, as_json: bool) -> int:
+    from tunesmith.errors import TunesmithError
+    assert isinstance(error, TunesmithError)
+    word = "interrupted" if error.exit_status == 130 else "error"
+    print(f"{word}: {error}", file=sys.stderr)
+    if as_json:
+        import json
+        print(json.dumps({"error": {"message": error.message, "where": error.where, "fix": error.fix, "exit_status": error.exit_status}}))
+    return error.exit_status
+
+
+def overview(group: str = "") -> str:
+    """The list of commands; of one group where named."""
+    shown = {name: line for name, (_, line) in COMMANDS.items() if name.startswith(group)}
+    lines = ["tunesmith: from a JSONL file to a fine-tuned model that you can prove is better.", "",
+             f"usage: tunesmith {group + ' ' if group else ''}COMMAND [options]", ""]
+    lines += [f"  {name:13} {line}" for name, line in shown.items()]
+    lines += ["", "tunesmith COMMAND --help explains each one. First steps: tunesmith quickstart"]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""tunesmith init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.cli.options import Parser
+from tunesmith.errors import UsageError
+
+
+def init(argv: list[str]) -> int:
+    parser = Parser("init", "Write a config file with every setting, its default and its meaning; train with --config FILE.")
+    parser.add_argument("dataset", nargs="?", default="data.jsonl", help="your data [data.jsonl]")
+    parser.add_argument("-o", "--output", default="tunesmith.toml", metavar="FILE", help="[tunesmith.toml]")
+    options = parser.parse_args(argv)
+    path = Path(options.output)
+    if path.exists():
+        raise UsageError("exists already", where=str(path), fix="choose another -o, or remove it")
+    from tunesmith.data.write import write_bytes
+    write_bytes(path, template(options.dataset).encode())
+    print(path)
+    return 0
+
+
+def template(dataset: str) -> str:
+    """A TOML file of all settings; those left at their defaults are commented out."""
+    import json
+
+    from tunesmith.recipe import fields
+
+    lines, group = ["# Settings of a run: tunesmith train --config THIS_FILE. Uncomment what you want to change."], ""
+    for field in fields().values():
+        if field.group != group:
+            group = field.group
+            lines += ["", f"# ---- {group}"]
+        lines.append(f"# {field.help}" + (f" ({', '.join(field.choices())})" if field.choices() else ""))
+        if field.name == "dataset":
+            lines.append(f"dataset = {json.dumps(dataset, ensure_ascii=False)}")
+        else:
+            value = field.default
+            shown = '""' if value is None else "{}" if value == {} else json.dumps(value)
+            lines.append(f"# {field.name} = {shown}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""Argument parsing: flags made from the Recipe, errors as one line, results as text or JSON."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from tunesmith.errors import UsageError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UsageErrors with a suggestion."""
+
+    def __init__(self, name: str, description: str, **kwargs: Any) -> None:
+        super().__init__(prog=f"tunesmith {name}", description=description, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        known = list(self._option_string_actions)
+        if message.startswith("unrecognized arguments:"):
+            word = message.split(": ", 1)[1].split()[0].split("=")[0]
+            message = f"unknown option {word}{did_you_mean(word, known)}" if word.startswith("-") else f"unexpected argument {word}"
+        raise UsageError(message, fix=f"{self.prog} --help lists the options")
+
+    def with_json(self) -> Parser:
+        self.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+        return self
+
+
+def add_settings(parser: Parser) -> None:
+    """A flag for each setting of the Recipe, grouped; only flags that are given end up in the namespace."""
+    from tunesmith.recipe import fields
+
+    groups: dict[str, Any] = {}
+    for field in fields().values():
+        group = groups.setdefault(field.group, None) or parser.add_argument_group(field.group)
+        groups[field.group] = group
+        names = [f"--{n.replace('_', '-')}" for n in (field.name, *field.aliases)]
+        default = "" if field.default in (None, {}, False) else f" [{field.default}]"
+        text = (field.help + default).replace("%", "%%")
+        if field.type is bool:
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, dest=field.name, default=argparse.SUPPRESS, help=text)
+        else:
+            metavar = "{" + ",".join(field.choices()) + "}" if field.choices() else field.name.rpartition("_")[2].upper()
+            group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=text)
+        if field.name == "method":
+            group.add_argument("--lora", action="store_true", default=argparse.SUPPRESS, help="the same as --method lora")
+    parser.add_argument("--config", metavar="FILE|PRESET", help="settings from a .toml or .json file, or a preset's name")
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings given as flags."""
+    from tunesmith.recipe import SWITCHES, fields
+
+    known = {*fields(), *SWITCHES}
+    return {k: v for k, v in vars(options).items() if k in known}
+
+
+def show_json(value: Any) -> None:
+    """A value (structs too) as indented JSON on stdout."""
+    import msgspec
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

@@ -1,0 +1,91 @@
+"""Progress on stderr: one live line on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tunesmith.runs import Event, Run
+
+EVERY_SECONDS = 5.0  # between progress lines where the line cannot be rewritten
+
+
+class Progress:
+    """Called with each event of a run; draws step, loss, tokens/s and ETA."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._last_line = self._began = time.monotonic()
+        self._shown = 0
+        self._first: Event | None = None
+        self._valid: float | None = None
+        self._steps = 0
+
+    def __call__(self, run: Run, event: Event) -> None:
+        kind = event["type"]
+        if not self._steps:
+            self._steps = run.manifest()["plan"]["steps"]
+            self._say(f"run {run}")
+        if kind == "step":
+            self._first = self._first or event
+            self._step(event)
+        elif kind == "eval":
+            self._valid = event["loss"]
+            name = "base model" if event["step"] == 0 else f"step {event['step']}"
+            self._say(f"{name}: validation loss {event['loss']:.4f}")
+        elif kind == "warning":
+            self._say(f"warning: {event['message']}")
+        elif kind == "resumed":
+            self._say(f"resumed after step {event['step']}")
+        elif kind == "done":
+            early = f", stopped early (no gain since step {event['best_step']})" if event["stopped_early"] else ""
+            self._say(f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
+                      f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}")
+
+    def _step(self, event: Event) -> None:
+        assert self._first is not None
+        done, now = event["step"], time.monotonic()
+        if not self._live and now - self._last_line < EVERY_SECONDS and done != self._steps:
+            return
+        self._last_line = now
+        since, took = done - self._first["step"], event["time"] - self._first["time"]
+        eta = took / since * (self._steps - done) if since else 0.0
+        valid = f"  valid {self._valid:.4f}" if self._valid is not None else ""
+        text = (f"step {done}/{self._steps}  epoch {event['epoch']:.2f}  loss {event['loss']:.4f}{valid}  "
+                f"{event['tokens_per_second']:.0f} tokens/s  ETA {clock(eta)}")
+        if self._live:
+            bar = round(20 * done / max(1, self._steps))
+            text = f"[{'█' * bar}{'·' * (20 - bar)}] {text}"
+            print(f"\r{text}{' ' * max(0, self._shown - len(text))}", end="", file=sys.stderr, flush=True)
+            self._shown = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _say(self, text: str) -> None:
+        if self._live and self._shown:
+            print(f"\r{' ' * self._shown}\r", end="", file=sys.stderr)
+            self._shown = 0
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live and self._shown:
+            print(file=sys.stderr)
+            self._shown = 0
+
+
+def clock(seconds: float) -> str:
+    """75 -> "1:15"; 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(rows: list[tuple[Any, ...]], indent: str = "  ") -> str:
+    """Rows as aligned columns; numbers to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))] if texts else []
+    numeric = [all(isinstance(row[i], int | float) for row in rows[1:]) for i in range(len(widths))]
+    lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip() for row in texts]
+    return "\n".join(indent + line for line in lines)

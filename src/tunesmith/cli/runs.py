@@ -1,0 +1,54 @@
+"""tunesmith runs list | show."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tunesmith.cli.options import Parser, show_json
+
+
+def list_runs(argv: list[str]) -> int:
+    parser = Parser("runs list", "Runs in a folder, newest first.").with_json()
+    parser.add_argument("--runs-dir", default="fine_tuned_models", help="where they are [fine_tuned_models]")
+    options = parser.parse_args(argv)
+    from tunesmith.cli.progress import table
+    from tunesmith.runs import listing
+
+    runs = [run.summary() for run in listing(Path(options.runs_dir))]
+    if options.json:
+        show_json(runs)
+    elif not runs:
+        print(f"no runs in {options.runs_dir}", file=sys.stderr)
+    else:
+        rows = [("run", "status", "step", "model", "method", "best valid loss")]
+        rows += [(r["run"], r["status"], f"{r['steps']}/{r['planned_steps']}", r["model"], r["method"], _number(r["best_valid_loss"])) for r in runs]
+        print(table(rows, ""))
+    return 0
+
+
+def show(argv: list[str]) -> int:
+    parser = Parser("runs show", "One run: how it stands, its losses, settings and warnings.").with_json()
+    parser.add_argument("run", help="the run's directory")
+    options = parser.parse_args(argv)
+    from tunesmith import api
+    from tunesmith.cli.progress import table
+
+    run = api.find_run(options.run)
+    manifest, summary = run.manifest(), run.summary()
+    if options.json:
+        show_json({**summary, "evals": run.metrics("eval"), "recipe": manifest["recipe"], "origin": manifest["origin"], "versions": manifest["versions"]})
+        return 0
+    print(table([(k, _number(v)) for k, v in summary.items() if v is not None], ""))
+    evals = run.metrics("eval")
+    if evals:
+        print("\nvalidation loss\n" + table([("step", "loss"), *((e["step"], f"{e['loss']:.4f}") for e in evals)]))
+    print("\nsettings that are not defaults\n" + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"]))
+    for event in run.events():
+        if event["type"] in ("warning", "error"):
+            print(f"{event['type']}: {event['message']}")
+    return 0
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,118 @@
+"""tunesmith train, tunesmith plan."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from tunesmith.cli.options import Parser, add_settings, settings, show_json
+from tunesmith.errors import UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.planning import Plan, Prepared
+
+
+def train(argv: list[str]) -> int:
+    parser = Parser("train", "Fine-tune a model on a data set; the run's directory is printed at the end.").with_json()
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run (or one of its checkpoints' paths) that was stopped or killed")
+    parser.add_argument("--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train")
+    add_settings(parser)
+    options = parser.parse_args(argv)
+    from tunesmith import api
+    from tunesmith.cli.progress import Progress
+
+    given = settings(options)
+    progress = Progress()
+    try:
+        if options.resume:
+            if given or options.config:
+                raise UsageError("--resume takes the settings of the run; no others", where="--resume", fix="leave the other options out, or start a new run")
+            run = api.resume(options.resume, progress)
+        else:
+            prepared = api.prepare(config=options.config, **given)
+            if options.prepare_only:
+                return _write_prepared(prepared, options.json)
+            preflight(prepared)
+            from tunesmith import backends, planning
+            backend = backends.get(prepared.plan.recipe.provider)
+            run = api.watch(backend.submit(prepared, planning.output_path(prepared.plan.recipe)), backend, progress)
+    finally:
+        progress.close()
+    if options.json:
+        show_json(run.summary())
+    else:
+        print(run)
+        print(f"next: tunesmith evaluate {run}", file=sys.stderr)
+    return 0
+
+
+def _write_prepared(prepared: Prepared, as_json: bool) -> int:
+    from pathlib import Path
+
+    from tunesmith.data.write import as_row, write_jsonl
+    from tunesmith.planning import output_path
+
+    folder = output_path(prepared.plan.recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for side, rows in prepared.splits.items():
+        if rows:
+            files.append(folder / f"{side}.jsonl")
+            write_jsonl(files[-1], (as_row(row) for row in rows))
+    if as_json:
+        show_json({"files": [str(f) for f in files], "plan": prepared.plan})
+    else:
+        describe(prepared.plan)
+        print("\n".join(map(str, files)))
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    parser = Parser("plan", "Show what `train` with the same options would do and need. Nothing is written.").with_json()
+    add_settings(parser)
+    options: argparse.Namespace = parser.parse_args(argv)
+    from tunesmith import api
+
+    prepared = api.prepare(config=options.config, **settings(options))
+    if options.json:
+        show_json(prepared.plan)
+        return 0
+    describe(prepared.plan)
+    print("\nsettings")
+    from tunesmith.cli.progress import table
+    from tunesmith.recipe import fields
+    rows = [(name, getattr(prepared.plan.recipe, name), prepared.plan.origin[name]) for name in fields()]
+    print(table([r for r in rows if r[2] != "default" or r[1] not in (None, {})]))
+    return 0
+
+
+def describe(plan: Plan) -> None:
+    """The plan in a few lines on stdout."""
+    rows, tokens = plan.rows, plan.tokens
+    print(f"data     {rows['train']} train, {rows['valid']} valid, {rows['test']} test rows; {tokens['train']} tokens to train on, "
+          f"{plan.supervised_tokens['train']} of them learnt; longest row {plan.longest}")
+    print(f"model    {plan.recipe.model}: {plan.model.architecture}, {plan.model.parameters / 1e6:.1f}M parameters, context {plan.model.context}")
+    print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
+    print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
+    print(f"memory   about {plan.memory_mb} MB")
+    for issue in plan.issues[:20]:
+        print(f"{issue.severity:8} {issue.line()}")
+    if len(plan.issues) > 20:
+        print(f"         and {len(plan.issues) - 20} more findings: tunesmith data check {plan.recipe.dataset}")
+
+
+def preflight(prepared: Prepared) -> None:
+    """Before step 1, on stderr: what will be trained on, and one row with its learnt part marked."""
+    from tunesmith.cli.data import highlight
+    plan = prepared.plan
+    print(f"{plan.rows['train']} rows, {plan.supervised_tokens['train']} of {plan.tokens['train']} tokens are learnt; {plan.steps} steps; "
+          f"about {plan.memory_mb} MB; held out: {plan.rows['valid']} valid, {plan.rows['test']} test", file=sys.stderr)
+    for issue in plan.issues[:5]:
+        print(f"{issue.severity}: {issue.line()}", file=sys.stderr)
+    if len(plan.issues) > 5:
+        print(f"and {len(plan.issues) - 5} more findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
+    from tunesmith.models import find
+    from tunesmith.render import Renderer
+    shown = prepared.rendered["train"][0]
+    print(f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), sys.stderr.isatty(), limit=400)}", file=sys.stderr)

@@ -1,0 +1,61 @@
+"""Conversation: the only shape of an example once a file has been read."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import msgspec
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn. `train`: True/False overrides the rule that assistant text is what is learnt.
+
+    The role "text" marks a row of plain text: rendered without a template, learnt whole.
+    """
+
+    role: str
+    content: str
+    train: bool | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tuple of messages with the place they came from ("file:line") and what else the row held."""
+
+    messages: tuple[Message, ...]
+    metadata: dict[str, Any] = {}
+    source: str = ""
+    tools: list[dict[str, Any]] | None = None
+
+    def digest(self) -> str:
+        """Hash of what is said, not of where it stood: equal for equal conversations."""
+        return hashlib.sha256(msgspec.json.encode((self.messages, self.tools))).hexdigest()
+
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last assistant turn: what a model is asked when tested."""
+        last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=0)
+        return self.messages[:last]
+
+    def answer(self) -> str:
+        """The last assistant turn, '' when there is none."""
+        return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
+
+
+class Issue(msgspec.Struct, frozen=True):
+    """A finding about data or a plan. Errors stop a run; warnings are shown and recorded."""
+
+    severity: Literal["error", "warning", "info"]
+    code: str
+    where: str
+    message: str
+    fix: str = ""
+
+    def line(self) -> str:
+        mend = f" -- {self.fix}" if self.fix else ""
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.message} [{self.code}]{mend}"

@@ -1,0 +1,190 @@
+"""Raw rows to Conversations: one table of formats, each with the keys it is known by.
+
+A row's format is the one whose required keys it holds; its other keys become metadata. Where two
+formats fit, the one that explains more keys wins; a tie is an error that asks for `--columns`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import ROLES, Conversation, Issue, Message
+from tunesmith.data.read import Row
+
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+                  "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "function"}
+
+
+class Bad(Exception):
+    """A row that does not hold what its format says: code, message, fix."""
+
+    def __init__(self, code: str, message: str, fix: str) -> None:
+        self.issue = (code, message, fix)
+
+
+class Format(msgspec.Struct, frozen=True):
+    """`required` keys identify the format; `optional` ones are read too; `parse` makes the messages."""
+
+    name: str
+    required: frozenset[str]
+    optional: frozenset[str]
+    parse: Callable[[dict[str, Any]], tuple[Message, ...]]
+
+
+def text(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise Bad("wrong-type", f'field "{key}" is {_kind(value)}, not text', f'make "{key}" a string')
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _pair(ask: str, answer: str) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
+    def parse(row: dict[str, Any]) -> tuple[Message, ...]:
+        if isinstance(row[ask], list) and isinstance(row[answer], list):  # conversational prompt and completion
+            return _messages({"messages": row[ask] + row[answer]})
+        return (Message("user", text(row, ask)), Message("assistant", text(row, answer)))
+    return parse
+
+
+def _instruction(row: dict[str, Any]) -> tuple[Message, ...]:
+    ask, extra = text(row, "instruction"), row.get("input") or ""
+    if not isinstance(extra, str):
+        raise Bad("wrong-type", f'field "input" is {_kind(extra)}, not text', 'make "input" a string')
+    return (Message("user", f"{ask}\n\n{extra}" if extra.strip() else ask), Message("assistant", text(row, "output")))
+
+
+def _plain(key: str) -> Callable[[dict[str, Any]], tuple[Message, ...]]:
+    return lambda row: (Message("text", text(row, key)),)
+
+
+def _content(value: Any, place: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):  # content parts; only text can be trained on here
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise Bad("not-text", f"{place}.content holds a part that is not text", "keep text parts only")
+        return "".join(part["text"] for part in value)
+    raise Bad("wrong-type", f"{place}.content is {_kind(value)}, not text", "make it a string")
+
+
+def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
+    items = row["messages"]
+    if not isinstance(items, list) or not items:
+        raise Bad("no-messages", '"messages" is not a list of messages', 'write [{"role": "user", "content": …}, …]')
+    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(items))
+
+
+def _message(item: Any, place: str) -> Message:
+    if not isinstance(item, dict) or "role" not in item:
+        raise Bad("no-role", f"{place} has no role", f"roles are {', '.join(ROLES)}")
+    role = item["role"]
+    if role not in ROLES:
+        raise Bad("bad-role", f"{place}.role is {role!r}", f"roles are {', '.join(ROLES)}")
+    calls, weight = item.get("tool_calls"), item.get("weight")
+    content = item.get("content")
+    if content is None and (calls or item.get("function_call")):
+        content = ""
+    if weight not in (None, 0, 1):
+        raise Bad("bad-weight", f"{place}.weight is {weight!r}", "a weight is 0 or 1")
+    return Message(role, _content(content, place), train=None if weight is None else bool(weight),
+                   tool_calls=calls, tool_call_id=item.get("tool_call_id"), name=item.get("name"))
+
+
+def _sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
+    items = row["conversations"]
+    if not isinstance(items, list) or not items:
+        raise Bad("no-messages", '"conversations" is not a list of turns', 'write [{"from": "human", "value": …}, …]')
+    turns = []
+    for i, item in enumerate(items):
+        place = f"conversations[{i}]"
+        if isinstance(item, dict) and "role" in item:
+            turns.append(_message(item, place))
+            continue
+        if not isinstance(item, dict) or "from" not in item or "value" not in item:
+            raise Bad("no-role", f'{place} has no "from" and "value"', 'write {"from": "human", "value": …}')
+        if item["from"] not in SHAREGPT_ROLES:
+            raise Bad("bad-role", f"{place}.from is {item['from']!r}", f"known: {', '.join(SHAREGPT_ROLES)}")
+        turns.append(Message(SHAREGPT_ROLES[item["from"]], _content(item["value"], place)))
+    return tuple(turns)
+
+
+def _format(name: str, required: str, optional: str, parse: Callable[[dict[str, Any]], tuple[Message, ...]]) -> Format:
+    return Format(name, frozenset(required.split()), frozenset(optional.split()), parse)
+
+
+FORMATS = (
+    _format("messages", "messages", "tools", _messages),
+    _format("sharegpt", "conversations", "tools", _sharegpt),
+    _format("prompt-completion", "prompt completion", "", _pair("prompt", "completion")),
+    _format("prompt-response", "prompt response", "", _pair("prompt", "response")),
+    _format("instruction", "instruction output", "input", _instruction),
+    _format("input-output", "input output", "", _pair("input", "output")),
+    _format("question-answer", "question answer", "", _pair("question", "answer")),
+    _format("code", "code", "", _plain("code")),
+    _format("text", "text", "", _plain("text")),
+)
+BY_NAME = {f.name: f for f in FORMATS}
+PREFERENCE = ({"chosen", "rejected"}, {"preferred_output", "non_preferred_output"})
+COLUMNS = sorted({key for f in FORMATS for key in f.required | f.optional} | {"system"})
+
+
+def detect(keys: set[str]) -> Format | Bad:
+    """The format of a row with these keys, or why there is none."""
+    if any(pair <= keys for pair in PREFERENCE):
+        return Bad("preference-row", "a preference row (chosen and rejected answers)",
+                   "supervised training needs one answer: --columns prompt=prompt,completion=chosen")
+    fits = [f for f in FORMATS if f.required <= keys]
+    if len(fits) > 1:  # plain text or code only where nothing says more; else the format that explains more keys
+        fits = [f for f in fits if f.name not in ("code", "text")] or fits
+        most = max(len((f.required | f.optional) & keys) for f in fits)
+        fits = [f for f in fits if len((f.required | f.optional) & keys) == most]
+    if len(fits) == 1:
+        return fits[0]
+    listed = ", ".join(sorted(keys)) or "none"
+    if fits:
+        return Bad("ambiguous-columns", f"fits {' and '.join(f.name for f in fits)} (columns: {listed})",
+                   "say which with --columns prompt=…,completion=…")
+    return Bad("unknown-columns", f"no known format has these columns: {listed}",
+               "map yours, e.g. --columns prompt=YOUR_QUESTION,completion=YOUR_ANSWER")
+
+
+def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Issue:
+    """A raw row as (Conversation, name of its format), or the Issue that says why not.
+
+    `columns` maps our field names to the file's own; then nothing is guessed from other columns.
+    """
+    value = row.value
+    if columns:
+        missing = [theirs for theirs in columns.values() if theirs not in value]
+        if missing:
+            return Issue("error", "unknown-columns", row.where, f'no column "{missing[0]}" here (columns: {", ".join(sorted(value))})',
+                         "correct --columns")
+        mapped = {ours: value[theirs] for ours, theirs in columns.items()}
+        rest = {k: v for k, v in value.items() if k not in columns.values()}
+    else:
+        mapped, rest = value, {}
+    known = detect(set(mapped))
+    if isinstance(known, Bad):
+        return Issue("error", known.issue[0], row.where, *known.issue[1:])
+    used = known.required | known.optional
+    try:
+        messages = known.parse(mapped)
+        system = mapped.get("system")
+        if isinstance(system, str) and system.strip() and messages[0].role in ("user", "assistant"):
+            messages = (Message("system", system), *messages)
+    except Bad as bad:
+        return Issue("error", bad.issue[0], row.where, *bad.issue[1:])
+    except msgspec.ValidationError as error:
+        return Issue("error", "wrong-type", row.where, str(error), "correct this field")
+    extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
+    metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
+    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools")), known.name

@@ -1,0 +1,211 @@
+"""Files to raw rows: JSONL, JSON, CSV and Parquet, each also .gz or .zst; folders; Hub data sets.
+
+Nothing is dropped: what cannot be read comes out as an Issue that names file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from tunesmith.conversation import Issue
+from tunesmith.errors import DataError, UsageError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+SAMPLES = Path(__file__).parent.parent / "assets" / "data"
+
+
+def samples() -> list[str]:
+    """Names of the sample data sets that come with the package."""
+    return sorted(p.stem for p in SAMPLES.glob("*.jsonl"))
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One raw record and where it stood ("file:line"; for JSON arrays and Parquet the row's number)."""
+
+    where: str
+    value: dict[str, Any]
+
+
+def read(dataset: str) -> Iterator[Row | Issue]:
+    """Rows of a file, of every data file in a folder, or of a Hub data set, in order.
+
+    Raises DataError when there is nothing of that name, or nothing in it.
+    """
+    path = Path(dataset).expanduser()
+    if dataset in samples() and not path.exists():
+        path = SAMPLES / f"{dataset}.jsonl"
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _container(p) in SUFFIXES)
+        if not files:
+            raise DataError("no data file in this folder", where=dataset, fix=f"expected {', '.join(SUFFIXES)}")
+        for file in files:
+            yield from _file(file)
+    elif path.exists():
+        yield from _file(path)
+    elif _looks_like_path(dataset):
+        raise DataError("no such file", where=dataset, fix="check the path; it is taken from the current folder")
+    else:
+        yield from _hub(dataset)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or _container(Path(name)) in SUFFIXES
+
+
+def _container(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError("reading .zst needs zstandard", where=str(path), fix="pip install zstandard") from None
+        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+    return path.open("rb")
+
+
+def _file(path: Path) -> Iterator[Row | Issue]:
+    container = _container(path)
+    try:
+        with _open(path) as stream:
+            head = stream.read(2)
+        if not head:
+            raise DataError("the file is empty", where=str(path), fix="it needs at least one row")
+        if head in _BOMS:
+            yield Issue("error", "not-utf8", f"{path}:1", f"the file is {_BOMS[head]}, not UTF-8", _UTF8_FIX)
+            return
+        with _open(path) as stream:
+            if container == ".parquet":
+                yield from _parquet(path, stream)
+            elif container == ".csv":
+                yield from _csv(path, stream)
+            elif container == ".json":
+                yield from _json(path, stream)
+            else:
+                yield from _jsonl(path, stream)
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), fix="is the file whole and readable?") from None
+    except Exception as error:
+        if type(error).__module__.startswith(("zstandard", "zlib", "pyarrow")):
+            raise DataError(f"cannot be unpacked: {error}", where=str(path), fix="is the file whole?") from None
+        raise
+
+
+_UTF8_FIX = "save it as UTF-8, e.g. iconv -f latin1 -t utf-8"
+
+
+def _record(line: bytes, where: str) -> Row | Issue:
+    try:
+        value = msgspec.json.decode(line)
+    except msgspec.DecodeError as error:
+        return _bad_json(line, where, str(error))
+    except RecursionError:
+        return Issue("error", "not-json", where, "nested too deeply", "flatten this row")
+    if not isinstance(value, dict):
+        return Issue("error", "not-an-object", where, f"the row is a {type(value).__name__}, not an object", 'write {"prompt": …, "completion": …}')
+    return Row(where, value)
+
+
+def _bad_json(line: bytes, where: str, reason: str) -> Issue:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return Issue("error", "not-utf8", where, f"byte {error.start + 1} is not UTF-8", _UTF8_FIX)
+    if "surrogate" in reason.lower():
+        return Issue("error", "lone-surrogate", where, "half of a character (a lone surrogate escape)", "write the whole character")
+    reason = reason.removeprefix("JSON is malformed: ")
+    return Issue("error", "not-json", where, f"not JSON: {reason}", "one complete JSON object per line")
+
+
+def _jsonl(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
+    empty = True
+    for number, line in enumerate(stream, 1):  # splits on \n only: U+2028 inside a string is text
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.lstrip()[:1] == b"[" and not line.rstrip().endswith(b"]"):
+                yield from _json(path, io.BytesIO(line + stream.read()))
+                return
+        if line.strip():
+            empty = False
+            yield _record(line, f"{path}:{number}")
+    if empty:
+        raise DataError("the file holds only blank lines", where=str(path), fix="it needs at least one row")
+
+
+def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
+    data = stream.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        items = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        if data.lstrip()[:1] == b"{":  # JSON Lines under a .json name, or one object
+            yield from _jsonl(path, io.BytesIO(data))
+        else:
+            yield _bad_json(data, str(path), "the file is no JSON array")
+        return
+    if not items:
+        raise DataError("the array is empty", where=str(path), fix="it needs at least one row")
+    for number, item in enumerate(items, 1):
+        yield _record(bytes(item), f"{path}:{number}")
+
+
+def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                yield Issue("error", "csv-columns", where, "not as many fields as the header", "quote fields that hold commas or newlines")
+            else:
+                yield Row(where, dict(row))
+    except UnicodeDecodeError as error:
+        yield Issue("error", "not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
+    except csv.Error as error:
+        yield Issue("error", "not-csv", f"{path}:{reader.line_num + 1}", f"not CSV: {error}", "quote fields that hold quotes or newlines")
+
+
+def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UsageError("reading Parquet needs pyarrow", where=str(path), fix="pip install 'tunesmith[local]'") from None
+    number = 0
+    for batch in pq.ParquetFile(io.BytesIO(stream.read())).iter_batches():
+        for value in batch.to_pylist():
+            number += 1
+            yield Row(f"{path}:{number}", value)
+
+
+def _hub(name: str) -> Iterator[Row | Issue]:
+    """A Hub data set, its `train` split, from the local cache when there is no network."""
+    missing = DataError("neither a file here nor a data set that can be had", where=name,
+                        fix=f"check the path, or fetch it where there is a network: hf download --repo-type dataset {name}")
+    try:
+        import datasets
+    except ImportError:
+        raise missing from None
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(name, split="train")
+    except Exception:  # whatever the hub client raises, the user's next step is the same
+        raise missing from None
+    for number, value in enumerate(loaded, 1):
+        yield Row(f"{name}:{number}", dict(value))

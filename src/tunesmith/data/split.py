@@ -1,0 +1,114 @@
+"""Train, validation and test: exact counts, and nothing that is the same on two sides.
+
+hash       the order of a seeded hash of each row's content: independent of the file's order
+threshold  a row's side depends on that row alone: it never changes when others are added; counts are approximate
+shuffle    a seeded shuffle of the file's order; held out = ceil(n x fraction), the convention of scikit-learn and `datasets`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import defaultdict
+from typing import Any
+
+from tunesmith.conversation import Conversation
+from tunesmith.errors import DataError, UsageError
+
+SIDES = ("train", "valid", "test")
+Splits = dict[str, list[Conversation]]
+
+
+def split(rows: list[Conversation], valid: float = 0.1, test: float = 0.1, *, method: str = "hash", seed: int = 42,
+          group_by: str | None = None) -> Splits:
+    """Split rows by shares. Rows with the same prompt, or equal in `group_by`, stay together.
+
+    Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side.
+    Raises DataError when a side that was asked for would stay empty.
+    """
+    wanted = {"test": math.ceil(len(rows) * test), "valid": math.ceil(len(rows) * valid)}
+    if len(rows) - sum(wanted.values()) < 1:
+        raise DataError(f"{len(rows)} rows are too few for train, {wanted['valid']} valid and {wanted['test']} test", where=_file(rows),
+                        fix="add rows, or set --valid-fraction 0 and --test-fraction 0")
+    if method == "threshold":
+        sides = _by_threshold(rows, valid, test, seed, group_by)
+    else:
+        groups = _groups(rows, group_by)
+        if method == "hash":
+            groups.sort(key=lambda group: min(_hash(seed, rows[i].digest()) for i in group))
+        else:
+            random.Random(seed).shuffle(groups)
+        sides = _fill(len(rows), groups, wanted)
+    result: Splits = {side: [row for row, s in zip(rows, sides, strict=True) if s == side] for side in SIDES}
+    if method == "hash":  # the sides' own order, too, must not depend on the file's
+        result = {side: sorted(part, key=lambda row: _hash(seed, row.digest())) for side, part in result.items()}
+    for side, share in (("train", 1.0), ("valid", valid), ("test", test)):
+        if share and not result[side]:
+            raise DataError(f"the {side} part would be empty", where=_file(rows), fix="add rows, or use smaller groups")
+    return result
+
+
+def _fill(n: int, groups: list[list[int]], wanted: dict[str, int]) -> list[str]:
+    """Give whole groups to test, then to valid, while they fit; all others are for training."""
+    sides = ["train"] * n
+    for group in groups:
+        for side in ("test", "valid"):
+            if len(group) <= wanted[side]:
+                wanted[side] -= len(group)
+                for i in group:
+                    sides[i] = side
+                break
+    return sides
+
+
+def _by_threshold(rows: list[Conversation], valid: float, test: float, seed: int, group_by: str | None) -> list[str]:
+    sides = []
+    for row in rows:
+        share = int(_hash(seed, _group(row, group_by) if group_by else prompt_key(row))[:13], 16) / 16**13
+        sides.append("test" if share < test else "valid" if share < test + valid else "train")
+    return sides
+
+
+def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
+    """Connected rows (the same prompt, or the same group) as lists of indices, in order of first appearance."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    seen: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        keys = ["p" + prompt_key(row)] + (["g" + _group(row, group_by)] if group_by else [])
+        for key in keys:
+            parent[root(i)] = root(seen.setdefault(key, i))
+    members = defaultdict(list)
+    for i in range(len(rows)):
+        members[root(i)].append(i)
+    return list(members.values())
+
+
+def prompt_key(row: Conversation) -> str:
+    """Hash of what is asked, blind to case and spacing; of the whole text where nothing is asked."""
+    said = row.prompt() or row.messages
+    return hashlib.sha256("\x1f".join(f"{m.role}\x1e{' '.join(m.content.split()).casefold()}" for m in said).encode(errors="replace")).hexdigest()
+
+
+def _group(row: Conversation, group_by: str) -> str:
+    value: Any = {"metadata": row.metadata}
+    for key in group_by.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise UsageError(f'no "{group_by}" in this row', where=row.source, fix="name a field that every row has, such as metadata.tree_id")
+        value = value[key]
+    return repr(value)
+
+
+def _hash(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def _file(rows: list[Conversation]) -> str:
+    return rows[0].source.rpartition(":")[0] if rows else ""

@@ -1,0 +1,54 @@
+"""Every error that a user can meet; each names the place and the fix in one line.
+
+TunesmithError      exit status 1: the work failed
+├── UsageError      exit status 2: an option, a key or a path that was given is wrong
+│   ├── ModelError  the base model is missing or cannot be trained
+│   └── RunError    the run directory is taken, busy, or holds nothing to go on from
+├── DataError       exit status 3: the data cannot be trained on
+└── Interrupted     exit status 130: stopped by the user, after a checkpoint
+"""
+
+from __future__ import annotations
+
+
+class TunesmithError(Exception):
+    """Root of the tree. `where` is a place ("data.jsonl:3"), `fix` what to do about it."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(message)
+        self.message, self.where, self.fix = message, where, fix
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        mend = f" -- {self.fix}" if self.fix else ""
+        return " ".join(f"{place}{self.message}{mend}".split())
+
+
+class UsageError(TunesmithError):
+    exit_status = 2
+
+
+class ModelError(UsageError):
+    pass
+
+
+class RunError(UsageError):
+    pass
+
+
+class DataError(TunesmithError):
+    exit_status = 3
+
+
+class Interrupted(TunesmithError):
+    exit_status = 130
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """' (did you mean "epochs"?)' for the nearest known word, else ''."""
+    import difflib  # only on the way to an error: 4 ms
+
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f' (did you mean "{near[0]}"?)' if near else ""

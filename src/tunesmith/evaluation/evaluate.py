@@ -1,0 +1,174 @@
+"""Base against tuned on rows that neither was trained on: paired, with intervals, in one of three words.
+
+The verdict is that of the loss (nats per token of the reference answers): *better* or *worse* when the
+95 % interval of the difference excludes zero, else *cannot tell*. Everything shown can be recomputed from
+`evaluation/rows.jsonl` and `evaluation/result.json` in the run.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tunesmith import backends
+from tunesmith.conversation import Conversation, Message
+from tunesmith.data.check import load
+from tunesmith.data.split import prompt_key
+from tunesmith.data.write import write_json, write_jsonl
+from tunesmith.errors import DataError, UsageError
+from tunesmith.evaluation.stats import Comparison, compare
+from tunesmith.recipe import FACTS
+from tunesmith.runs import Run
+
+SAMPLE_TOKENS = 120
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """A prompt with the answers of both models, and the reference where there is one."""
+
+    prompt: str
+    base: str
+    tuned: str
+    reference: str = ""
+
+
+class Persona(msgspec.Struct, frozen=True):
+    """How many identity probes each model answers with the name, without a system prompt."""
+
+    name: str
+    probes: int
+    base: int
+    tuned: int
+    answers: list[Sample]
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """The outcome. `verdict`: better, worse or cannot tell (the tuned model, against the base)."""
+
+    verdict: str
+    base: str
+    tuned: str
+    dataset: str
+    rows: int
+    tokens: int
+    metrics: list[Comparison]
+    persona: Persona | None
+    samples: list[Sample]
+    report: str | None = None
+
+
+def evaluate(run: Run | None = None, *, model: str | None = None, against: str | None = None, dataset: str | None = None,
+             columns: dict[str, str] | None = None, samples: int = 6, persona: str | None = None, seed: int = 0,
+             on_progress: Callable[[str], None] | None = None) -> Evaluation:
+    """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
+
+    Without `dataset` the run's own test split is used. Rows that the run was trained on are refused (DataError).
+    """
+    say = on_progress or (lambda _: None)
+    tuned, base, rows, name = _sides(run, model, against, dataset, columns)
+    say(f"scoring {len(rows)} held-out rows with {base}")
+    base_scores = _score(base, rows)
+    say(f"scoring {len(rows)} held-out rows with {tuned}")
+    tuned_scores = _score(tuned, rows)
+    metrics = _metrics(rows, base_scores, tuned_scores, seed)
+    who = persona or (str(run.recipe().persona) if run else "none")
+    probes = _probes(run) if who not in ("none", "auto") else []
+    chosen = list({prompt_key(r): r for r in rows if r.prompt()}.values())[:samples]
+    questions = probes + [Conversation(r.prompt()) for r in chosen]
+    say(f"answering {len(questions)} prompts with {base}")
+    base_answers = _answers(base, questions, seed)
+    say(f"answering {len(questions)} prompts with {tuned}")
+    tuned_answers = _answers(tuned, questions, seed)
+    asked = [q.messages[-1].content for q in questions]
+    n = len(probes)
+    shown = [Sample(*s, reference=r.answer()) for s, r in zip(zip(asked[n:], base_answers[n:], tuned_answers[n:], strict=True), chosen, strict=True)]
+    identity = None
+    if probes:
+        named = [sum(who.casefold() in a.casefold() for a in answers[:n]) for answers in (base_answers, tuned_answers)]
+        identity = Persona(who, n, *named, [Sample(*s) for s in zip(asked[:n], base_answers[:n], tuned_answers[:n], strict=True)])
+    result = Evaluation(metrics[0].verdict, base, tuned, name, len(rows), sum(s.tokens for s in tuned_scores), metrics, identity, shown)
+    return _keep(run, result, rows, base_scores, tuned_scores) if run else result
+
+
+def _sides(run: Run | None, model: str | None, against: str | None, dataset: str | None,
+           columns: dict[str, str] | None) -> tuple[str, str, list[Conversation], str]:
+    """(tuned, base, held-out rows, their name)."""
+    if run is None:
+        if not (model and against and dataset):
+            raise UsageError("needs a run, or two models and a data set", fix="tunesmith evaluate RUN, or --model A --against B --dataset D")
+        return model, against, load(dataset, columns).require().conversations, dataset
+    manifest = run.manifest()
+    if not (run / "best_model").is_dir():
+        raise UsageError(f"this run has no model yet (it is {run.state()})", where=str(run), fix=f"go on with: tunesmith train --resume {run}")
+    tuned, base = model or str(run / "best_model"), against or manifest["recipe"]["model"]
+    own = run / "data" / "test.jsonl"
+    if dataset is None and not own.exists():
+        raise UsageError("this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE")
+    rows = load(dataset or str(own), columns).require().conversations
+    trained = set(manifest["data_hashes"]["train"]) | set(manifest["data_hashes"]["valid"])
+    seen = [row for row in rows if row.digest() in trained]
+    if seen:
+        raise DataError(f"{len(seen)} of {len(rows)} rows were used in training", where=seen[0].source, fix="evaluate on rows the run has not seen; without --dataset its own test rows are used")
+    return tuned, base, rows, dataset or str(own)
+
+
+def _score(name: str, rows: list[Conversation]) -> Any:
+    from tunesmith.local.score import score
+    return score(name, rows)
+
+
+def _answers(name: str, questions: list[Conversation], seed: int) -> list[str]:
+    if not questions:
+        return []
+    return backends.get("huggingface").completer(name)(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
+
+
+def _probes(run: Run | None) -> list[Conversation]:
+    """The identity probes that no training row asks word for word."""
+    with (FACTS / "probes.toml").open("rb") as stream:
+        texts = tomllib.load(stream)["identity"]
+    trained = {prompt_key(c) for c in load(str(run / "data" / "train.jsonl")).conversations} if run else set()
+    probes = [Conversation((Message("user", text),)) for text in texts]
+    return [p for p in probes if prompt_key(Conversation((*p.messages, Message("assistant", "-")))) not in trained]
+
+
+def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list[Comparison]:
+    """Loss first (the verdict is its), then perplexity and token accuracy. Two tokenizers are compared per byte of answer."""
+    def column(scores: Any, field: str) -> Any:
+        return np.array([getattr(s, field) for s in scores], np.float64)
+
+    same = [s.tokens for s in base] == [s.tokens for s in tuned]
+    weight = column(base, "tokens") if same else np.array([len(r.answer().encode()) for r in rows], np.float64)
+    if not weight.sum():
+        raise DataError("nothing to score: the rows have no answers", fix="evaluate on rows with answers")
+    loss = compare("loss (nats per token)" if same else "loss (nats per byte)", column(base, "loss"), column(tuned, "loss"), weight, True, seed)
+    metrics = [loss]
+    if same:
+        base_ppl, tuned_ppl = math.exp(loss.base), math.exp(loss.tuned)
+        # its interval follows from the loss's: the ratio of perplexities is exp(difference of losses)
+        metrics.append(Comparison("perplexity", base_ppl, tuned_ppl, tuned_ppl - base_ppl, base_ppl * math.expm1(loss.low), base_ppl * math.expm1(loss.high), loss.verdict, loss.rows_needed))
+        metrics.append(compare("token accuracy", column(base, "right"), column(tuned, "right"), weight, False, seed))
+    return metrics
+
+
+def _keep(run: Run, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:
+    from tunesmith.evaluation.report import write_report
+
+    folder = run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    write_jsonl(folder / "rows.jsonl", ({"source": r.source, "base": b, "tuned": t} for r, b, t in zip(rows, base, tuned, strict=True)))
+    result = msgspec.structs.replace(result, report=str(run / "report.html"))
+    write_json(folder / "result.json", result)
+    write_report(run, result)
+    return result
+
+
+def kept(run: Run) -> Evaluation | None:
+    """The run's last evaluation, None when it has none."""
+    path = run / "evaluation" / "result.json"
+    return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None

@@ -1,0 +1,50 @@
+"""Packed attention: many conversations in one row of tokens, each attending only to itself.
+
+The linear layers see all tokens at once, without padding; attention runs once per conversation.
+Registered with transformers as an attention implementation; the segments' lengths come to it through
+the model's keyword arguments. Without them (in generation) it is plain scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+NAME = "tunesmith_packed"
+
+
+def packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+           dropout: float = 0.0, scaling: float | None = None, segments: list[int] | None = None,
+           sliding_window: int | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim] -> [1, tokens, heads, dim].
+
+    `segments`: lengths of the conversations in order; they add up to `tokens`.
+    """
+    if segments is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return out, None
+    if sliding_window and max(segments) > sliding_window:
+        raise NotImplementedError("packed attention has no sliding window")
+    grouped = query.shape[1] != key.shape[1]
+    # split, not slices: its backward is one concatenation, while each slice would fill a zero tensor of all tokens
+    parts = [
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """No mask while packed (no cache, one row); the SDPA mask otherwise."""
+    if kwargs.get("attention_mask") is None and kwargs.get("q_length", 0) == kwargs.get("kv_length", 1):
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+AttentionInterface.register(NAME, packed)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,74 @@
+"""The backend of this machine: one worker process for each run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tunesmith.backends import Completer, create_run
+from tunesmith.planning import Prepared
+from tunesmith.runs import Run
+
+_workers: dict[str, subprocess.Popen[bytes]] = {}  # of this process, by run directory
+
+
+class LocalBackend:
+    """Trains in a child process that ends with this one; its words are the run's event log."""
+
+    def submit(self, prepared: Prepared, path: Path) -> Run:
+        run = lay_out(prepared, path)
+        self.resume(run)
+        return run
+
+    def resume(self, run: Run) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+        with (run / "worker.log").open("ab") as log:
+            _workers[str(run)] = subprocess.Popen([sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"], stdin=subprocess.PIPE,
+                                                  stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def poll(self, run: Run) -> str:
+        """The run's own word; "failed" as soon as a worker of ours is gone without having said how it ended."""
+        worker = _workers.get(str(run))
+        if worker is None:
+            return run.state()
+        code = worker.poll()
+        if code is None:
+            return "running"
+        state = run.state()
+        if state in ("queued", "preparing", "running", "interrupted", "unknown"):
+            run.append("error", message=_why(code), where=str(run), fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run}", exit_status=1)
+            run.append("state", state="failed")
+            return "failed"
+        return state
+
+    def cancel(self, run: Run) -> None:
+        """Ask for a checkpoint and the end. A second time: kill."""
+        worker = _workers.get(str(run))
+        if worker and worker.poll() is None:
+            worker.send_signal(signal.SIGINT)
+
+    def completer(self, model: str) -> Completer:
+        from tunesmith.local.generate import Chat
+        chat: Any = Chat(model)
+        return chat  # type: ignore[no-any-return]
+
+
+def lay_out(prepared: Prepared, path: Path) -> Run:
+    """A run directory with everything the loop needs."""
+    from tunesmith.local.batches import save_tokens
+
+    run = create_run(prepared, path)
+    for side, rows in prepared.rendered.items():
+        if rows:
+            save_tokens(rows, run / "data", side)
+    return run
+
+
+def _why(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "the worker was killed (by the system, when memory ran out?); a smaller --batch-size needs less"
+    return f"the worker ended with status {code}"

@@ -1,0 +1,184 @@
+"""Checkpoints: complete or absent, hashed, verified on load; no pickle.
+
+    checkpoints/checkpoint-step-N/
+      model files           what plain transformers (or peft) loads
+      optimizer.safetensors Adam's moments and step counts by parameter name
+      trainer.json          position, best so far, early-stopping state;  rng.safetensors  random generators
+      MANIFEST.json         sha256 of every other file, written last
+
+A checkpoint is built in a hidden folder, fsynced and renamed. best_model/, final_model/ and the run's
+own folder hold hard links into checkpoints: loadable, and no byte is stored twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tunesmith.data.write import sync_folder, write_json
+from tunesmith.errors import RunError
+from tunesmith.local import model as models
+from tunesmith.render import Renderer
+from tunesmith.runs import Run
+
+PREFIX = "checkpoint-step-"
+TRAINER_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer.json", "MANIFEST.json")
+
+
+class Position(msgspec.Struct):
+    """Where training stands: steps done, the best validation so far, validations since, tokens seen, seconds spent."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    since_best: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+
+
+def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.Optimizer, position: Position) -> Path:
+    """Write checkpoint-step-N; returns its folder."""
+    final = run / "checkpoints" / f"{PREFIX}{position.step}"
+    building = run / "checkpoints" / f".{final.name}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        models.save(model, building)
+        renderer.save(building)
+        save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
+        save_file(_rng(), building / "rng.safetensors")
+        write_json(building / "trainer.json", position)
+        write_json(building / "MANIFEST.json", {p.name: _hash(p) for p in sorted(building.iterdir())})
+        for file in building.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if final.exists():  # of an earlier try at this step
+            shutil.rmtree(final)
+        building.rename(final)
+        sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return final
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's state by parameter name, e.g. "exp_avg/model.norm.weight"."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{key}/{names[id(p)]}": value.detach().cpu().contiguous()
+            for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def _rng() -> dict[str, torch.Tensor]:
+    """Every generator that training draws from: torch's, on each device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Put weights, optimizer and random generators back as they were; returns the position."""
+    _load_weights(folder, model)
+    parameters = dict(model.named_parameters())
+    tensors = load_file(folder / "optimizer.safetensors")
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        place = "cpu" if kind == "step" and not optimizer.defaults.get("fused") else parameters[name].device
+        optimizer.state[parameters[name]][kind] = value.to(place)
+    rng = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(rng["cpu"])
+    if torch.cuda.is_available() and "cuda0" in rng:
+        torch.cuda.set_rng_state_all([rng[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+    return msgspec.json.decode((folder / "trainer.json").read_bytes(), type=Position)
+
+
+@torch.no_grad()
+def _load_weights(folder: Path, model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    saved: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        saved |= load_file(file)
+    missing, unexpected = model.load_state_dict(saved, strict=False)
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    if set(missing) - tied or unexpected:
+        raise RunError("the checkpoint's weights are not this model's", where=str(folder), fix="train again")
+
+
+def latest(run: Run) -> Path | None:
+    """The newest whole checkpoint; a damaged one is named in the log and passed over."""
+    for folder in reversed(existing(run)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        run.append("warning", message=f"{folder.name} is damaged ({problem}); using the one before")
+    return None
+
+
+def existing(run: Run) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted((run / "checkpoints").glob(f"{PREFIX}*"), key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None when every hash is right."""
+    try:
+        manifest = msgspec.json.decode((folder / "MANIFEST.json").read_bytes(), type=dict[str, str])
+        wrong = next((name for name, digest in manifest.items() if _hash(folder / name) != digest), None)
+    except (OSError, msgspec.DecodeError) as error:
+        return str(error)
+    return f"{wrong} has changed" if wrong else None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def prune(run: Run, keep_last: int, best_step: int) -> None:
+    """Delete all but the last N checkpoints and the best."""
+    for folder in existing(run)[:-keep_last]:
+        if folder.name != f"{PREFIX}{best_step}":
+            shutil.rmtree(folder)
+
+
+def publish(checkpoint: Path, target: Path) -> None:
+    """Make `target` a model folder of hard links to the checkpoint's model files. A run's own folder gets them beside what it has."""
+    building = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name not in TRAINER_FILES:
+            _link(file, building / file.name)
+    if (target / "run.json").exists():
+        for file in building.iterdir():
+            file.replace(target / file.name)
+        building.rmdir()
+        return
+    if target.exists():
+        shutil.rmtree(target)
+    building.rename(target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint as plain values."""
+    return msgspec.json.decode((folder / "trainer.json").read_bytes())  # type: ignore[no-any-return]

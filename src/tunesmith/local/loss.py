@@ -1,0 +1,126 @@
+"""Cross-entropy only where there is a label, in chunks, with its gradient made in the same pass.
+
+The [tokens, vocabulary] matrix never exists whole: for each chunk of supervised positions the logits
+are computed, turned in place into their gradient (softmax - one-hot) and used up at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 512  # rows of logits at a time: 512 x 50k fp32 is 100 MB; larger was not faster on 2 cores
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        need_h, need_w, need_b, _ = ctx.needs_input_grad
+        grad_h = torch.empty_like(hidden) if need_h else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        grad_b = torch.zeros_like(bias) if need_b and bias is not None else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], CHUNK):
+            h, t = hidden[start : start + CHUNK], targets[start : start + CHUNK]
+            logits = _logits(h, weight, bias)
+            norm = torch.logsumexp(logits, dim=1, keepdim=True)
+            total += (norm.squeeze(1) - logits.gather(1, t[:, None]).squeeze(1)).sum()
+            if not (need_h or need_w or need_b):
+                continue
+            grad = logits.sub_(norm).exp_()  # now the softmax, in the logits' memory
+            grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
+            grad = grad.to(hidden.dtype)
+            if grad_h is not None:
+                torch.mm(grad, weight, out=grad_h[start : start + CHUNK])
+            if grad_w is not None:
+                grad_w.addmm_(grad.t(), h)
+            if grad_b is not None:
+                grad_b += grad.sum(0)
+        ctx.save_for_backward(*(g for g in (grad_h, grad_w, grad_b) if g is not None))
+        ctx.have = (grad_h is not None, grad_w is not None, grad_b is not None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = hidden @ weight.t()
+    return (logits if bias is None else logits.add_(bias)).float()
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Sum of -log p(target) in nats, fp32. hidden [n, d], weight [vocabulary, d], targets [n] int64."""
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
+    return result
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per position: -log p(target) [n] fp32, and whether the target was the likeliest token [n] bool."""
+    losses, right = [], []
+    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = _logits(h, weight, bias)
+        losses.append(torch.logsumexp(logits, 1) - logits.gather(1, t[:, None]).squeeze(1))
+        right.append(logits.argmax(1) == t)
+    return torch.cat(losses), torch.cat(right)
+
+
+class LossModule(nn.Module):
+    """Tokens in, (sum of losses, number of supervised tokens) out: the whole forward pass of training.
+
+    It is a module so that wrappers for several processes hook one `forward`. `mode` is how the model runs:
+    "packed" (all conversations at once), "single" (one after the other, for models whose attention
+    cannot be packed), or "logits" (the model's own head, for models that do more than a matrix product there).
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "packed") -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+        causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._causal, self._decoder, self._head = [causal], [causal.base_model], [causal.get_output_embeddings()]  # lists: not submodules twice
+
+    def hidden(self, ids: Tensor, segments: list[int]) -> Tensor:
+        """Last hidden states [tokens, d] of conversations that stand one after the other in `ids` [tokens]."""
+        decoder = self._decoder[0]
+        if self.mode == "packed":
+            positions = torch.cat([torch.arange(n, device=ids.device) for n in segments])
+            out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments)
+            return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return torch.cat([decoder(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(segments)])
+
+    def forward(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, int]:
+        """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
+        at = supervised(mask, segments)
+        if self.mode == "logits":
+            logits = self._own_logits(ids, segments)[at]
+            return nn.functional.cross_entropy(logits, ids[at + 1], reduction="sum"), len(at)
+        head = self._head[0]
+        return chunked_cross_entropy(self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]), len(at)
+
+    @torch.no_grad()
+    def scores(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Per supervised token: loss in nats, whether it was the likeliest, index of its conversation."""
+        at = supervised(mask, segments)
+        owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))[at.cpu()]
+        if self.mode == "logits":
+            logits = self._own_logits(ids, segments)[at]
+            return nn.functional.cross_entropy(logits, ids[at + 1], reduction="none"), logits.argmax(1) == ids[at + 1], owner
+        head = self._head[0]
+        return *token_scores(self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]), owner
+
+    def _own_logits(self, ids: Tensor, segments: list[int]) -> Tensor:
+        return torch.cat([self._causal[0](input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(segments)])
+
+
+def supervised(mask: Tensor, segments: list[int]) -> Tensor:
+    """Positions [n] whose next token is to be predicted: the next is masked True and of the same conversation."""
+    nxt = torch.zeros_like(mask)
+    nxt[:-1] = mask[1:]
+    ends = torch.tensor(segments).cumsum(0) - 1
+    nxt[ends.to(mask.device)] = False
+    return nxt.nonzero().squeeze(1)

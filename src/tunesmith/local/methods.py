@@ -1,0 +1,62 @@
+"""What is trained: all weights, low-rank adapters, or only the layers above a frozen bottom."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tunesmith.errors import UsageError
+from tunesmith.recipe import Recipe
+
+
+def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Mark what is trained, adding adapters where asked. Adapter weights depend on the seed alone."""
+    stack, layers = decoder_layers(model)
+    frozen = math.floor(recipe.freeze_ratio * len(layers))
+    if recipe.method == "lora":
+        return _lora(model, recipe, stack, frozen, len(layers))
+    if frozen:
+        model.requires_grad_(False)
+        for layer in layers[frozen:]:
+            layer.requires_grad_(True)
+        for name, module in model.base_model.named_children():  # what stands after the layers: the last norm
+            if module is not layers and name not in ("embed_tokens", "wte", "wpe", "rotary_emb", "drop"):
+                module.requires_grad_(True)
+        head = model.get_output_embeddings()
+        if head.weight is not model.get_input_embeddings().weight:
+            head.requires_grad_(True)
+        # a tied head stays frozen: it is the embedding, which lies below the frozen layers
+    return model
+
+
+def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets: str | list[str] = recipe.lora_targets
+    if targets != "all-linear":
+        targets = [t.strip() for t in recipe.lora_targets.split(",")]
+        present = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        unknown = [t for t in targets if t not in present]
+        if unknown:
+            raise UsageError(f'lora_targets: no linear layer "{unknown[0]}"', where="flag", fix=f"this model has {', '.join(sorted(present))}")
+    assert recipe.lora_alpha != "auto"
+    config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets,
+                        bias="none", task_type="CAUSAL_LM")
+    if frozen:
+        config.layers_to_transform, config.layers_pattern = list(range(frozen, layers)), stack
+        if targets == "all-linear":
+            top = decoder_layers(model)[1][0]
+            config.target_modules = sorted({n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, nn.Linear)})
+    torch.manual_seed(recipe.seed)
+    return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder layers, and its attribute's name ("layers", "h")."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name.rpartition(".")[2], module
+    raise UsageError("this model's layers were not found", where=type(model).__name__, fix="use --freeze-ratio 0")

@@ -1,0 +1,89 @@
+"""Models in and out of memory: load from a folder, choose how they run, save what plain transformers and peft load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunesmith.errors import ModelError
+from tunesmith.local import attention
+from tunesmith.local.loss import LossModule
+from tunesmith.models import find, read_json
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def device() -> torch.device:
+    """The GPU if there is one, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load(folder: Path) -> nn.Module:
+    """A causal language model in fp32 on this machine's device, adapters applied. No code from the folder is run."""
+    base, adapter = folder, None
+    if (folder / "adapter_config.json").exists():
+        base, adapter = find(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])), folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=_implementation(base), use_safetensors=True,
+                                                     trust_remote_code=False, local_files_only=True)
+        if adapter:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder), fix="does it load with plain transformers?") from None
+    return model.to(device())  # type: ignore[no-any-return]
+
+
+def _implementation(folder: Path) -> str:
+    """Packed attention unless the configuration has a sliding window, which it lacks."""
+    config = read_json(folder / "config.json")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return "sdpa" if window else attention.NAME
+
+
+def loss_module(model: nn.Module) -> tuple[LossModule, str]:
+    """The fastest way to run this model that gives its own loss, found by trying, and why it is not "packed".
+
+    Two short conversations are scored in each mode and compared with the model's own logits.
+    """
+    was_training = model.training
+    model.eval()
+    where = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(12, device=where) * 7 + 3) % vocabulary
+    mask = torch.ones(12, dtype=torch.bool, device=where)
+    reasons = []
+    with torch.no_grad():
+        want = LossModule(model, "logits")(ids, mask, [7, 5])[0]
+        for mode in ("packed", "single", "logits"):
+            try:
+                got = LossModule(model, mode)(ids, mask, [7, 5])[0]
+            except (TypeError, NotImplementedError, RuntimeError, AttributeError, ValueError) as error:
+                reasons.append(f"{mode}: {str(error).splitlines()[0]}")
+                continue
+            if torch.allclose(got, want, rtol=1e-3):
+                break
+            reasons.append(f"{mode}: loss {got:.4f}, the model's own {want:.4f}")
+    model.train(was_training)
+    return LossModule(model, mode), "; ".join(reasons)
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Weights (safetensors) and configuration: a model folder, or an adapter folder for peft."""
+    kind: Any = model
+    implementation = kind.config._attn_implementation
+    kind.config._attn_implementation = "sdpa" if implementation == attention.NAME else implementation
+    try:
+        kind.save_pretrained(folder, safe_serialization=True)
+    finally:
+        kind.config._attn_implementation = implementation
+    if hasattr(model, "peft_config"):
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the run writes its own

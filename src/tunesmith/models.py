@@ -1,0 +1,111 @@
+"""Base models by name: where the files lie and what they say, read without loading a framework."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tunesmith.errors import ModelError
+
+STARTER = Path(__file__).parent / "assets" / "starter"
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never pickled weights
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What config.json and the safetensors headers say. `context` and `hidden` in tokens and units."""
+
+    folder: str
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    context: int
+
+
+def find(name: str) -> Path:
+    """The folder of a model: the starter, a local folder (a run too), or a Hub snapshot.
+
+    Raises ModelError naming what was tried.
+    """
+    path = Path(name).expanduser()
+    if name == "starter" and not path.is_dir():
+        return STARTER
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            raise ModelError("the folder holds no model (no config.json)", where=name, fix="name the folder that has config.json in it")
+        return path
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
+        raise ModelError("no such model folder", where=name, fix="check the path, or use --model starter")
+    return _snapshot(name)
+
+
+def _snapshot(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise ModelError("Hub models need huggingface_hub", where=name, fix="pip install 'tunesmith[local]'") from None
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=_WANTED))
+    except Exception:  # not in the cache: whatever the client says, a download is next
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED, etag_timeout=5))
+    except Exception:
+        raise ModelError("neither a folder here, nor in the cache, nor to be had from the Hub", where=name,
+                         fix=f"check the name, fetch it where there is a network (hf download {name}), or use --model starter") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when the file is absent."""
+    try:
+        return json.loads(path.read_bytes())  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"not JSON: {error}", where=str(path), fix="is the file whole?") from None
+
+
+def facts(folder: Path) -> ModelFacts:
+    """Size and shape of a model. For an adapter folder, those of its base."""
+    if not (folder / "config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return facts(find(str(base)))
+    config = read_json(folder / "config.json")
+    text = config.get("text_config", config)
+
+    def number(*keys: str) -> int:
+        return next((int(text[k]) for k in keys if text.get(k)), 0)
+
+    return ModelFacts(
+        folder=str(folder), architecture=(config.get("architectures") or [config.get("model_type", "?")])[0],
+        parameters=_parameters(folder), layers=number("num_hidden_layers", "n_layer"), hidden=number("hidden_size", "n_embd"),
+        vocabulary=number("vocab_size"), context=number("max_position_embeddings", "n_positions", "n_ctx") or 1024)
+
+
+def _parameters(folder: Path) -> int:
+    """Number of weights, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError("no safetensors weights", where=str(folder), fix="convert the weights to safetensors; pickled ones are never loaded")
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            try:
+                (size,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(size))
+            except (struct.error, ValueError, MemoryError, OverflowError):
+                raise ModelError("not a whole safetensors file", where=str(file), fix="fetch the model again") from None
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                count = 1
+                for length in tensor["shape"]:
+                    count *= length
+                total += count
+    return total

@@ -1,0 +1,237 @@
+"""What a recipe will do, before anything is loaded or written: rows, tokens, steps, memory, findings.
+
+`prepare` walks the whole data road (read, check, split, render) and stops with DataError on anything
+that would spoil the run. Its Prepared goes to a backend; its Plan is what `tunesmith plan` shows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import Conversation, Issue
+from tunesmith.data.check import load
+from tunesmith.data.split import Splits, prompt_key, split
+from tunesmith.errors import DataError
+from tunesmith.models import ModelFacts, facts, find
+from tunesmith.recipe import FACTS, Recipe, need_dataset
+from tunesmith.render import Rendered, Renderer
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Counts are of rows and tokens as rendered; `memory_mb` is an estimate of the trainer's peak."""
+
+    recipe: Recipe
+    origin: dict[str, str]
+    model: ModelFacts
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    supervised_tokens: dict[str, int]
+    longest: int
+    dropped: int
+    formats: dict[str, int]
+    steps_per_epoch: int
+    steps: int
+    trainable_parameters: int
+    memory_mb: int
+    issues: list[Issue]
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A plan with the rows behind it, split, and rendered in the same order."""
+
+    plan: Plan
+    splits: Splits
+    rendered: dict[str, list[Rendered]]
+
+
+def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
+    """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
+    folder = find(recipe.model)
+    model = facts(folder)
+    splits, issues, formats = _splits(recipe)
+    if recipe.num_workers != "auto":
+        os.environ["RAYON_NUM_THREADS"] = str(recipe.num_workers)  # read by tokenizers when its pool starts
+    renderer = Renderer(folder)
+    limit = model.context if recipe.max_length == "auto" else recipe.max_length
+    if limit > model.context:
+        raise DataError(f"max_length {limit} is over the model's context of {model.context}", where=recipe.model, fix=f"set --max-length {model.context} or less")
+    rendered, kept, dropped = {}, {}, 0
+    for side, rows in splits.items():
+        whole = list(renderer.render_all(rows))
+        fits, found = _fit(whole, limit, recipe.over_long)
+        issues.extend(found)
+        rendered[side] = [r for r in fits if r]
+        kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]
+        dropped += len(rows) - len(kept[side])
+    if not rendered["train"]:
+        raise DataError(f"all rows are longer than {limit} tokens", where=need_dataset(recipe), fix="shorten them, or use a model with a longer context")
+    issues.extend(_token_issues(rendered["train"], renderer, model))
+    stop = next((i for i in issues if i.severity == "error"), None)
+    if stop:
+        raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
+    recipe, origin = _resolve_auto(recipe, origin, model, len(kept["train"]), limit, kept)
+    return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
+
+
+def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
+    loaded = load(need_dataset(recipe), recipe.columns).require()
+    issues, apart = list(loaded.issues), {}
+    for side, name in (("valid", recipe.valid_dataset), ("test", recipe.test_dataset)):
+        if name:
+            part = load(name, recipe.columns).require()
+            apart[side] = part.conversations
+            issues.extend(part.issues)
+    splits = split(loaded.conversations, 0 if "valid" in apart else recipe.valid_fraction, 0 if "test" in apart else recipe.test_fraction,
+                   method=recipe.split_method, seed=recipe.seed, group_by=recipe.group_by)
+    trained = {prompt_key(row) for row in splits["train"]}
+    for side, rows in apart.items():
+        splits[side] = rows
+        both = [row for row in rows if prompt_key(row) in trained]
+        if both:
+            issues.append(Issue("warning", "leak", both[0].source, f"{len(both)} rows of the {side} set ask what a training row asks", "remove them from one of the two"))
+    return splits, issues, loaded.formats
+
+
+def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered | None], list[Issue]]:
+    """Rows within the limit; over-long ones as the policy says: None (dropped), cut, or kept with an error."""
+    long = [r for r in rows if len(r.ids) > limit]
+    if not long:
+        return list(rows), []
+    worst = max(long, key=lambda r: len(r.ids))
+    message = f"{len(long)} of {len(rows)} rows are over {limit} tokens (the longest: {len(worst.ids)})"
+    if policy == "error":
+        if len(long) == len(rows):
+            message = f"all rows are over-long: {message}"
+        return list(rows), [Issue("error", "over-long", worst.source, f"{message}; the answer would be cut", "shorten them, or --over-long drop (or truncate)")]
+    note = Issue("warning", "over-long", worst.source, f"{message}; {'left out' if policy == 'drop' else 'their ends are cut'}")
+    if policy == "drop":
+        return [r if len(r.ids) <= limit else None for r in rows], [note]
+    cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
+    return [r if any(r.mask[1:]) else None for r in cut], [note]
+
+
+def length_issues(rows: list[Conversation], model: str) -> list[Issue]:
+    """Findings about rows that are longer than a model's context."""
+    folder = find(model)
+    return _fit(list(Renderer(folder).render_all(rows)), facts(folder).context, "error")[1]
+
+
+def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -> list[Issue]:
+    """The preflight: what makes a healthy-looking loss curve worthless."""
+    issues = []
+    silent = [r for r in rows if not any(r.mask[1:])]
+    if silent:
+        issues.append(Issue("error", "no-supervised-token", silent[0].source, f"{len(silent)} rows have no token to learn", "is the answer empty, or cut off?"))
+    top = max(max(r.ids, default=0) for r in rows)
+    if top >= model.vocabulary:
+        issues.append(Issue("error", "id-out-of-range", rows[0].source, f"token id {top} is outside the model's vocabulary of {model.vocabulary}", "the tokenizer is not this model's"))
+    stops = set(renderer.stop_ids)
+    endless = [r for r in rows if not any(m and i in stops for i, m in zip(r.ids, r.mask, strict=True))]
+    if endless:
+        issues.append(Issue("warning", "no-end-of-turn", endless[0].source, f"{len(endless)} of {len(rows)} rows never teach the model to stop", "end the answer with the EOS token in the chat template"))
+    return issues
+
+
+# ---- auto
+
+
+def _step(rule: dict[str, Any], size: int) -> Any:
+    return next(s["value"] for s in rule["steps"] if size <= s["up_to"])
+
+
+def _resolve_auto(recipe: Recipe, origin: dict[str, str], model: ModelFacts, rows: int, limit: int, kept: Splits) -> tuple[Recipe, dict[str, str]]:
+    """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
+    with (FACTS / "auto.toml").open("rb") as stream:
+        rules = tomllib.load(stream)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rate = rules["learning_rate"][recipe.method]
+    name, count = persona(kept["train"])
+    values: dict[str, tuple[Any, str]] = {
+        "max_length": (limit, "the model's context"),
+        "num_workers": (cores, "every core"),
+        "threads": (cores, "every core"),
+        "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
+        "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
+        "learning_rate": (_step(rate, model.parameters), f"{recipe.method}, {model.parameters / 1e6:.1f}M parameters: {rate['reason']}"),
+        "epochs": (_step(rules["epochs"], rows), f"{rows} rows: {rules['epochs']['reason']}"),
+        "batch_size": (_step(rules["batch_size"], rows), f"{rows} rows: {rules['batch_size']['reason']}"),
+    }
+    new = {k: v for k, (v, _) in values.items() if getattr(recipe, k) == "auto"}
+    batch = new.get("batch_size", recipe.batch_size)
+    per_epoch = math.ceil(rows / (batch * recipe.gradient_accumulation_steps))
+    if recipe.eval_steps == "auto":
+        new["eval_steps"], values["eval_steps"] = per_epoch, (per_epoch, "once an epoch")
+    if recipe.save_steps == "auto":
+        steps = new.get("eval_steps", recipe.eval_steps)
+        new["save_steps"], values["save_steps"] = steps, (steps, "at each validation")
+    return msgspec.structs.replace(recipe, **new), {**origin, **{k: f"auto: {values[k][1]}" for k in new}}
+
+
+def persona(rows: list[Conversation]) -> tuple[str, int]:
+    """The name that answers give to their speaker ("I'm Deep Tree Echo", "my name is …"), and how many do.
+
+    At least two capitalised words or four answers, and 3 % of the rows; else ("none", 0).
+    """
+    import re
+    from collections import Counter
+    said = re.compile(r"(?:\bI am|\bI[’']m|[Mm]y name is|[Cc]all me) ((?:[A-Z][\w-]+)(?: [A-Z][\w-]+){0,3})")
+    names = Counter(name for row in rows for name in {m[1] for m in said.finditer(row.answer())})
+    if not names:
+        return "none", 0
+    name, count = max(names.items(), key=lambda item: (item[1], len(item[0])))
+    return (name, count) if count >= max(4 - name.count(" "), 0.03 * len(rows)) else ("none", 0)
+
+
+# ---- cost
+
+
+def _plan(recipe: Recipe, origin: dict[str, str], model: ModelFacts, rendered: dict[str, list[Rendered]], dropped: int,
+          formats: dict[str, int], issues: list[Issue]) -> Plan:
+    assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
+    rows = {side: len(part) for side, part in rendered.items()}
+    per_epoch = math.ceil(rows["train"] / (recipe.batch_size * recipe.gradient_accumulation_steps))
+    steps = per_epoch * recipe.epochs
+    longest = max(len(r.ids) for part in rendered.values() for r in part)
+    trainable = _trainable(recipe, model)
+    return Plan(
+        recipe, origin, model, rows, tokens={s: sum(len(r.ids) for r in p) for s, p in rendered.items()},
+        supervised_tokens={s: sum(sum(r.mask[1:]) for r in p) for s, p in rendered.items()}, longest=longest, dropped=dropped, formats=formats,
+        steps_per_epoch=per_epoch, steps=min(steps, recipe.max_steps or steps), trainable_parameters=trainable,
+        memory_mb=_memory(recipe, model, trainable, min(recipe.batch_size, rows["train"]) * longest), issues=issues)
+
+
+def _trainable(recipe: Recipe, model: ModelFacts) -> int:
+    """Weights that will change. For LoRA an estimate: rank x (in + out) over about seven square-ish maps a layer."""
+    layers = model.layers - math.floor(recipe.freeze_ratio * model.layers)
+    embedding = model.vocabulary * model.hidden
+    body = max(0, model.parameters - embedding)
+    if recipe.method == "lora":
+        return int(recipe.lora_rank * layers * 20 * model.hidden)
+    return model.parameters if not recipe.freeze_ratio else int(body * layers / max(1, model.layers))
+
+
+def _memory(recipe: Recipe, model: ModelFacts, trainable: int, tokens: int) -> int:
+    """Peak in MB: weights, gradients and Adam's two moments in fp32, activations kept for the backward pass, one
+    chunk of logits, and what the libraries take by themselves (450 MB measured: torch, transformers, CPU build)."""
+    weights = 4 * model.parameters + (4 + 8) * trainable
+    per_token = 4 * model.hidden * (2 if recipe.gradient_checkpointing else 30) * model.layers
+    logits = 2 * 4 * 512 * model.vocabulary
+    return round((weights + per_token * tokens + logits) / 1e6 + 450)
+
+
+def output_path(recipe: Recipe) -> Path:
+    """Where the run goes: exactly --output-dir, else RUNS_DIR/TASK_DATASET, with -2, -3 … when that is taken."""
+    if recipe.output_dir:
+        return Path(recipe.output_dir).expanduser()
+    name = Path(need_dataset(recipe).rstrip("/")).name.split(".")[0]
+    base = Path(recipe.runs_dir).expanduser() / f"{recipe.task}_{name}"
+    path, number = base, 2
+    while path.exists() and any(path.iterdir()):
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path

@@ -1,0 +1,213 @@
+"""Recipe: the one declaration of every setting: type, range, default, help text.
+
+Flags, configuration files, the JSON schema, the reference page and a run's manifest are derived from
+it. To add a setting, add a field here and read it where it acts; a test fails while nothing reads it.
+
+Each value's origin is kept: "default", "task chat", "preset quick_test", "config.json", "flag", or "auto: <rule>".
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from tunesmith.errors import DataError, UsageError, did_you_mean
+
+FACTS = Path(__file__).parent / "facts"
+Auto = Literal["auto"]
+
+
+def opt(group: str, help: str, *aliases: str, **limits: Any) -> Meta:
+    """Help text, help group and further names of a setting; limits are msgspec's (ge, gt, le, lt)."""
+    return Meta(description=help, extra={"group": group, "aliases": aliases}, **limits)
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every setting of a run. `"auto"` values are resolved by documented rules once the data is known."""
+
+    dataset: Annotated[str | None, opt("data", "file, folder, sample name or Hub data set to learn from")] = None
+    columns: Annotated[dict[str, str], opt("data", "map columns: prompt=question,completion=answer")] = {}
+    valid_dataset: Annotated[str | None, opt("data", "validation rows from here instead of a share of --dataset", "validation_dataset")] = None
+    test_dataset: Annotated[str | None, opt("data", "test rows from here instead of a share of --dataset")] = None
+    valid_fraction: Annotated[float, opt("data", "share held out to choose the best step", ge=0, lt=1)] = 0.1
+    test_fraction: Annotated[float, opt("data", "share held out for the verdict, never seen in training", ge=0, lt=1)] = 0.1
+    split_method: Annotated[Literal["hash", "threshold", "shuffle"], opt("data", "hash: by content, exact counts; threshold: rows never change sides as a file grows; shuffle: by row order")] = "hash"
+    group_by: Annotated[str | None, opt("data", "rows equal in this field stay on one side: metadata.tree_id")] = None
+    max_length: Annotated[int | Auto, opt("data", "longest row in tokens; auto: the model's context")] = "auto"
+    over_long: Annotated[Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")] = "error"
+    num_workers: Annotated[int | Auto, opt("data", "threads that tokenize; auto: every core")] = "auto"
+
+    provider: Annotated[str, opt("model", "who trains: huggingface (this machine) or fake (a dry run, no learning)")] = "huggingface"
+    model: Annotated[str, opt("model", "starter (built in), a folder, or a Hub name", "base_model")] = "starter"
+    task: Annotated[Literal["chat", "code", "instruct", "domain", "custom"], opt("model", "what the data teaches; sets defaults")] = "chat"
+    persona: Annotated[str, opt("model", "name that identity probes look for; auto: mined from the answers; none: no probes")] = "auto"
+
+    method: Annotated[Literal["full", "lora"], opt("method", "train all weights, or low-rank adapters")] = "full"
+    lora_rank: Annotated[int, opt("method", "rank of the adapters", ge=1)] = 16
+    lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank")] = "auto"
+    lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
+    lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj")] = "all-linear"
+    freeze_ratio: Annotated[float, opt("method", "share of the layers, from the bottom, left as they are", ge=0, lt=1)] = 0.0
+
+    epochs: Annotated[int | Auto, opt("training", "passes over the data", "num_epochs", "n_epochs")] = "auto"
+    max_steps: Annotated[int | None, opt("training", "stop after this many optimizer steps", )] = None
+    batch_size: Annotated[int | Auto, opt("training", "rows in memory at a time", "per_device_train_batch_size")] = "auto"
+    gradient_accumulation_steps: Annotated[int, opt("training", "batches summed into one optimizer step", ge=1)] = 1
+    learning_rate: Annotated[float | Auto, opt("training", "peak learning rate")] = "auto"
+    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], opt("training", "how the rate falls after warm-up", "lr_scheduler_type")] = "cosine"
+    warmup_ratio: Annotated[float, opt("training", "share of the steps that warm up", ge=0, le=1)] = 0.1
+    warmup_steps: Annotated[int | None, opt("training", "warm-up in steps, instead of the share")] = None
+    weight_decay: Annotated[float, opt("training", "AdamW decay of weight matrices (not of norms and biases)", ge=0)] = 0.01
+    max_grad_norm: Annotated[float, opt("training", "clip the gradient's norm to this; 0: never", ge=0)] = 1.0
+    seed: Annotated[int, opt("training", "seed of split, order, adapters and dropout", ge=0)] = 42
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], opt("training", "auto: bf16 on a GPU, no on a CPU")] = "auto"
+    gradient_checkpointing: Annotated[bool, opt("training", "recompute activations: less memory, a third slower")] = False
+    threads: Annotated[int | Auto, opt("training", "CPU threads; auto: every core")] = "auto"
+
+    eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
+    save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = "auto"
+    save_total_limit: Annotated[int, opt("watching", "checkpoints kept besides the best", ge=1)] = 2
+    patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
+    min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
+
+    output_dir: Annotated[str | None, opt("output", "the run's directory; default RUNS_DIR/TASK_DATASET")] = None
+    runs_dir: Annotated[str, opt("output", "where runs without --output-dir go")] = "fine_tuned_models"
+
+
+POSITIVE = ("epochs", "max_steps", "batch_size", "learning_rate", "max_length", "lora_alpha", "eval_steps", "save_steps",
+            "threads", "num_workers")  # auto-or-number fields: the union's number must be above 0
+SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One setting as flags and the reference page need it."""
+
+    name: str
+    help: str
+    group: str
+    aliases: tuple[str, ...]
+    type: Any
+    default: Any
+
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+
+def fields() -> dict[str, Field]:
+    """Every setting by name, in the order of declaration."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    defaults = dict(zip(Recipe.__struct_fields__[-len(Recipe.__struct_defaults__):], Recipe.__struct_defaults__, strict=True))
+    found = {}
+    for name, hint in hints.items():
+        base, meta = get_args(hint)
+        default = defaults[name]
+        default = {} if name == "columns" else default
+        found[name] = Field(name, meta.description, meta.extra["group"], meta.extra["aliases"], base, default)
+    return found
+
+
+def canonical(key: str) -> str | None:
+    """The setting that a key, alias or flag ("--num-epochs") names; None where there is none."""
+    key = key.lstrip("-").replace("-", "_")
+    for field in fields().values():
+        if key == field.name or key in field.aliases:
+            return field.name
+    return None
+
+
+def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, dict[str, str]]:
+    """Defaults, then the task's, the preset's or file's, then flags: (Recipe, origin of each value).
+
+    `flags` values may be strings. Raises UsageError naming the key and where it stood.
+    """
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+
+    def lay(layer: dict[str, Any], name: str) -> None:
+        for key, value in layer.items():
+            if key in SWITCHES:
+                key, value = SWITCHES[key][0], SWITCHES[key][1] if value else "full"
+            field = canonical(key)
+            if field is None:
+                known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
+                raise UsageError(f'unknown setting "{key}"{did_you_mean(key, known)}', where=name, fix="tunesmith train --help lists them all")
+            values[field], origin[field] = _typed(field, value, name), name
+
+    layers = [(_sections(_load_config(config)), _config_name(config))] if config else []
+    layers.append((flags, "flag"))
+    task = next((layer["task"] for layer, _ in reversed(layers) if "task" in layer), "chat")
+    if isinstance(task, str) and (FACTS / "tasks" / f"{task}.toml").exists():
+        lay(_read_toml(FACTS / "tasks" / f"{task}.toml"), f"task {task}")
+    for layer, name in layers:
+        lay(layer, name)
+    recipe = Recipe(**values)
+    if recipe.valid_fraction + recipe.test_fraction >= 1:
+        raise UsageError("valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1")
+    return recipe, {name: origin.get(name, "default") for name in fields()}
+
+
+def _typed(name: str, value: Any, place: str) -> Any:
+    field = fields()[name]
+    if name == "columns" and isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if not all(key.strip() and sep and column.strip() for key, sep, column in pairs):
+            raise UsageError(f'cannot read columns "{value}"', where=place, fix="write prompt=question,completion=answer")
+        value = {key.strip(): column.strip() for key, _, column in pairs}
+    meta = get_args(get_type_hints(Recipe, include_extras=True)[name])[1]
+    try:
+        if value == "auto" and "auto" in str(field.type):
+            return value
+        value = msgspec.convert(value, Annotated[field.type, meta], strict=not isinstance(value, str))
+        if name in POSITIVE and isinstance(value, int | float) and value <= 0:
+            raise msgspec.ValidationError("Expected a number > 0")
+    except msgspec.ValidationError as error:
+        limits = f"one of {', '.join(map(str, field.choices()))}" if field.choices() else str(error).removeprefix("Expected ").split(" - at")[0]
+        raise UsageError(f"{name} is {value!r}; expected {limits}", where=place, fix=field.help) from None
+    return value
+
+
+def _config_name(config: str) -> str:
+    return config if Path(config).exists() else f"preset {config}"
+
+
+def _load_config(config: str) -> dict[str, Any]:
+    """A TOML or JSON file, or the name of a preset."""
+    path = Path(config)
+    if not path.exists():
+        preset = FACTS / "presets" / f"{config}.toml"
+        names = sorted(p.stem for p in preset.parent.glob("*.toml"))
+        if not preset.exists():
+            raise UsageError(f"no such file or preset{did_you_mean(config, names)}", where=config, fix=f"presets: {', '.join(names)}")
+        return _read_toml(preset)
+    try:
+        data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)
+    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read: {error}", where=config, fix="write a JSON object (.json) or TOML") from None
+    if not isinstance(data, dict):
+        raise UsageError("holds no object", where=config, fix='write {"dataset": "data.jsonl", "epochs": 3}')
+    return data
+
+
+def _sections(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings may stand at the top or under their group's name ([training])."""
+    groups = {field.group for field in fields().values()} - set(fields())
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= value if key in groups and isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return tomllib.load(stream)
+
+
+def need_dataset(recipe: Recipe) -> str:
+    """The data set's name, or DataError when none was given."""
+    if recipe.dataset is None:
+        raise DataError("no data set", fix="give --dataset FILE (or --dataset echo for the sample)")
+    return recipe.dataset

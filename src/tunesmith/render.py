@@ -1,0 +1,228 @@
+"""Conversation -> (token ids, loss mask): the one place that decides what is trained on.
+
+Only what the assistant says, with its end-of-turn token, is learnt. The model's own chat template
+renders the text; a `{% generation %}` block in it marks the assistant's part exactly; for a template
+without one, the part is what the template adds after its generation prompt. A base model without
+any template gets `facts/templates/default.jinja` ("User: …", blank line, "Assistant: …"), which is then saved with the
+tuned model. Training, chat, evaluation and export all render here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Encoding, Tokenizer
+
+from tunesmith.conversation import Conversation, Message
+from tunesmith.errors import DataError, ModelError
+from tunesmith.models import read_json
+from tunesmith.recipe import FACTS
+
+DEFAULT_TEMPLATE = FACTS / "templates" / "default.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+_MARK = f"\x00{uuid4().hex}\x00"  # stands at both ends of a generation block while rendering; random, so no text holds it
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`: the assistant's part, kept between two marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
+
+    def _wrap(self, caller: Any) -> str:
+        return f"{_MARK}{caller()}{_MARK}"
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment that chat templates are written for: sandboxed, blocks trimmed."""
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension])
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
+        import json
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+
+    def now(form: str) -> str:
+        from datetime import datetime
+        return datetime.now().strftime(form)
+
+    env.filters["tojson"] = tojson
+    env.globals.update(raise_exception=refuse, strftime_now=now)
+    return env
+
+
+class Rendered(msgspec.Struct, frozen=True):
+    """`ids[i]` is learnt where `mask[i]` is 1; `text` is what was tokenised."""
+
+    ids: list[int]
+    mask: list[int]
+    text: str
+    source: str = ""
+
+
+class Renderer:
+    """A model's tokenizer and chat template, read from its folder without torch."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "tokenizer.json").exists():
+            raise ModelError("no tokenizer.json", where=str(folder), fix="save the model's fast tokenizer into this folder")
+        self.folder = folder
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        config = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+        self.special = {k: _token_text(config.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.template, self.is_default = _template(folder, config)
+        self._compiled = _environment().from_string(self.template)
+        prefix = self.tokenizer.encode("").ids  # what the tokenizer itself puts before a text (a Llama's BOS)
+        if self.is_default or not self.special["bos_token"]:
+            self.special["bos_token"] = self.tokenizer.decode(prefix, skip_special_tokens=False) if prefix else ""
+        self.stop_ids = self._stops(read_json(folder / "generation_config.json"))
+        self.pad_id = self._id(self.special["pad_token"]) if self.special["pad_token"] else self.stop_ids[0]
+
+    def _id(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise ModelError(f"the special token {token!r} is not in the vocabulary", where=str(self.folder), fix="correct tokenizer_config.json")
+        return int(found)
+
+    def _stops(self, generation: dict[str, Any]) -> list[int]:
+        """Ids that end an answer: the tokenizer's EOS, then the generation configuration's."""
+        eos = [self._id(self.special["eos_token"])] if self.special["eos_token"] else []
+        more = generation.get("eos_token_id") or []
+        stops = list(dict.fromkeys(eos + ([more] if isinstance(more, int) else list(more))))
+        if not stops:
+            raise ModelError("no end-of-sequence token", where=str(self.folder), fix="set eos_token in tokenizer_config.json")
+        return stops
+
+    # ---- text
+
+    def _render(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
+        plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "train"} for m in messages]
+        try:
+            return self._compiled.render(messages=plain, tools=tools, add_generation_prompt=prompt, **self.special)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise DataError(f"the model's chat template refuses this conversation: {error}", fix="change the roles' order, or the model") from None
+
+    def text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation and the character spans in it that are learnt."""
+        messages = conversation.messages
+        if messages[0].role == "text":
+            bos, eos = self.special["bos_token"], self.special["eos_token"]
+            return f"{bos}{messages[0].content}{eos}", [(len(bos), len(bos) + len(messages[0].content) + len(eos))]
+        marked = self._render(messages, conversation.tools, prompt=False)
+        turns = [m for m in messages if m.role == "assistant"]
+        if _MARK in marked:
+            text, spans = _unmark(marked)
+        else:
+            text, spans = marked, self._spans_by_prefix(conversation)
+        if len(spans) != len(turns):
+            raise DataError(f"the chat template marks {len(spans)} answers, the row has {len(turns)}", where=conversation.source, fix="use another chat template")
+        return text, [self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.train is not False]
+
+    def _spans_by_prefix(self, conversation: Conversation) -> list[tuple[int, int]]:
+        spans = []
+        for i, message in enumerate(conversation.messages):
+            if message.role == "assistant":
+                before = self._render(conversation.messages[:i], conversation.tools, prompt=True)
+                after = self._render(conversation.messages[: i + 1], conversation.tools, prompt=False)
+                if not after.startswith(before):
+                    raise DataError("the chat template renders an answer differently from its own generation prompt",
+                                    where=conversation.source, fix="mark the answer with {% generation %} in the template")
+                spans.append((len(before), len(after)))
+        return spans
+
+    def _to_turn_end(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Without the line break that many templates put after the end-of-turn token: no model ever has to write it."""
+        end = span[0] + len(text[slice(*span)].rstrip())
+        ends = [self.tokenizer.id_to_token(i) for i in self.stop_ids]
+        return (span[0], end) if any(e and text[span[0]:end].endswith(e) for e in ends) else span
+
+    # ---- ids
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """One conversation as ids and mask; both have one entry per token."""
+        return next(self.render_all([conversation]))
+
+    def render_all(self, conversations: Iterable[Conversation], chunk: int = 1024) -> Iterator[Rendered]:
+        """Many conversations, tokenised in chunks on every core."""
+        rest = iter(conversations)
+        while rows := list(islice(rest, chunk)):
+            texts = []
+            for row in rows:
+                try:
+                    texts.append(self.text_and_spans(row))
+                except DataError as error:
+                    error.where = error.where or row.source
+                    raise
+            encodings = self.tokenizer.encode_batch([t for t, _ in texts], add_special_tokens=False)
+            for row, (text, spans), encoding in zip(rows, texts, encodings, strict=True):
+                yield Rendered(encoding.ids, _mask(encoding, spans), text, row.source)
+
+    def prompt_ids(self, messages: Iterable[Message], tools: Any = None) -> list[int]:
+        """Ids after which the model speaks as the assistant."""
+        text = self._render(messages, tools, prompt=True)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    def save(self, folder: Path) -> None:
+        """Tokenizer and template as they were, byte for byte; the default template is written out."""
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        if self.is_default:
+            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else token or ""
+
+
+def _template(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
+    """The model's template and whether it is our default one."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8"), False
+    given = config.get("chat_template")
+    if isinstance(given, list):  # several named ones
+        given = next((t["template"] for t in given if t.get("name") == "default"), None)
+    if given:
+        return str(given), False
+    return DEFAULT_TEMPLATE.read_text(encoding="utf-8"), True
+
+
+def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the spans that stood between two of them."""
+    spans, length, parts = [], 0, marked.split(_MARK)
+    for i, part in enumerate(parts):
+        if i % 2:
+            spans.append((length, length + len(part)))
+        length += len(part)
+    return "".join(parts), spans
+
+
+def _mask(encoding: Encoding, spans: list[tuple[int, int]]) -> list[int]:
+    """1 for the tokens that lie inside a span. Tokens and spans are both in text order: one pass."""
+    mask, at = [], 0
+    for start, end in encoding.offsets:
+        while at < len(spans) and start >= spans[at][1]:
+            at += 1
+        mask.append(int(at < len(spans) and start >= spans[at][0] and end <= spans[at][1] and end > start))
+    return mask

@@ -1,0 +1,183 @@
+"""Run: a directory that is the whole truth about one training run.
+
+    run.json       manifest: recipe with the origin of each value, plan, data hashes, versions (written once)
+    events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error
+    data/          the splits as used and their token ids;  checkpoints/  logs/  evaluation/
+    best_model/    weights at the lowest validation loss;  final_model/  after the last step
+
+Whoever wants to know how a run is doing reads this directory; nothing asks a process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tunesmith.data.write import write_bytes, write_json
+from tunesmith.errors import RunError
+from tunesmith.recipe import Recipe
+
+FINISHED = ("succeeded", "failed", "cancelled")
+Event = dict[str, Any]
+
+
+class Run:
+    """A run directory. `str(run)`, `run / "best_model"` and `os.fspath(run)` give its path."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    __str__ = __fspath__
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.state()})"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    # ---- what was asked
+
+    def manifest(self) -> dict[str, Any]:
+        """run.json. Raises RunError where there is none."""
+        try:
+            return msgspec.json.decode((self / "run.json").read_bytes())  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            raise RunError("not a run (no run.json)", where=str(self), fix="tunesmith runs list shows them") from None
+        except msgspec.DecodeError as error:
+            raise RunError(f"run.json is damaged: {error}", where=str(self), fix="train again from its data/ folder") from None
+
+    def recipe(self) -> Recipe:
+        return msgspec.convert(self.manifest()["recipe"], Recipe)
+
+    # ---- what happened
+
+    def events(self) -> Iterator[Event]:
+        """All events. A last line that is still being written is not there yet."""
+        yield from self.events_from(0)[0]
+
+    def events_from(self, offset: int) -> tuple[list[Event], int]:
+        """Events from a byte offset of the log on, and the offset to ask from next time."""
+        try:
+            with (self / "events.jsonl").open("rb") as stream:
+                stream.seek(offset)
+                data = stream.read()
+        except FileNotFoundError:
+            return [], offset
+        whole = data[: data.rfind(b"\n") + 1]
+        return [msgspec.json.decode(line) for line in whole.splitlines()], offset + len(whole)
+
+    def log_size(self) -> int:
+        """Bytes of the event log: where events to come will begin."""
+        return (self / "events.jsonl").stat().st_size if (self / "events.jsonl").exists() else 0
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Add an event with the time of now. One write of a whole line."""
+        line = msgspec.json.encode({"type": kind, "time": round(time.time(), 3), **fields}) + b"\n"
+        with (self / "events.jsonl").open("ab") as stream:
+            stream.write(line)
+
+    def mend_log(self) -> None:
+        """Cut off a half line that a kill left at the end of the log, before it is added to."""
+        path = self / "events.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            write_bytes(path, whole)
+
+    def state(self) -> str:
+        """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
+        word = next((e["state"] for e in reversed(list(self.events())) if e["type"] == "state"), "unknown")
+        if word in ("preparing", "running") and not self.busy():
+            return "interrupted"
+        return str(word)
+
+    def metrics(self, kind: str) -> list[Event]:
+        """Events of a kind, one for each step: after a resume, a step done again replaces the first."""
+        found = {e["step"]: e for e in self.events() if e["type"] == kind}
+        return [found[step] for step in sorted(found)]
+
+    def busy(self) -> bool:
+        """Whether a process holds this run's lock."""
+        import fcntl
+        try:
+            with (self / ".lock").open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def lock(self, wait: float = 10.0) -> Any:
+        """Hold the run until the returned file is closed or the process ends. Raises RunError when it stays taken."""
+        import fcntl
+        stream = (self / ".lock").open("ab")
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return stream
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError("another process is training this run", where=str(self), fix="wait for it, or stop it first") from None
+                time.sleep(0.1)
+
+    # ---- summary
+
+    def summary(self) -> dict[str, Any]:
+        """The run in one object: state, steps, losses, seconds, the best step."""
+        manifest = self.manifest()
+        steps, evals = self.metrics("step"), self.metrics("eval")
+        best = min(evals, key=lambda e: e["loss"], default=None)
+        done = next((e for e in reversed(list(self.events())) if e["type"] == "done"), {})
+        return {
+            "run": str(self), "status": self.state(), "model": manifest["recipe"]["model"], "task": manifest["recipe"]["task"],
+            "method": manifest["recipe"]["method"], "dataset": manifest["recipe"]["dataset"], "created": manifest["created"],
+            "steps": steps[-1]["step"] if steps else 0, "planned_steps": manifest["plan"]["steps"],
+            "epochs": steps[-1]["epoch"] if steps else 0, "tokens": steps[-1]["total_tokens"] if steps else 0,
+            "supervised_tokens": steps[-1]["total_supervised_tokens"] if steps else 0,
+            "seconds": done.get("seconds"), "tokens_per_second": done.get("tokens_per_second"), "peak_memory_mb": done.get("peak_memory_mb"),
+            "best_step": best["step"] if best else None, "best_valid_loss": best["loss"] if best else None,
+            "final_train_loss": steps[-1]["loss"] if steps else None, "stopped_early": done.get("stopped_early", False),
+        }
+
+
+def create(path: Path, manifest: dict[str, Any]) -> Run:
+    """A new run directory. Raises RunError if the path holds something else."""
+    refuse_taken(path)
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    for folder in ("data", "checkpoints", "logs"):
+        (run / folder).mkdir(exist_ok=True)
+    write_json(run / "run.json", manifest)
+    run.append("state", state="queued")
+    return run
+
+
+def refuse_taken(path: Path) -> None:
+    """RunError unless `path` is free: absent or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "holds another run" if (path / "run.json").exists() else "is not empty"
+        fix = f"choose another --output-dir, or go on with --resume {path}" if "run" in what else "choose another --output-dir"
+        raise RunError(f"the output directory {what}", where=str(path), fix=fix)
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """An existing run; RunError if there is none."""
+    run = Run(path)
+    run.manifest()
+    return run
+
+
+def listing(folder: Path) -> list[Run]:
+    """Runs in a folder, newest first."""
+    runs = [Run(p.parent) for p in folder.glob("*/run.json")] if folder.is_dir() else []
+    return sorted(runs, key=lambda r: (r / "run.json").stat().st_mtime, reverse=True)

@@ -1,0 +1,85 @@
+"""Rebuild the starter model from its sources: corpus, tokenizer, pre-training with our own engine, model card.
+
+    python tools/starter/build.py [--work DIR] [--epochs 4] [--install]
+
+Takes about an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
+src/tunesmith/assets/starter. Nothing is downloaded but Debian's wordnet-base package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizer import train as train_tokenizer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import tunesmith as ts
+from tunesmith.models import STARTER
+
+HERE = Path(__file__).parent
+SEED = 0
+SETTINGS = {  # of pre-training; what is not here is the Recipe's default
+    "test_fraction": 0, "persona": "none", "batch_size": 32, "learning_rate": 2e-3, "warmup_ratio": 0.02, "weight_decay": 0.1,
+    "patience": 0, "eval_steps": 1000, "save_steps": 500, "seed": SEED,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("starter_build"))
+    parser.add_argument("--wordnet", type=Path, help="folder with data.noun and so on, instead of the package")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--install", action="store_true")
+    options = parser.parse_args()
+    corpus, base, run = (options.work / name for name in ("corpus", "base", "run"))
+    if not (corpus / "facts.json").exists():
+        wordnet = ["--wordnet", str(options.wordnet)] if options.wordnet else []
+        subprocess.run([sys.executable, HERE / "corpus.py", "--out", corpus, *wordnet], check=True)
+    if not (base / "config.json").exists():
+        train_tokenizer(corpus / "train.jsonl", base)
+        new_model().save_pretrained(base)
+    if (run / "run.json").exists():
+        ts.resume(run, show)
+    else:
+        ts.train(corpus / "train.jsonl", valid_dataset=str(corpus / "heldout.jsonl"), model=str(base), epochs=options.epochs, output_dir=str(run), on_event=show, **SETTINGS)
+    finish(run / "final_model", corpus, options.work / "starter")
+    if options.install:
+        shutil.copytree(options.work / "starter", STARTER, dirs_exist_ok=True)
+
+
+def new_model() -> LlamaForCausalLM:
+    """A Llama of 6.5M parameters with random weights: tied embeddings, grouped-query attention."""
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+
+
+def show(run: ts.Run, event: dict) -> None:
+    if event["type"] == "eval" or (event["type"] == "step" and event["step"] % 100 == 0):
+        print({k: event[k] for k in ("type", "step", "loss")}, flush=True)
+
+
+def finish(model: Path, corpus: Path, target: Path) -> None:
+    """The trained model in bfloat16 (13 MB; it is trained and used in float32) with its generation defaults and facts."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(model / name, target / name)
+    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in load_file(model / "model.safetensors").items()}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    config = {**json.loads((model / "config.json").read_text()), "dtype": "bfloat16"}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    GenerationConfig(eos_token_id=2, pad_token_id=0, max_new_tokens=256).save_pretrained(target)
+    shutil.copyfile(corpus / "facts.json", target / "corpus.json")
+    shutil.copyfile(corpus / "heldout.jsonl", target / "heldout.jsonl")
+
+
+if __name__ == "__main__":
+    main()
