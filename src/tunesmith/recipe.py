@@ -162,7 +162,7 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if value == "auto" and "auto" in str(field.type):
             return value
         value = msgspec.convert(value, Annotated[field.type, meta], strict=not isinstance(value, str))
-        if name in POSITIVE and isinstance(value, int | float) and value <= 0:
+        if name in POSITIVE and isinstance(value, int | float) and not 0 < value < float("inf"):
             raise msgspec.ValidationError("Expected a number > 0")
     except msgspec.ValidationError as error:
         limits = f"one of {', '.join(map(str, field.choices()))}" if field.choices() else str(error).removeprefix("Expected ").split(" - at")[0]

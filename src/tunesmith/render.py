@@ -114,11 +114,15 @@ class Renderer:
     # ---- text
 
     def _render(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
+        """The template's text, the assistant's parts between marks where it has `{% generation %}`."""
         plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "train"} for m in messages]
         try:
             return self._compiled.render(messages=plain, tools=tools, add_generation_prompt=prompt, **self.special)
         except (TemplateError, TypeError, KeyError) as error:
             raise DataError(f"the model's chat template refuses this conversation: {error}", fix="change the roles' order, or the model") from None
+
+    def _unmarked(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
+        return self._render(messages, tools, prompt).replace(_MARK, "")
 
     def text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans in it that are learnt."""
@@ -140,8 +144,8 @@ class Renderer:
         spans = []
         for i, message in enumerate(conversation.messages):
             if message.role == "assistant":
-                before = self._render(conversation.messages[:i], conversation.tools, prompt=True)
-                after = self._render(conversation.messages[: i + 1], conversation.tools, prompt=False)
+                before = self._unmarked(conversation.messages[:i], conversation.tools, prompt=True)
+                after = self._unmarked(conversation.messages[: i + 1], conversation.tools, prompt=False)
                 if not after.startswith(before):
                     raise DataError("the chat template renders an answer differently from its own generation prompt",
                                     where=conversation.source, fix="mark the answer with {% generation %} in the template")
@@ -173,12 +177,31 @@ class Renderer:
                     raise
             encodings = self.tokenizer.encode_batch([t for t, _ in texts], add_special_tokens=False)
             for row, (text, spans), encoding in zip(rows, texts, encodings, strict=True):
-                yield Rendered(encoding.ids, _mask(encoding, spans), text, row.source)
+                ids, offsets = self._unstraddled(text, spans, encoding)
+                yield Rendered(ids, _mask(offsets, spans), text, row.source)
+
+    def _unstraddled(self, text: str, spans: list[tuple[int, int]], encoding: Encoding) -> tuple[list[int], list[tuple[int, int]]]:
+        """(ids, character offsets) such that no token lies across the start of an answer.
+
+        An answer that begins with a line break would melt into one token with the template's own; when the
+        model speaks, the prompt's tokens are fixed already. Such rows (rare) are encoded piece by piece.
+        """
+        ids, offsets = encoding.ids, encoding.offsets
+        starts = {start for start, _ in spans}
+        if not any(at in starts for a, b in offsets if b - a > 1 for at in range(a + 1, b)):
+            return ids, offsets
+        cuts = [0, *sorted(starts - {0}), len(text)]
+        ids, offsets = [], []
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            piece = self.tokenizer.encode(text[a:b], add_special_tokens=False)
+            ids += piece.ids
+            offsets += [(a + x, a + y) for x, y in piece.offsets]
+        return ids, offsets
 
     def prompt_ids(self, messages: Iterable[Message], tools: Any = None) -> list[int]:
         """Ids after which the model speaks as the assistant."""
-        text = self._render(messages, tools, prompt=True)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        text, spans = _unmark(self._render(messages, tools, prompt=True))
+        return self._unstraddled(text, spans, self.tokenizer.encode(text, add_special_tokens=False))[0]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
@@ -218,10 +241,10 @@ def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _mask(encoding: Encoding, spans: list[tuple[int, int]]) -> list[int]:
+def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
     """1 for the tokens that lie inside a span. Tokens and spans are both in text order: one pass."""
     mask, at = [], 0
-    for start, end in encoding.offsets:
+    for start, end in offsets:
         while at < len(spans) and start >= spans[at][1]:
             at += 1
         mask.append(int(at < len(spans) and start >= spans[at][0] and end <= spans[at][1] and end > start))

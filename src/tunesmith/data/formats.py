@@ -187,4 +187,4 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         return Issue("error", "wrong-type", row.where, str(error), "correct this field")
     extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
     metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
-    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools")), known.name
+    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools") or None), known.name

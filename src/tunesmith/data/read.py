@@ -78,7 +78,7 @@ def _open(path: Path) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise UsageError("reading .zst needs zstandard", where=str(path), fix="pip install zstandard") from None
-        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+        return io.BufferedReader(zstandard.open(path, "rb"))  # buffered: the reader itself has no lines
     return path.open("rb")
 
 
@@ -115,7 +115,7 @@ _UTF8_FIX = "save it as UTF-8, e.g. iconv -f latin1 -t utf-8"
 def _record(line: bytes, where: str) -> Row | Issue:
     try:
         value = msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _bad_json(line, where, str(error))
     except RecursionError:
         return Issue("error", "not-json", where, "nested too deeply", "flatten this row")
@@ -154,11 +154,11 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
     data = stream.read().removeprefix(b"\xef\xbb\xbf")
     try:
         items = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         if data.lstrip()[:1] == b"{":  # JSON Lines under a .json name, or one object
             yield from _jsonl(path, io.BytesIO(data))
         else:
-            yield _bad_json(data, str(path), "the file is no JSON array")
+            yield _bad_json(data, f"{path}:1", "the file is no JSON array")
         return
     if not items:
         raise DataError("the array is empty", where=str(path), fix="it needs at least one row")
@@ -180,6 +180,8 @@ def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
         yield Issue("error", "not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
     except csv.Error as error:
         yield Issue("error", "not-csv", f"{path}:{reader.line_num + 1}", f"not CSV: {error}", "quote fields that hold quotes or newlines")
+    finally:
+        text.detach()  # the stream is closed by who opened it
 
 
 def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:

@@ -28,8 +28,8 @@ def packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, valu
     if segments is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
-    if sliding_window and max(segments) > sliding_window:
-        raise NotImplementedError("packed attention has no sliding window")
+    if (sliding_window and max(segments) > sliding_window) or kwargs.get("softcap"):
+        raise NotImplementedError("packed attention has no sliding window and no soft cap")
     grouped = query.shape[1] != key.shape[1]
     # split, not slices: its backward is one concatenation, while each slice would fill a zero tensor of all tokens
     parts = [

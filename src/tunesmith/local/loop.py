@@ -46,9 +46,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
     if slow:
         run.append("warning", message=f"trains in {loss_module.mode} mode, not packed ({slow})")
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+        models.causal(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     device = next(model.parameters()).device
     train_set, valid_set = (batches.load_tokens(run / "data", side) for side in ("train", "valid"))

@@ -1,0 +1,86 @@
+"""Splits: exact, independent of order, and nothing equal on two sides."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.conversation import Conversation, Message
+from tunesmith.data.split import SIDES, prompt_key, split
+from tunesmith.errors import DataError, UsageError
+
+
+def conversation(prompt: str, answer: str = "a", tree: int = 0) -> Conversation:
+    return Conversation((Message("user", prompt), Message("assistant", answer)), {"tree_id": tree}, f"f:{prompt}")
+
+
+def digests(parts: dict[str, list[Conversation]]) -> dict[str, list[str]]:
+    return {side: [c.digest() for c in part] for side, part in parts.items()}
+
+
+prompts = st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=10, max_size=60, unique_by=lambda s: " ".join(s.split()).casefold())
+shares = st.sampled_from([(0.1, 0.1), (0.2, 0.0), (0.0, 0.3), (0.25, 0.25)])
+
+
+@given(prompts, shares, st.integers(0, 5), st.randoms())
+def test_hash_is_exact_and_independent_of_order(texts: list[str], share: tuple[float, float], seed: int, rng: random.Random) -> None:
+    rows = [conversation(t) for t in texts]
+    parts = split(rows, *share, seed=seed)
+    assert [len(parts[s]) for s in ("valid", "test")] == [math.ceil(len(rows) * s) for s in share]
+    assert sum(map(len, parts.values())) == len(rows)
+    shuffled = rows[:]
+    rng.shuffle(shuffled)
+    assert digests(split(shuffled, *share, seed=seed)) == digests(parts)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.integers(0, 8), st.text(max_size=3)), min_size=30, max_size=80),
+       st.sampled_from(["hash", "shuffle"]), st.integers(0, 3))
+def test_equal_prompts_and_groups_never_straddle(items: list[tuple[str, int, str]], method: str, seed: int) -> None:
+    rows = [conversation(p, a, tree=g) for p, g, a in items]
+    try:
+        parts = split(rows, 0.2, 0.2, method=method, seed=seed, group_by="metadata.tree_id")
+    except DataError:
+        return  # groups too large for any side
+    for key in (prompt_key, lambda c: c.metadata["tree_id"]):
+        sides = [{key(c) for c in parts[side]} for side in SIDES]
+        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+@given(prompts, st.integers(0, 3))
+def test_threshold_never_moves_a_row(texts: list[str], seed: int) -> None:
+    def side_of(rows: list[Conversation]) -> dict[str, str]:
+        try:
+            parts = split(rows, 0.3, 0.3, method="threshold", seed=seed)
+        except DataError:
+            return {}
+        return {c.digest(): side for side, part in parts.items() for c in part}
+
+    before, after = side_of([conversation(t) for t in texts[: len(texts) // 2]]), side_of([conversation(t) for t in texts])
+    assert all(after.get(k, side) == side for k, side in before.items())
+
+
+@pytest.mark.parametrize(("rows", "share", "held"), [(474, 0.1, 48), (256, 0.2, 52), (1319, 0.1, 132), (10, 0.1, 1)])
+@pytest.mark.parametrize("method", ["shuffle", "hash"])
+def test_counts_of_the_guides(rows: int, share: float, held: int, method: str) -> None:
+    parts = split([conversation(str(i)) for i in range(rows)], share, 0, method=method)
+    assert (len(parts["train"]), len(parts["valid"]), len(parts["test"])) == (rows - held, held, 0)
+
+
+def test_shuffle_depends_on_the_seed_and_on_nothing_else() -> None:
+    rows = [conversation(str(i)) for i in range(50)]
+    one, two, other = (digests(split(rows, method="shuffle", seed=s)) for s in (1, 1, 2))
+    assert one == two != other
+
+
+def test_too_few_rows_and_a_missing_group() -> None:
+    with pytest.raises(DataError, match="too few"):
+        split([conversation("a"), conversation("b")])
+    with pytest.raises(DataError, match="would be empty"):
+        split([conversation("same", str(i)) for i in range(20)])
+    with pytest.raises(UsageError, match="metadata.nope"):
+        split([conversation(str(i)) for i in range(20)], group_by="metadata.nope")

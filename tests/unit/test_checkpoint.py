@@ -1,0 +1,93 @@
+"""Checkpoints: complete or absent, verified, and the one before used when one is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from training import fit, weights
+from tunesmith.local import checkpoint
+from tunesmith.local.loop import train
+from tunesmith.runs import Run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from conftest import rows, write
+    folder = tmp_path_factory.mktemp("run")
+    return fit(folder / "run", write(folder / "d.jsonl", rows(60)), tiny, epochs=3, save_total_limit=3, save_steps=6)
+
+
+def copy(run: Run, tmp_path: Path) -> Run:
+    shutil.copytree(run.path, tmp_path / "copy")
+    return Run(tmp_path / "copy")
+
+
+def test_names_contents_and_hard_links(finished: Run) -> None:
+    folders = checkpoint.existing(finished)
+    assert [f.name for f in folders][-1] == "checkpoint-step-36"
+    names = {p.name for p in folders[-1].iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "optimizer.safetensors", "rng.safetensors", "trainer.json", "MANIFEST.json"} <= names
+    assert (folders[-1] / "model.safetensors").samefile(finished / "final_model" / "model.safetensors")  # no byte twice
+    assert not {p.name for p in (finished / "final_model").iterdir()} & set(checkpoint.TRAINER_FILES)
+    assert not [p for p in finished.path.rglob("*.bin")] and not [p for p in finished.path.rglob("*.pt")]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_only_the_last_and_the_best_are_kept(tiny: Path, tmp_path: Path, data: Path, limit: int) -> None:
+    run = fit(tmp_path / "run", data, tiny, epochs=4, save_steps=4, save_total_limit=limit, patience=0)
+    kept = [int(f.name.removeprefix(checkpoint.PREFIX)) for f in checkpoint.existing(run)]
+    best = run.summary()["best_step"]
+    assert kept[-1] == 48 and best in kept and len(kept) in (limit, limit + 1)
+
+
+def damage_files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_every_damaged_file_is_found_and_the_one_before_used(finished: Run, tmp_path: Path, how: str) -> None:
+    names = damage_files(checkpoint.existing(finished)[-1])
+    assert len(names) >= 8
+    for name in names:
+        run = copy(finished, tmp_path)
+        *_, before, last = checkpoint.existing(run)
+        data = (last / name).read_bytes()
+        (last / name).unlink()  # the copy has its own files; best_model shares them no more
+        if how != "remove":
+            (last / name).write_bytes(data[: len(data) // 2] if how == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+        assert checkpoint.damage(last) is not None, name
+        assert checkpoint.latest(run) == before
+        assert any("damaged" in e["message"] for e in run.events() if e["type"] == "warning")
+        shutil.rmtree(run.path)
+
+
+def test_resume_from_every_checkpoint_gives_the_same_bytes(finished: Run, tmp_path: Path) -> None:
+    want = weights(finished / "final_model")
+    for keep in range(len(checkpoint.existing(finished))):
+        run = copy(finished, tmp_path)
+        for folder in checkpoint.existing(run)[keep + 1 :]:
+            shutil.rmtree(folder)
+        for name in ("final_model", "best_model"):
+            shutil.rmtree(run / name)
+        train(run, lambda: False)
+        assert weights(run / "final_model") == want
+        assert run.summary()["steps"] == 36
+        shutil.rmtree(run.path)
+
+
+def test_a_save_that_fails_leaves_nothing_behind(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.local import model as models
+    from tunesmith.local.checkpoint import Position
+    run = copy(finished, tmp_path)
+    before = sorted(p.name for p in (run / "checkpoints").iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(run, None, None, None, Position(step=99))  # type: ignore[arg-type]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before

@@ -1,0 +1,271 @@
+"""Every setting changes something: one small proof for each, and a check that none is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import rows, write
+from training import fit, losses, weights
+from tunesmith import api, planning
+from tunesmith.errors import DataError, UsageError
+from tunesmith.planning import Plan
+from tunesmith.recipe import fields
+from tunesmith.runs import Run
+
+
+class Bench:
+    """Plans and short runs on sixty rows with the tiny model."""
+
+    def __init__(self, tiny: Path, folder: Path) -> None:
+        self.tiny, self.folder, self.data = tiny, folder, write(folder / "data.jsonl", rows(60))
+        self.count = 0
+
+    def plan(self, **settings: Any) -> Plan:
+        return api.plan(**{"dataset": self.data, "model": str(self.tiny), **settings})
+
+    def prepare(self, **settings: Any) -> planning.Prepared:
+        return api.prepare(**{"dataset": self.data, "model": str(self.tiny), **settings})
+
+    def run(self, **settings: Any) -> Run:
+        self.count += 1
+        return fit(self.folder / f"run{self.count}", settings.pop("dataset", self.data), settings.pop("model", self.tiny), **settings)
+
+    def pair(self, name: str, value: Any, **common: Any) -> tuple[Run, Run]:
+        """A run without and one with the setting."""
+        return self.run(**common), self.run(**common, **{name: value})
+
+
+PROOFS: dict[str, Callable[[Bench], None]] = {}
+
+
+def proves(*names: str) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
+    def keep(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
+        for name in names:
+            PROOFS[name] = function
+        return function
+    return keep
+
+
+@proves("dataset", "columns")
+def _(b: Bench) -> None:
+    other = write(b.folder / "other.jsonl", [{"ask": r["prompt"], "say": r["completion"]} for r in rows(20)])
+    assert b.plan(dataset=other, columns={"prompt": "ask", "completion": "say"}).rows["train"] == 16
+    with pytest.raises(DataError, match="no known format"):
+        b.plan(dataset=other)
+
+
+@proves("valid_dataset", "test_dataset")
+def _(b: Bench) -> None:
+    other = write(b.folder / "other.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(7)])
+    assert b.plan(valid_dataset=str(other)).rows == {"train": 54, "valid": 7, "test": 6}
+    assert b.plan(test_dataset=str(other)).rows == {"train": 54, "valid": 6, "test": 7}
+    leak = b.plan(valid_dataset=str(b.data))
+    assert [i.code for i in leak.issues if i.code == "leak"] == ["leak"]
+
+
+@proves("valid_fraction", "test_fraction")
+def _(b: Bench) -> None:
+    assert b.plan(valid_fraction=0.2, test_fraction=0.0).rows == {"train": 48, "valid": 12, "test": 0}
+
+
+@proves("split_method", "seed")
+def _(b: Bench) -> None:
+    def test_rows(**settings: Any) -> list[str]:
+        return sorted(c.source for c in b.prepare(**settings).splits["test"])
+    assert len({tuple(test_rows(split_method=m)) for m in ("hash", "threshold", "shuffle")}) == 3
+    assert test_rows(seed=1) != test_rows(seed=2)
+
+
+@proves("group_by")
+def _(b: Bench) -> None:
+    grouped = write(b.folder / "g.jsonl", [{**r, "metadata": {"tree": i // 3}} for i, r in enumerate(rows(60))])
+    splits = b.prepare(dataset=grouped, group_by="metadata.tree").splits
+    trees = [{c.metadata["tree"] for c in part} for part in splits.values()]
+    assert not trees[0] & trees[1] and not trees[0] & trees[2] and [len(t) for t in trees] == [16, 2, 2]
+
+
+@proves("max_length", "over_long")
+def _(b: Bench) -> None:
+    longest = b.plan().longest
+    with pytest.raises(DataError, match="over-long"):
+        b.plan(max_length=longest - 1)
+    assert b.plan(max_length=longest - 1, over_long="drop").dropped > 0
+    cut = b.plan(max_length=longest - 1, over_long="truncate")
+    assert cut.longest == longest - 1 and cut.dropped == 0
+    with pytest.raises(DataError, match="over the model's context"):
+        b.plan(max_length=100_000)
+
+
+@proves("num_workers")
+def _(b: Bench) -> None:
+    import os
+    b.plan(num_workers=1)
+    assert os.environ.pop("RAYON_NUM_THREADS") == "1"
+
+
+@proves("provider")
+def _(b: Bench) -> None:
+    run = api.train(b.data, model=str(b.tiny), provider="fake", output_dir=str(b.folder / "fake"), max_steps=3)
+    assert run.state() == "succeeded" and run.summary()["steps"] == 3 and not (run / "best_model").exists()
+    with pytest.raises(UsageError, match='did you mean "huggingface"'):
+        b.plan(provider="hugingface")
+
+
+@proves("model")
+def _(b: Bench) -> None:
+    assert b.plan(model="starter").model.parameters > 10 * b.plan().model.parameters
+    for name in ("./nope", "no/such/place", "no-such-model"):
+        with pytest.raises(UsageError, match=r"no such model folder|neither a folder"):
+            b.plan(model=name)
+
+
+@proves("task")
+def _(b: Bench) -> None:
+    assert planning.output_path(b.plan(task="code").recipe) == Path("fine_tuned_models/code_data")
+    assert b.plan(dataset="echo", task="code").recipe.persona == "none"
+
+
+@proves("persona")
+def _(b: Bench) -> None:
+    assert b.plan(dataset="echo").recipe.persona == "Deep Tree Echo"
+    assert "named in" in b.plan(dataset="echo").origin["persona"]
+    assert b.plan().recipe.persona == "none"
+    assert b.plan(persona="Ada").recipe.persona == "Ada"
+
+
+@proves("method", "lora_rank", "lora_alpha", "lora_dropout")
+def _(b: Bench) -> None:
+    full, lora = b.pair("method", "lora")
+    assert (lora / "best_model" / "adapter_model.safetensors").exists() and not (full / "best_model" / "adapter_model.safetensors").exists()
+    assert lora.recipe().lora_alpha == 32
+    size = (lora / "best_model" / "adapter_model.safetensors").stat().st_size
+    wider = b.run(method="lora", lora_rank=32)
+    assert (wider / "best_model" / "adapter_model.safetensors").stat().st_size > 1.8 * size
+    assert losses(b.run(method="lora", lora_alpha=64))[-1] != losses(lora)[-1]
+    assert losses(b.run(method="lora", lora_dropout=0.5))[1:] != losses(lora)[1:]
+
+
+@proves("lora_targets")
+def _(b: Bench) -> None:
+    few = b.run(method="lora", lora_targets="q_proj,v_proj")
+    trainable = next(e["trainable"] for e in few.events() if e.get("state") == "running")
+    assert trainable == 2 * 16 * ((32 + 32) + (32 + 16))  # two layers, rank 16, q 32->32 and v 32->16
+    with pytest.raises(UsageError, match='no linear layer "nope"'):
+        b.run(method="lora", lora_targets="nope")
+
+
+@proves("freeze_ratio")
+def _(b: Bench) -> None:
+    from safetensors.torch import load_file
+    run = b.run(freeze_ratio=0.5)
+    before, after = (load_file(f / "model.safetensors") for f in (b.tiny, run / "final_model"))
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all(k.startswith("model.layers.1.") or k == "model.norm.weight" for k in changed)
+
+
+@proves("epochs", "max_steps", "batch_size", "gradient_accumulation_steps")
+def _(b: Bench) -> None:
+    assert b.plan(batch_size=4, epochs=2).steps == 24
+    assert b.plan(batch_size=4, epochs=2, max_steps=5).steps == 5
+    assert b.plan(batch_size=8, epochs=2).steps == 12
+    assert b.plan(batch_size=4, gradient_accumulation_steps=3, epochs=2).steps == 8
+    assert b.run(max_steps=3).summary()["steps"] == 3
+
+
+@proves("learning_rate", "lr_scheduler", "warmup_ratio", "warmup_steps")
+def _(b: Bench) -> None:
+    def rates(**settings: Any) -> list[float]:
+        return [e["lr"] for e in b.run(**{"max_steps": 8, **settings}).metrics("step")]
+    assert max(rates(learning_rate=5e-4)) == 5e-4
+    assert rates(lr_scheduler="constant", warmup_ratio=0)[0] == rates(lr_scheduler="constant", warmup_ratio=0)[-1]
+    assert rates(lr_scheduler="linear") != rates(lr_scheduler="cosine")
+    assert [r < 1e-3 for r in rates(warmup_steps=4)[:4]] == [True, True, True, False]
+    assert rates(warmup_ratio=0.5)[0] == 1e-3 / 4
+
+
+@proves("weight_decay")
+def _(b: Bench) -> None:
+    plain, decayed = b.pair("weight_decay", 0.9, epochs=2)
+    assert weights(plain / "final_model") != weights(decayed / "final_model")
+
+
+@proves("max_grad_norm")
+def _(b: Bench) -> None:
+    free, clipped = b.pair("max_grad_norm", 1e-4, max_steps=4)
+    never = b.run(max_steps=4, max_grad_norm=0)
+    assert losses(clipped)[-1] != losses(free)[-1]
+    assert all(e["grad_norm"] > 0 for e in never.metrics("step"))  # still measured
+
+
+@proves("mixed_precision")
+def _(b: Bench) -> None:
+    full, half = b.pair("mixed_precision", "bf16", max_steps=3)
+    assert losses(half) != losses(full) and losses(half) == pytest.approx(losses(full), rel=0.02)
+    assert losses(b.run(max_steps=3, mixed_precision="no")) == losses(full)
+
+
+@proves("gradient_checkpointing")
+def _(b: Bench) -> None:
+    kept, recomputed = b.pair("gradient_checkpointing", True, max_steps=4)
+    assert losses(recomputed) == losses(kept)  # the same numbers
+    assert saved_bytes(b.tiny, True) < 0.6 * saved_bytes(b.tiny, False)  # for less memory
+    assert losses(b.run(max_steps=4, gradient_checkpointing=True, method="lora")) == losses(b.run(max_steps=4, method="lora"))
+
+
+def saved_bytes(folder: Path, recompute: bool) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    from tunesmith.local import model as models
+    from tunesmith.local.loss import LossModule
+    model: Any = models.load(folder).train()
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    held = []
+    parameters = {p.data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes if t.data_ptr() not in parameters else 0) or t, lambda t: t):
+        LossModule(model).hidden(torch.arange(200), [100, 100]).sum()
+    return sum(held)
+
+
+@proves("threads")
+def _(b: Bench) -> None:
+    before = torch.get_num_threads()
+    b.run(max_steps=1, threads=1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+@proves("eval_steps", "save_steps", "save_total_limit")
+def _(b: Bench) -> None:
+    run = b.run(eval_steps=5, save_steps=3, save_total_limit=9, patience=0)
+    assert [e["step"] for e in run.metrics("eval")] == [0, 5, 10, 12]
+    assert {3, 6, 9, 12} <= {e["step"] for e in run.metrics("checkpoint")}
+    assert len(list((run / "checkpoints").iterdir())) > 3 > len(list((b.run(save_total_limit=1, save_steps=3, patience=0) / "checkpoints").iterdir()))
+
+
+@proves("patience", "min_gain")
+def _(b: Bench) -> None:
+    assert b.run(epochs=6, min_gain=100.0, patience=2).summary()["steps"] == 36  # the first validation is the best; two more without gain
+    assert b.run(epochs=6, min_gain=100.0, patience=0).summary()["steps"] == 72
+
+
+@proves("output_dir", "runs_dir")
+def _(b: Bench) -> None:
+    assert planning.output_path(b.plan(output_dir="x/y").recipe) == Path("x/y")
+    path = planning.output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe)
+    assert path == b.folder / "runs" / "chat_data"
+    (path / "full").mkdir(parents=True)
+    assert planning.output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe) == b.folder / "runs" / "chat_data-2"
+
+
+def test_no_setting_lacks_a_proof() -> None:
+    assert set(PROOFS) == set(fields())
+
+
+@pytest.mark.parametrize("proof", list(dict.fromkeys(PROOFS.values())), ids=lambda p: next(n for n, f in PROOFS.items() if f is p))
+def test_setting_acts(proof: Callable[[Bench], None], tiny: Path, tmp_path: Path) -> None:
+    proof(Bench(tiny, tmp_path))
