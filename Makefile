@@ -23,6 +23,7 @@ test: install lint types unit
 
 lint:
 	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
 
 types:
 	$(BIN)/mypy

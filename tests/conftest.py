@@ -27,8 +27,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(STARTER / name, folder / name)
@@ -37,7 +48,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(count: int, words: int = 6) -> list[dict[str, str]]:
     """Distinct prompt and completion rows of differing lengths."""
-    return [{"prompt": f"Question number {i}?", "completion": " ".join(f"word{i}" for _ in range(1 + i % words)) + "."} for i in range(count)]
+    return [
+        {"prompt": f"Question number {i}?", "completion": " ".join(f"word{i}" for _ in range(1 + i % words)) + "."}
+        for i in range(count)
+    ]
 
 
 def write(path: Path, items: list[Any]) -> Path:
@@ -64,8 +78,17 @@ class Result:
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., Result]:
     """Run `tunesmith ARGS` in tmp_path; fails on a traceback, whatever the exit status."""
+
     def run(*arguments: object, stdin: str | None = None) -> Result:
-        done = subprocess.run([sys.executable, "-m", "tunesmith", *map(str, arguments)], cwd=tmp_path, input=stdin or "", capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-m", "tunesmith", *map(str, arguments)],
+            cwd=tmp_path,
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert "Traceback" not in done.stderr + done.stdout, done.stderr
         return Result(done)
+
     return run

@@ -20,10 +20,35 @@ if TYPE_CHECKING:
     from tunesmith.runs import Run
 
 _PLACES = {
-    "check": "api", "evaluate": "api", "load": "api", "plan": "api", "prepare": "api", "resume": "api", "train": "api",
-    "Conversation": "conversation", "Issue": "conversation", "Message": "conversation", "split": "data.split", "Recipe": "recipe", "Run": "runs",
+    "check": "api",
+    "evaluate": "api",
+    "load": "api",
+    "plan": "api",
+    "prepare": "api",
+    "resume": "api",
+    "train": "api",
+    "Conversation": "conversation",
+    "Issue": "conversation",
+    "Message": "conversation",
+    "split": "data.split",
+    "Recipe": "recipe",
+    "Run": "runs",
 }
-__all__ = ["Conversation", "Issue", "Message", "Recipe", "Run", "check", "evaluate", "load", "plan", "prepare", "resume", "split", "train"]
+__all__ = [
+    "Conversation",
+    "Issue",
+    "Message",
+    "Recipe",
+    "Run",
+    "check",
+    "evaluate",
+    "load",
+    "plan",
+    "prepare",
+    "resume",
+    "split",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python interface: what the commands do, as functions. `import tunesmith as ts; ts.train(dataset="data.jsonl")`."""
+"""The Python interface, what the commands do as functions: `ts.train(dataset="data.jsonl")`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = 
     return prepare(dataset, config=config, **settings).plan
 
 
-def prepare(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Prepared:
+def prepare(
+    dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any
+) -> planning.Prepared:
     """The plan together with the rows, split and rendered: what a backend is given."""
     if dataset is not None:
         settings["dataset"] = str(dataset)
@@ -45,8 +47,13 @@ def prepare(dataset: str | os.PathLike[str] | None = None, *, config: str | None
     return planning.prepare(recipe, origin)
 
 
-def train(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, on_event: Callable[[Run, Event], None] | None = None,
-          **settings: Any) -> Run:
+def train(
+    dataset: str | os.PathLike[str] | None = None,
+    *,
+    config: str | None = None,
+    on_event: Callable[[Run, Event], None] | None = None,
+    **settings: Any,
+) -> Run:
     """Train and wait for the end. Settings are those of the Recipe (`epochs=3, lora_rank=8, …`).
 
     Returns the Run; `run / "best_model"` loads in plain transformers. `on_event` sees every event as it
@@ -84,7 +91,9 @@ def find_run(path: str | os.PathLike[str]) -> Run:
     return open_run(here)
 
 
-def watch(run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0) -> Run:
+def watch(
+    run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0
+) -> Run:
     """Pass on events until the run ends. Ctrl-C asks the backend to stop (a second one kills the worker with us)."""
     interrupted = False
     while True:
@@ -106,9 +115,17 @@ def watch(run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], 
         return run
     if state in ("paused", "cancelled"):
         step = max((e["step"] for e in run.metrics("step")), default=0)
-        raise Interrupted(f"stopped at step {step}, after a checkpoint", where=str(run), fix=f"go on with: tunesmith train --resume {run}")
+        raise Interrupted(
+            f"stopped at step {step}, after a checkpoint",
+            where=str(run),
+            fix=f"go on with: tunesmith train --resume {run}",
+        )
     last = next((e for e in reversed(list(run.events())) if e["type"] == "error"), {})
-    error = TunesmithError(last.get("message", "the run failed"), where=last.get("where", str(run)), fix=last.get("fix", f"see {run / 'worker.log'}"))
+    error = TunesmithError(
+        last.get("message", "the run failed"),
+        where=last.get("where", str(run)),
+        fix=last.get("fix", f"see {run / 'worker.log'}"),
+    )
     error.exit_status = last.get("exit_status", 1)
     raise error
 
@@ -116,4 +133,5 @@ def watch(run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], 
 def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Any:
     """Compare base and tuned on held-out rows; see `tunesmith.evaluation.evaluate`."""
     from tunesmith.evaluation.evaluate import evaluate as run_evaluation
+
     return run_evaluation(None if run is None else find_run(run), **options)

@@ -46,13 +46,19 @@ class Backend(Protocol):
 class Completer(Protocol):
     """Chat with a model: batches of conversations in, one answer each out."""
 
-    def __call__(self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[str]: ...
+    def __call__(
+        self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]: ...
 
 
 def get(provider: str) -> Backend:
     """The backend of a provider. Raises UsageError for an unknown one."""
     if provider not in BACKENDS:
-        raise UsageError(f'no provider "{provider}"{did_you_mean(provider, list(BACKENDS))}', where="--provider", fix=f"known: {', '.join(BACKENDS)}")
+        raise UsageError(
+            f'no provider "{provider}"{did_you_mean(provider, list(BACKENDS))}',
+            where="--provider",
+            fix=f"known: {', '.join(BACKENDS)}",
+        )
     module, _, name = BACKENDS[provider].partition(":")
     return getattr(import_module(module), name)()  # type: ignore[no-any-return]
 
@@ -70,11 +76,27 @@ def create_run(prepared: Prepared, path: Path) -> Run:
 
 def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
     return {
-        "version": 1, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "provider": plan.recipe.provider, "recipe": plan.recipe, "origin": plan.origin,
-        "plan": {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "rows": plan.rows, "tokens": plan.tokens, "dropped": plan.dropped,
-                 "supervised_tokens": plan.supervised_tokens, "longest": plan.longest, "memory_mb": plan.memory_mb},
-        "model": plan.model, "data_hashes": {side: [row.digest() for row in rows] for side, rows in prepared.splits.items()},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")}},
+        "version": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "provider": plan.recipe.provider,
+        "recipe": plan.recipe,
+        "origin": plan.origin,
+        "plan": {
+            "steps": plan.steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "rows": plan.rows,
+            "tokens": plan.tokens,
+            "dropped": plan.dropped,
+            "supervised_tokens": plan.supervised_tokens,
+            "longest": plan.longest,
+            "memory_mb": plan.memory_mb,
+        },
+        "model": plan.model,
+        "data_hashes": {side: [row.digest() for row in rows] for side, rows in prepared.splits.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
+        },
     }
 
 
@@ -97,9 +119,29 @@ class FakeBackend:
         run.append("state", state="running")
         steps = run.manifest()["plan"]["steps"]
         for step in range(1, steps + 1):
-            run.append("step", step=step, epoch=0.0, loss=1 / step, lr=0.0, grad_norm=0.0, tokens=0, total_tokens=0,
-                       total_supervised_tokens=0, seconds=0.0, tokens_per_second=0.0, memory_mb=0)
-        run.append("done", step=steps, best_step=steps, stopped_early=False, seconds=0.0, tokens_per_second=0.0, peak_memory_mb=0)
+            run.append(
+                "step",
+                step=step,
+                epoch=0.0,
+                loss=1 / step,
+                lr=0.0,
+                grad_norm=0.0,
+                tokens=0,
+                total_tokens=0,
+                total_supervised_tokens=0,
+                seconds=0.0,
+                tokens_per_second=0.0,
+                memory_mb=0,
+            )
+        run.append(
+            "done",
+            step=steps,
+            best_step=steps,
+            stopped_early=False,
+            seconds=0.0,
+            tokens_per_second=0.0,
+            peak_memory_mb=0,
+        )
         run.append("state", state="succeeded")
 
     def poll(self, run: Run) -> str:
@@ -110,8 +152,11 @@ class FakeBackend:
             run.append("state", state="cancelled")
 
     def completer(self, model: str) -> Completer:
-        def echo(prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        def echo(
+            prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+        ) -> list[str]:
             return [p.messages[-1].content if p.messages else "" for p in prompts]
+
         return echo
 
 

@@ -37,7 +37,11 @@ def find(name: str) -> Path:
         return STARTER
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-            raise ModelError("the folder holds no model (no config.json)", where=name, fix="name the folder that has config.json in it")
+            raise ModelError(
+                "the folder holds no model (no config.json)",
+                where=name,
+                fix="name the folder that has config.json in it",
+            )
         return path
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
         raise ModelError("no such model folder", where=name, fix="check the path, or use --model starter")
@@ -58,8 +62,11 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, etag_timeout=5))
     except Exception:
-        raise ModelError("neither a folder here, nor in the cache, nor to be had from the Hub", where=name,
-                         fix=f"check the name, fetch it where there is a network (hf download {name}), or use --model starter") from None
+        raise ModelError(
+            "neither a folder here, nor in the cache, nor to be had from the Hub",
+            where=name,
+            fix=f"check the name, fetch it where there is a network (hf download {name}), or use --model starter",
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,16 +91,25 @@ def facts(folder: Path) -> ModelFacts:
         return next((int(text[k]) for k in keys if text.get(k)), 0)
 
     return ModelFacts(
-        folder=str(folder), architecture=(config.get("architectures") or [config.get("model_type", "?")])[0],
-        parameters=_parameters(folder), layers=number("num_hidden_layers", "n_layer"), hidden=number("hidden_size", "n_embd"),
-        vocabulary=number("vocab_size"), context=number("max_position_embeddings", "n_positions", "n_ctx") or 1024)
+        folder=str(folder),
+        architecture=(config.get("architectures") or [config.get("model_type", "?")])[0],
+        parameters=_parameters(folder),
+        layers=number("num_hidden_layers", "n_layer"),
+        hidden=number("hidden_size", "n_embd"),
+        vocabulary=number("vocab_size"),
+        context=number("max_position_embeddings", "n_positions", "n_ctx") or 1024,
+    )
 
 
 def _parameters(folder: Path) -> int:
     """Number of weights, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError("no safetensors weights", where=str(folder), fix="convert the weights to safetensors; pickled ones are never loaded")
+        raise ModelError(
+            "no safetensors weights",
+            where=str(folder),
+            fix="convert the weights to safetensors; pickled ones are never loaded",
+        )
     total = 0
     for file in files:
         with file.open("rb") as stream:

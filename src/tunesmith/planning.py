@@ -60,7 +60,11 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     renderer = Renderer(folder)
     limit = model.context if recipe.max_length == "auto" else recipe.max_length
     if limit > model.context:
-        raise DataError(f"max_length {limit} is over the model's context of {model.context}", where=recipe.model, fix=f"set --max-length {model.context} or less")
+        raise DataError(
+            f"max_length {limit} is over the model's context of {model.context}",
+            where=recipe.model,
+            fix=f"set --max-length {model.context} or less",
+        )
     rendered, kept, dropped = {}, {}, 0
     for side, rows in splits.items():
         whole = list(renderer.render_all(rows))
@@ -70,7 +74,11 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
         kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]
         dropped += len(rows) - len(kept[side])
     if not rendered["train"]:
-        raise DataError(f"all rows are longer than {limit} tokens", where=need_dataset(recipe), fix="shorten them, or use a model with a longer context")
+        raise DataError(
+            f"all rows are longer than {limit} tokens",
+            where=need_dataset(recipe),
+            fix="shorten them, or use a model with a longer context",
+        )
     issues.extend(_token_issues(rendered["train"], renderer, model))
     stop = next((i for i in issues if i.severity == "error"), None)
     if stop:
@@ -87,14 +95,28 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
             part = load(name, recipe.columns).require()
             apart[side] = part.conversations
             issues.extend(part.issues)
-    splits = split(loaded.conversations, 0 if "valid" in apart else recipe.valid_fraction, 0 if "test" in apart else recipe.test_fraction,
-                   method=recipe.split_method, seed=recipe.seed, group_by=recipe.group_by)
+    splits = split(
+        loaded.conversations,
+        0 if "valid" in apart else recipe.valid_fraction,
+        0 if "test" in apart else recipe.test_fraction,
+        method=recipe.split_method,
+        seed=recipe.seed,
+        group_by=recipe.group_by,
+    )
     trained = {prompt_key(row) for row in splits["train"]}
     for side, rows in apart.items():
         splits[side] = rows
         both = [row for row in rows if prompt_key(row) in trained]
         if both:
-            issues.append(Issue("warning", "leak", both[0].source, f"{len(both)} rows of the {side} set ask what a training row asks", "remove them from one of the two"))
+            issues.append(
+                Issue(
+                    "warning",
+                    "leak",
+                    both[0].source,
+                    f"{len(both)} rows of the {side} set ask what a training row asks",
+                    "remove them from one of the two",
+                )
+            )
     return splits, issues, loaded.formats
 
 
@@ -108,8 +130,18 @@ def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered |
     if policy == "error":
         if len(long) == len(rows):
             message = f"all rows are over-long: {message}"
-        return list(rows), [Issue("error", "over-long", worst.source, f"{message}; the answer would be cut", "shorten them, or --over-long drop (or truncate)")]
-    note = Issue("warning", "over-long", worst.source, f"{message}; {'left out' if policy == 'drop' else 'their ends are cut'}")
+        return list(rows), [
+            Issue(
+                "error",
+                "over-long",
+                worst.source,
+                f"{message}; the answer would be cut",
+                "shorten them, or --over-long drop (or truncate)",
+            )
+        ]
+    note = Issue(
+        "warning", "over-long", worst.source, f"{message}; {'left out' if policy == 'drop' else 'their ends are cut'}"
+    )
     if policy == "drop":
         return [r if len(r.ids) <= limit else None for r in rows], [note]
     cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
@@ -127,14 +159,38 @@ def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -
     issues = []
     silent = [r for r in rows if not any(r.mask[1:])]
     if silent:
-        issues.append(Issue("error", "no-supervised-token", silent[0].source, f"{len(silent)} rows have no token to learn", "is the answer empty, or cut off?"))
+        issues.append(
+            Issue(
+                "error",
+                "no-supervised-token",
+                silent[0].source,
+                f"{len(silent)} rows have no token to learn",
+                "is the answer empty, or cut off?",
+            )
+        )
     top = max(max(r.ids, default=0) for r in rows)
     if top >= model.vocabulary:
-        issues.append(Issue("error", "id-out-of-range", rows[0].source, f"token id {top} is outside the model's vocabulary of {model.vocabulary}", "the tokenizer is not this model's"))
+        issues.append(
+            Issue(
+                "error",
+                "id-out-of-range",
+                rows[0].source,
+                f"token id {top} is outside the model's vocabulary of {model.vocabulary}",
+                "the tokenizer is not this model's",
+            )
+        )
     stops = set(renderer.stop_ids)
     endless = [r for r in rows if not any(m and i in stops for i, m in zip(r.ids, r.mask, strict=True))]
     if endless:
-        issues.append(Issue("warning", "no-end-of-turn", endless[0].source, f"{len(endless)} of {len(rows)} rows never teach the model to stop", "end the answer with the EOS token in the chat template"))
+        issues.append(
+            Issue(
+                "warning",
+                "no-end-of-turn",
+                endless[0].source,
+                f"{len(endless)} of {len(rows)} rows never teach the model to stop",
+                "end the answer with the EOS token in the chat template",
+            )
+        )
     return issues
 
 
@@ -145,7 +201,9 @@ def _step(rule: dict[str, Any], size: int) -> Any:
     return next(s["value"] for s in rule["steps"] if size <= s["up_to"])
 
 
-def _resolve_auto(recipe: Recipe, origin: dict[str, str], model: ModelFacts, rows: int, limit: int, kept: Splits) -> tuple[Recipe, dict[str, str]]:
+def _resolve_auto(
+    recipe: Recipe, origin: dict[str, str], model: ModelFacts, rows: int, limit: int, kept: Splits
+) -> tuple[Recipe, dict[str, str]]:
     """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
@@ -158,7 +216,10 @@ def _resolve_auto(recipe: Recipe, origin: dict[str, str], model: ModelFacts, row
         "threads": (cores, "every core"),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
         "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
-        "learning_rate": (_step(rate, model.parameters), f"{recipe.method}, {model.parameters / 1e6:.1f}M parameters: {rate['reason']}"),
+        "learning_rate": (
+            _step(rate, model.parameters),
+            f"{recipe.method}, {model.parameters / 1e6:.1f}M parameters: {rate['reason']}",
+        ),
         "epochs": (_step(rules["epochs"], rows), f"{rows} rows: {rules['epochs']['reason']}"),
         "batch_size": (_step(rules["batch_size"], rows), f"{rows} rows: {rules['batch_size']['reason']}"),
     }
@@ -180,6 +241,7 @@ def persona(rows: list[Conversation]) -> tuple[str, int]:
     """
     import re
     from collections import Counter
+
     said = re.compile(r"(?:\bI am|\bI[’']m|[Mm]y name is|[Cc]all me) ((?:[A-Z][\w-]+)(?: [A-Z][\w-]+){0,3})")
     names = Counter(name for row in rows for name in {m[1] for m in said.finditer(row.answer())})
     if not names:
@@ -191,8 +253,15 @@ def persona(rows: list[Conversation]) -> tuple[str, int]:
 # ---- cost
 
 
-def _plan(recipe: Recipe, origin: dict[str, str], model: ModelFacts, rendered: dict[str, list[Rendered]], dropped: int,
-          formats: dict[str, int], issues: list[Issue]) -> Plan:
+def _plan(
+    recipe: Recipe,
+    origin: dict[str, str],
+    model: ModelFacts,
+    rendered: dict[str, list[Rendered]],
+    dropped: int,
+    formats: dict[str, int],
+    issues: list[Issue],
+) -> Plan:
     assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
     rows = {side: len(part) for side, part in rendered.items()}
     per_epoch = math.ceil(rows["train"] / (recipe.batch_size * recipe.gradient_accumulation_steps))
@@ -200,10 +269,21 @@ def _plan(recipe: Recipe, origin: dict[str, str], model: ModelFacts, rendered: d
     longest = max(len(r.ids) for part in rendered.values() for r in part)
     trainable = _trainable(recipe, model)
     return Plan(
-        recipe, origin, model, rows, tokens={s: sum(len(r.ids) for r in p) for s, p in rendered.items()},
-        supervised_tokens={s: sum(sum(r.mask[1:]) for r in p) for s, p in rendered.items()}, longest=longest, dropped=dropped, formats=formats,
-        steps_per_epoch=per_epoch, steps=min(steps, recipe.max_steps or steps), trainable_parameters=trainable,
-        memory_mb=_memory(recipe, model, trainable, min(recipe.batch_size, rows["train"]) * longest), issues=issues)
+        recipe,
+        origin,
+        model,
+        rows,
+        tokens={s: sum(len(r.ids) for r in p) for s, p in rendered.items()},
+        supervised_tokens={s: sum(sum(r.mask[1:]) for r in p) for s, p in rendered.items()},
+        longest=longest,
+        dropped=dropped,
+        formats=formats,
+        steps_per_epoch=per_epoch,
+        steps=min(steps, recipe.max_steps or steps),
+        trainable_parameters=trainable,
+        memory_mb=_memory(recipe, model, trainable, min(recipe.batch_size, rows["train"]) * longest),
+        issues=issues,
+    )
 
 
 def _trainable(recipe: Recipe, model: ModelFacts) -> int:

@@ -31,45 +31,84 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     dataset: Annotated[str | None, opt("data", "file, folder, sample name or Hub data set to learn from")] = None
     columns: Annotated[dict[str, str], opt("data", "map columns: prompt=question,completion=answer")] = {}
-    valid_dataset: Annotated[str | None, opt("data", "validation rows from here instead of a share of --dataset", "validation_dataset")] = None
+    valid_dataset: Annotated[
+        str | None, opt("data", "validation rows from here instead of a share of --dataset", "validation_dataset")
+    ] = None
     test_dataset: Annotated[str | None, opt("data", "test rows from here instead of a share of --dataset")] = None
     valid_fraction: Annotated[float, opt("data", "share held out to choose the best step", ge=0, lt=1)] = 0.1
-    test_fraction: Annotated[float, opt("data", "share held out for the verdict, never seen in training", ge=0, lt=1)] = 0.1
-    split_method: Annotated[Literal["hash", "threshold", "shuffle"], opt("data", "hash: by content, exact counts; threshold: rows never change sides as a file grows; shuffle: by row order")] = "hash"
+    test_fraction: Annotated[
+        float, opt("data", "share held out for the verdict, never seen in training", ge=0, lt=1)
+    ] = 0.1
+    split_method: Annotated[
+        Literal["hash", "threshold", "shuffle"],
+        opt(
+            "data",
+            "hash: by content, exact counts; threshold: rows never change sides as a file grows; shuffle: by row order",
+        ),
+    ] = "hash"
     group_by: Annotated[str | None, opt("data", "rows equal in this field stay on one side: metadata.tree_id")] = None
     max_length: Annotated[int | Auto, opt("data", "longest row in tokens; auto: the model's context")] = "auto"
-    over_long: Annotated[Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")] = "error"
+    over_long: Annotated[
+        Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")
+    ] = "error"
     num_workers: Annotated[int | Auto, opt("data", "threads that tokenize; auto: every core")] = "auto"
 
-    provider: Annotated[str, opt("model", "who trains: huggingface (this machine) or fake (a dry run, no learning)")] = "huggingface"
+    provider: Annotated[
+        str, opt("model", "who trains: huggingface (this machine) or fake (a dry run, no learning)")
+    ] = "huggingface"
     model: Annotated[str, opt("model", "starter (built in), a folder, or a Hub name", "base_model")] = "starter"
-    task: Annotated[Literal["chat", "code", "instruct", "domain", "custom"], opt("model", "what the data teaches; sets defaults")] = "chat"
-    persona: Annotated[str, opt("model", "name that identity probes look for; auto: mined from the answers; none: no probes")] = "auto"
+    task: Annotated[
+        Literal["chat", "code", "instruct", "domain", "custom"], opt("model", "what the data teaches; sets defaults")
+    ] = "chat"
+    persona: Annotated[
+        str, opt("model", "name that identity probes look for; auto: mined from the answers; none: no probes")
+    ] = "auto"
 
     method: Annotated[Literal["full", "lora"], opt("method", "train all weights, or low-rank adapters")] = "full"
     lora_rank: Annotated[int, opt("method", "rank of the adapters", ge=1)] = 16
     lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank")] = "auto"
     lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
     lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj")] = "all-linear"
-    freeze_ratio: Annotated[float, opt("method", "share of the layers, from the bottom, left as they are", ge=0, lt=1)] = 0.0
+    freeze_ratio: Annotated[
+        float, opt("method", "share of the layers, from the bottom, left as they are", ge=0, lt=1)
+    ] = 0.0
 
     epochs: Annotated[int | Auto, opt("training", "passes over the data", "num_epochs", "n_epochs")] = "auto"
-    max_steps: Annotated[int | None, opt("training", "stop after this many optimizer steps", )] = None
-    batch_size: Annotated[int | Auto, opt("training", "rows in memory at a time", "per_device_train_batch_size")] = "auto"
+    max_steps: Annotated[
+        int | None,
+        opt(
+            "training",
+            "stop after this many optimizer steps",
+        ),
+    ] = None
+    batch_size: Annotated[int | Auto, opt("training", "rows in memory at a time", "per_device_train_batch_size")] = (
+        "auto"
+    )
     gradient_accumulation_steps: Annotated[int, opt("training", "batches summed into one optimizer step", ge=1)] = 1
     learning_rate: Annotated[float | Auto, opt("training", "peak learning rate")] = "auto"
-    lr_scheduler: Annotated[Literal["cosine", "linear", "constant"], opt("training", "how the rate falls after warm-up", "lr_scheduler_type")] = "cosine"
+    lr_scheduler: Annotated[
+        Literal["cosine", "linear", "constant"],
+        opt("training", "how the rate falls after warm-up", "lr_scheduler_type"),
+    ] = "cosine"
     warmup_ratio: Annotated[float, opt("training", "share of the steps that warm up", ge=0, le=1)] = 0.1
     warmup_steps: Annotated[int | None, opt("training", "warm-up in steps, instead of the share")] = None
-    weight_decay: Annotated[float, opt("training", "AdamW decay of weight matrices (not of norms and biases)", ge=0)] = 0.01
+    weight_decay: Annotated[
+        float, opt("training", "AdamW decay of weight matrices (not of norms and biases)", ge=0)
+    ] = 0.01
     max_grad_norm: Annotated[float, opt("training", "clip the gradient's norm to this; 0: never", ge=0)] = 1.0
     seed: Annotated[int, opt("training", "seed of split, order, adapters and dropout", ge=0)] = 42
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"], opt("training", "auto: bf16 on a GPU, no on a CPU")] = "auto"
-    gradient_checkpointing: Annotated[bool, opt("training", "recompute activations: less memory, a third slower")] = False
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], opt("training", "auto: bf16 on a GPU, no on a CPU")] = (
+        "auto"
+    )
+    gradient_checkpointing: Annotated[bool, opt("training", "recompute activations: less memory, a third slower")] = (
+        False
+    )
     threads: Annotated[int | Auto, opt("training", "CPU threads; auto: every core")] = "auto"
 
     eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
-    save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = "auto"
+    save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = (
+        "auto"
+    )
     save_total_limit: Annotated[int, opt("watching", "checkpoints kept besides the best", ge=1)] = 2
     patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
     min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
@@ -78,8 +117,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     runs_dir: Annotated[str, opt("output", "where runs without --output-dir go")] = "fine_tuned_models"
 
 
-POSITIVE = ("epochs", "max_steps", "batch_size", "learning_rate", "max_length", "lora_alpha", "eval_steps", "save_steps",
-            "threads", "num_workers")  # auto-or-number fields: the union's number must be above 0
+POSITIVE = (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "max_length",
+    "lora_alpha",
+    "eval_steps",
+    "save_steps",
+    "threads",
+    "num_workers",
+)  # auto-or-number fields: the union's number must be above 0
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
 
@@ -100,7 +149,9 @@ class Field(msgspec.Struct, frozen=True):
 def fields() -> dict[str, Field]:
     """Every setting by name, in the order of declaration."""
     hints = get_type_hints(Recipe, include_extras=True)
-    defaults = dict(zip(Recipe.__struct_fields__[-len(Recipe.__struct_defaults__):], Recipe.__struct_defaults__, strict=True))
+    defaults = dict(
+        zip(Recipe.__struct_fields__[-len(Recipe.__struct_defaults__) :], Recipe.__struct_defaults__, strict=True)
+    )
     found = {}
     for name, hint in hints.items():
         base, meta = get_args(hint)
@@ -134,7 +185,11 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
             field = canonical(key)
             if field is None:
                 known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
-                raise UsageError(f'unknown setting "{key}"{did_you_mean(key, known)}', where=name, fix="tunesmith train --help lists them all")
+                raise UsageError(
+                    f'unknown setting "{key}"{did_you_mean(key, known)}',
+                    where=name,
+                    fix="tunesmith train --help lists them all",
+                )
             values[field], origin[field] = _typed(field, value, name), name
 
     layers = [(_sections(_load_config(config)), _config_name(config))] if config else []
@@ -146,7 +201,9 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
         lay(layer, name)
     recipe = Recipe(**values)
     if recipe.valid_fraction + recipe.test_fraction >= 1:
-        raise UsageError("valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1")
+        raise UsageError(
+            "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
+        )
     return recipe, {name: origin.get(name, "default") for name in fields()}
 
 
@@ -155,7 +212,9 @@ def _typed(name: str, value: Any, place: str) -> Any:
     if name == "columns" and isinstance(value, str):
         pairs = [pair.partition("=") for pair in value.split(",")]
         if not all(key.strip() and sep and column.strip() for key, sep, column in pairs):
-            raise UsageError(f'cannot read columns "{value}"', where=place, fix="write prompt=question,completion=answer")
+            raise UsageError(
+                f'cannot read columns "{value}"', where=place, fix="write prompt=question,completion=answer"
+            )
         value = {key.strip(): column.strip() for key, _, column in pairs}
     meta = get_args(get_type_hints(Recipe, include_extras=True)[name])[1]
     try:
@@ -165,7 +224,11 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if name in POSITIVE and isinstance(value, int | float) and not 0 < value < float("inf"):
             raise msgspec.ValidationError("Expected a number > 0")
     except msgspec.ValidationError as error:
-        limits = f"one of {', '.join(map(str, field.choices()))}" if field.choices() else str(error).removeprefix("Expected ").split(" - at")[0]
+        limits = (
+            f"one of {', '.join(map(str, field.choices()))}"
+            if field.choices()
+            else str(error).removeprefix("Expected ").split(" - at")[0]
+        )
         raise UsageError(f"{name} is {value!r}; expected {limits}", where=place, fix=field.help) from None
     return value
 
@@ -181,7 +244,9 @@ def _load_config(config: str) -> dict[str, Any]:
         preset = FACTS / "presets" / f"{config}.toml"
         names = sorted(p.stem for p in preset.parent.glob("*.toml"))
         if not preset.exists():
-            raise UsageError(f"no such file or preset{did_you_mean(config, names)}", where=config, fix=f"presets: {', '.join(names)}")
+            raise UsageError(
+                f"no such file or preset{did_you_mean(config, names)}", where=config, fix=f"presets: {', '.join(names)}"
+            )
         return _read_toml(preset)
     try:
         data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,15 +28,26 @@ from tunesmith.models import read_json
 from tunesmith.recipe import FACTS
 
 DEFAULT_TEMPLATE = FACTS / "templates" / "default.jinja"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
-_MARK = f"\x00{uuid4().hex}\x00"  # stands at both ends of a generation block while rendering; random, so no text holds it
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MARK = (
+    f"\x00{uuid4().hex}\x00"  # stands at both ends of a generation block while rendering; random, so no text holds it
+)
 
 
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`: the assistant's part, kept between two marks."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -49,17 +60,21 @@ class _Generation(Extension):
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """The environment that chat templates are written for: sandboxed, blocks trimmed."""
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+    )
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, **_: Any) -> str:
         import json
+
         return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
 
     def now(form: str) -> str:
         from datetime import datetime
+
         return datetime.now().strftime(form)
 
     env.filters["tojson"] = tojson
@@ -81,7 +96,9 @@ class Renderer:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "tokenizer.json").exists():
-            raise ModelError("no tokenizer.json", where=str(folder), fix="save the model's fast tokenizer into this folder")
+            raise ModelError(
+                "no tokenizer.json", where=str(folder), fix="save the model's fast tokenizer into this folder"
+            )
         self.folder = folder
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -99,7 +116,11 @@ class Renderer:
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise ModelError(f"the special token {token!r} is not in the vocabulary", where=str(self.folder), fix="correct tokenizer_config.json")
+            raise ModelError(
+                f"the special token {token!r} is not in the vocabulary",
+                where=str(self.folder),
+                fix="correct tokenizer_config.json",
+            )
         return int(found)
 
     def _stops(self, generation: dict[str, Any]) -> list[int]:
@@ -108,7 +129,9 @@ class Renderer:
         more = generation.get("eos_token_id") or []
         stops = list(dict.fromkeys(eos + ([more] if isinstance(more, int) else list(more))))
         if not stops:
-            raise ModelError("no end-of-sequence token", where=str(self.folder), fix="set eos_token in tokenizer_config.json")
+            raise ModelError(
+                "no end-of-sequence token", where=str(self.folder), fix="set eos_token in tokenizer_config.json"
+            )
         return stops
 
     # ---- text
@@ -119,7 +142,10 @@ class Renderer:
         try:
             return self._compiled.render(messages=plain, tools=tools, add_generation_prompt=prompt, **self.special)
         except (TemplateError, TypeError, KeyError) as error:
-            raise DataError(f"the model's chat template refuses this conversation: {error}", fix="change the roles' order, or the model") from None
+            raise DataError(
+                f"the model's chat template refuses this conversation: {error}",
+                fix="change the roles' order, or the model",
+            ) from None
 
     def _unmarked(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
         return self._render(messages, tools, prompt).replace(_MARK, "")
@@ -137,8 +163,14 @@ class Renderer:
         else:
             text, spans = marked, self._spans_by_prefix(conversation)
         if len(spans) != len(turns):
-            raise DataError(f"the chat template marks {len(spans)} answers, the row has {len(turns)}", where=conversation.source, fix="use another chat template")
-        return text, [self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.train is not False]
+            raise DataError(
+                f"the chat template marks {len(spans)} answers, the row has {len(turns)}",
+                where=conversation.source,
+                fix="use another chat template",
+            )
+        return text, [
+            self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.train is not False
+        ]
 
     def _spans_by_prefix(self, conversation: Conversation) -> list[tuple[int, int]]:
         spans = []
@@ -147,8 +179,11 @@ class Renderer:
                 before = self._unmarked(conversation.messages[:i], conversation.tools, prompt=True)
                 after = self._unmarked(conversation.messages[: i + 1], conversation.tools, prompt=False)
                 if not after.startswith(before):
-                    raise DataError("the chat template renders an answer differently from its own generation prompt",
-                                    where=conversation.source, fix="mark the answer with {% generation %} in the template")
+                    raise DataError(
+                        "the chat template renders an answer differently from its own generation prompt",
+                        where=conversation.source,
+                        fix="mark the answer with {% generation %} in the template",
+                    )
                 spans.append((len(before), len(after)))
         return spans
 
@@ -156,7 +191,7 @@ class Renderer:
         """Without the line break that many templates put after the end-of-turn token: no model ever has to write it."""
         end = span[0] + len(text[slice(*span)].rstrip())
         ends = [self.tokenizer.id_to_token(i) for i in self.stop_ids]
-        return (span[0], end) if any(e and text[span[0]:end].endswith(e) for e in ends) else span
+        return (span[0], end) if any(e and text[span[0] : end].endswith(e) for e in ends) else span
 
     # ---- ids
 
@@ -180,7 +215,9 @@ class Renderer:
                 ids, offsets = self._unstraddled(text, spans, encoding)
                 yield Rendered(ids, _mask(offsets, spans), text, row.source)
 
-    def _unstraddled(self, text: str, spans: list[tuple[int, int]], encoding: Encoding) -> tuple[list[int], list[tuple[int, int]]]:
+    def _unstraddled(
+        self, text: str, spans: list[tuple[int, int]], encoding: Encoding
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character offsets) such that no token lies across the start of an answer.
 
         An answer that begins with a line break would melt into one token with the template's own; when the
@@ -192,7 +229,7 @@ class Renderer:
             return ids, offsets
         cuts = [0, *sorted(starts - {0}), len(text)]
         ids, offsets = [], []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             piece = self.tokenizer.encode(text[a:b], add_special_tokens=False)
             ids += piece.ids
             offsets += [(a + x, a + y) for x, y in piece.offsets]

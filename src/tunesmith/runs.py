@@ -52,7 +52,9 @@ class Run:
         except FileNotFoundError:
             raise RunError("not a run (no run.json)", where=str(self), fix="tunesmith runs list shows them") from None
         except msgspec.DecodeError as error:
-            raise RunError(f"run.json is damaged: {error}", where=str(self), fix="train again from its data/ folder") from None
+            raise RunError(
+                f"run.json is damaged: {error}", where=str(self), fix="train again from its data/ folder"
+            ) from None
 
     def recipe(self) -> Recipe:
         return msgspec.convert(self.manifest()["recipe"], Recipe)
@@ -107,6 +109,7 @@ class Run:
     def busy(self) -> bool:
         """Whether a process holds this run's lock."""
         import fcntl
+
         try:
             with (self / ".lock").open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -119,6 +122,7 @@ class Run:
     def lock(self, wait: float = 10.0) -> Any:
         """Hold the run until the returned file is closed or the process ends. Raises RunError when it stays taken."""
         import fcntl
+
         stream = (self / ".lock").open("ab")
         deadline = time.monotonic() + wait
         while True:
@@ -127,7 +131,9 @@ class Run:
                 return stream
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RunError("another process is training this run", where=str(self), fix="wait for it, or stop it first") from None
+                    raise RunError(
+                        "another process is training this run", where=str(self), fix="wait for it, or stop it first"
+                    ) from None
                 time.sleep(0.1)
 
     # ---- summary
@@ -139,14 +145,25 @@ class Run:
         best = min(evals, key=lambda e: e["loss"], default=None)
         done = next((e for e in reversed(list(self.events())) if e["type"] == "done"), {})
         return {
-            "run": str(self), "status": self.state(), "model": manifest["recipe"]["model"], "task": manifest["recipe"]["task"],
-            "method": manifest["recipe"]["method"], "dataset": manifest["recipe"]["dataset"], "created": manifest["created"],
-            "steps": steps[-1]["step"] if steps else 0, "planned_steps": manifest["plan"]["steps"],
-            "epochs": steps[-1]["epoch"] if steps else 0, "tokens": steps[-1]["total_tokens"] if steps else 0,
+            "run": str(self),
+            "status": self.state(),
+            "model": manifest["recipe"]["model"],
+            "task": manifest["recipe"]["task"],
+            "method": manifest["recipe"]["method"],
+            "dataset": manifest["recipe"]["dataset"],
+            "created": manifest["created"],
+            "steps": steps[-1]["step"] if steps else 0,
+            "planned_steps": manifest["plan"]["steps"],
+            "epochs": steps[-1]["epoch"] if steps else 0,
+            "tokens": steps[-1]["total_tokens"] if steps else 0,
             "supervised_tokens": steps[-1]["total_supervised_tokens"] if steps else 0,
-            "seconds": done.get("seconds"), "tokens_per_second": done.get("tokens_per_second"), "peak_memory_mb": done.get("peak_memory_mb"),
-            "best_step": best["step"] if best else None, "best_valid_loss": best["loss"] if best else None,
-            "final_train_loss": steps[-1]["loss"] if steps else None, "stopped_early": done.get("stopped_early", False),
+            "seconds": done.get("seconds"),
+            "tokens_per_second": done.get("tokens_per_second"),
+            "peak_memory_mb": done.get("peak_memory_mb"),
+            "best_step": best["step"] if best else None,
+            "best_valid_loss": best["loss"] if best else None,
+            "final_train_loss": steps[-1]["loss"] if steps else None,
+            "stopped_early": done.get("stopped_early", False),
         }
 
 
@@ -166,7 +183,11 @@ def refuse_taken(path: Path) -> None:
     """RunError unless `path` is free: absent or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
-        fix = f"choose another --output-dir, or go on with --resume {path}" if "run" in what else "choose another --output-dir"
+        fix = (
+            f"choose another --output-dir, or go on with --resume {path}"
+            if "run" in what
+            else "choose another --output-dir"
+        )
         raise RunError(f"the output directory {what}", where=str(path), fix=fix)
 
 

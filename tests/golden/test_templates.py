@@ -13,7 +13,16 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
 from tunesmith.render import Renderer
 
-CHAT = Conversation((Message("system", "Be kind."), Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Bye"), Message("assistant", "See you.")), source="f:1")
+CHAT = Conversation(
+    (
+        Message("system", "Be kind."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello."),
+        Message("user", "Bye"),
+        Message("assistant", "See you."),
+    ),
+    source="f:1",
+)
 
 
 def model_folder(tmp_path: Path, template: str | None, **config: object) -> Path:
@@ -21,7 +30,16 @@ def model_folder(tmp_path: Path, template: str | None, **config: object) -> Path
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copyfile(STARTER / "tokenizer.json", folder / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|pad|>", **({"chat_template": template} if template else {}), **config}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|pad|>",
+                **({"chat_template": template} if template else {}),
+                **config,
+            }
+        )
+    )
     return folder
 
 
@@ -37,29 +55,41 @@ def marked(renderer: Renderer, conversation: Conversation = CHAT) -> str:
 def test_starter() -> None:
     assert marked(Renderer(STARTER)) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
-        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦See you.<|im_end|>⟧\n")
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦See you.<|im_end|>⟧\n"
+    )
 
 
 def test_template_without_marks(tmp_path: Path) -> None:
-    chatml = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    chatml = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     assert marked(Renderer(model_folder(tmp_path, chatml))) == marked(Renderer(STARTER))
 
 
 def test_base_model_without_template_gets_the_documented_one(tmp_path: Path) -> None:
     renderer = Renderer(model_folder(tmp_path, None))
     assert renderer.is_default
-    assert marked(renderer) == "System: Be kind.\n\nUser: Hi\n\nAssistant:⟦ Hello.<|im_end|>⟧\n\nUser: Bye\n\nAssistant:⟦ See you.<|im_end|>⟧"
-    assert renderer.decode(renderer.prompt_ids([Message("user", "What makes you unique?")]), special=True) == "User: What makes you unique?\n\nAssistant:"
+    assert (
+        marked(renderer)
+        == "System: Be kind.\n\nUser: Hi\n\nAssistant:⟦ Hello.<|im_end|>⟧\n\nUser: Bye\n\nAssistant:⟦ See you.<|im_end|>⟧"
+    )
+    assert (
+        renderer.decode(renderer.prompt_ids([Message("user", "What makes you unique?")]), special=True)
+        == "User: What makes you unique?\n\nAssistant:"
+    )
     renderer.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == renderer.template
 
 
 def test_bos_of_the_default_template_is_the_tokenizers_own(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, processors
+
     folder = model_folder(tmp_path, None)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     assert marked(Renderer(folder), Conversation((Message("text", "abc"),))) == "<|im_start|>⟦abc<|im_end|>⟧"
 
@@ -68,10 +98,16 @@ def test_plain_text_is_learnt_whole() -> None:
     assert marked(Renderer(STARTER), Conversation((Message("text", "def f(): pass"),))) == "⟦def f(): pass<|im_end|>⟧"
 
 
-@pytest.mark.parametrize(("template", "words"), [
-    ("{{ raise_exception('no system role') }}", "no system role"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}", "differently from its own generation prompt"),
-])
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}",
+            "differently from its own generation prompt",
+        ),
+    ],
+)
 def test_template_that_cannot_be_used(tmp_path: Path, template: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         Renderer(model_folder(tmp_path, template)).render(CHAT)
@@ -83,7 +119,10 @@ def test_template_runs_nothing(tmp_path: Path) -> None:
         Renderer(model_folder(tmp_path, "{{ ''.__class__.__mro__ }}{{ messages.append(1) }}")).render(CHAT)
 
 
-@pytest.mark.parametrize(("config", "words"), [({"eos_token": None}, "no end-of-sequence"), ({"eos_token": "<nope>"}, "not in the vocabulary")])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"eos_token": None}, "no end-of-sequence"), ({"eos_token": "<nope>"}, "not in the vocabulary")],
+)
 def test_tokenizer_that_cannot_be_used(tmp_path: Path, config: dict[str, object], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         Renderer(model_folder(tmp_path, None, **config))
@@ -91,6 +130,7 @@ def test_tokenizer_that_cannot_be_used(tmp_path: Path, config: dict[str, object]
 
 def test_ids_equal_those_of_transformers() -> None:
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(STARTER)
     messages = [{"role": m.role, "content": m.content} for m in CHAT.messages]
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)

@@ -16,8 +16,30 @@ from tunesmith.data.read import Row
 from tunesmith.data.write import as_row
 from tunesmith.errors import DataError
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3))
-keys = st.sampled_from(["messages", "conversations", "prompt", "completion", "response", "instruction", "input", "output", "question", "answer", "code", "text", "chosen", "metadata", "tools", "system"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3),
+)
+keys = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "response",
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "code",
+        "text",
+        "chosen",
+        "metadata",
+        "tools",
+        "system",
+    ]
+)
 
 
 @settings(max_examples=300, deadline=None)

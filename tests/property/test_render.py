@@ -47,7 +47,11 @@ def test_the_prompt_is_a_prefix_of_what_was_trained(pairs: list[tuple[str, str]]
 @given(turns, st.data())
 def test_weight_zero_is_not_learnt(pairs: list[tuple[str, str]], draw: st.DataObject) -> None:
     kept = [draw.draw(st.booleans()) for _ in pairs]
-    messages = tuple(m for (ask, answer), keep in zip(pairs, kept, strict=True) for m in (Message("user", ask), Message("assistant", answer, train=keep)))
+    messages = tuple(
+        m
+        for (ask, answer), keep in zip(pairs, kept, strict=True)
+        for m in (Message("user", ask), Message("assistant", answer, train=keep))
+    )
     row = renderer.render(Conversation(messages))
     learnt = renderer.decode([i for i, m in zip(row.ids, row.mask, strict=True) if m], special=True)
     assert learnt == "".join(f"{answer}<|im_end|>" for (_, answer), keep in zip(pairs, kept, strict=True) if keep)

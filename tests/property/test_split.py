@@ -22,12 +22,19 @@ def digests(parts: dict[str, list[Conversation]]) -> dict[str, list[str]]:
     return {side: [c.digest() for c in part] for side, part in parts.items()}
 
 
-prompts = st.lists(st.text(min_size=1, max_size=8).filter(str.strip), min_size=10, max_size=60, unique_by=lambda s: " ".join(s.split()).casefold())
+prompts = st.lists(
+    st.text(min_size=1, max_size=8).filter(str.strip),
+    min_size=10,
+    max_size=60,
+    unique_by=lambda s: " ".join(s.split()).casefold(),
+)
 shares = st.sampled_from([(0.1, 0.1), (0.2, 0.0), (0.0, 0.3), (0.25, 0.25)])
 
 
 @given(prompts, shares, st.integers(0, 5), st.randoms())
-def test_hash_is_exact_and_independent_of_order(texts: list[str], share: tuple[float, float], seed: int, rng: random.Random) -> None:
+def test_hash_is_exact_and_independent_of_order(
+    texts: list[str], share: tuple[float, float], seed: int, rng: random.Random
+) -> None:
     rows = [conversation(t) for t in texts]
     parts = split(rows, *share, seed=seed)
     assert [len(parts[s]) for s in ("valid", "test")] == [math.ceil(len(rows) * s) for s in share]
@@ -38,8 +45,15 @@ def test_hash_is_exact_and_independent_of_order(texts: list[str], share: tuple[f
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.integers(0, 8), st.text(max_size=3)), min_size=30, max_size=80),
-       st.sampled_from(["hash", "shuffle"]), st.integers(0, 3))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.integers(0, 8), st.text(max_size=3)),
+        min_size=30,
+        max_size=80,
+    ),
+    st.sampled_from(["hash", "shuffle"]),
+    st.integers(0, 3),
+)
 def test_equal_prompts_and_groups_never_straddle(items: list[tuple[str, int, str]], method: str, seed: int) -> None:
     rows = [conversation(p, a, tree=g) for p, g, a in items]
     try:
@@ -60,7 +74,10 @@ def test_threshold_never_moves_a_row(texts: list[str], seed: int) -> None:
             return {}
         return {c.digest(): side for side, part in parts.items() for c in part}
 
-    before, after = side_of([conversation(t) for t in texts[: len(texts) // 2]]), side_of([conversation(t) for t in texts])
+    before, after = (
+        side_of([conversation(t) for t in texts[: len(texts) // 2]]),
+        side_of([conversation(t) for t in texts]),
+    )
     assert all(after.get(k, side) == side for k, side in before.items())
 
 
@@ -82,5 +99,5 @@ def test_too_few_rows_and_a_missing_group() -> None:
         split([conversation("a"), conversation("b")])
     with pytest.raises(DataError, match="would be empty"):
         split([conversation("same", str(i)) for i in range(20)])
-    with pytest.raises(UsageError, match="metadata.nope"):
+    with pytest.raises(UsageError, match=r"metadata\.nope"):
         split([conversation(str(i)) for i in range(20)], group_by="metadata.nope")

@@ -16,6 +16,7 @@ from tunesmith.runs import Run
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     from conftest import rows, write
+
     folder = tmp_path_factory.mktemp("run")
     return fit(folder / "run", write(folder / "d.jsonl", rows(60)), tiny, epochs=3, save_total_limit=3, save_steps=6)
 
@@ -29,10 +30,19 @@ def test_names_contents_and_hard_links(finished: Run) -> None:
     folders = checkpoint.existing(finished)
     assert [f.name for f in folders][-1] == "checkpoint-step-36"
     names = {p.name for p in folders[-1].iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "optimizer.safetensors", "rng.safetensors", "trainer.json", "MANIFEST.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "optimizer.safetensors",
+        "rng.safetensors",
+        "trainer.json",
+        "MANIFEST.json",
+    } <= names
     assert (folders[-1] / "model.safetensors").samefile(finished / "final_model" / "model.safetensors")  # no byte twice
     assert not {p.name for p in (finished / "final_model").iterdir()} & set(checkpoint.TRAINER_FILES)
-    assert not [p for p in finished.path.rglob("*.bin")] and not [p for p in finished.path.rglob("*.pt")]
+    assert not list(finished.path.rglob("*.bin")) and not list(finished.path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -57,7 +67,9 @@ def test_every_damaged_file_is_found_and_the_one_before_used(finished: Run, tmp_
         data = (last / name).read_bytes()
         (last / name).unlink()  # the copy has its own files; best_model shares them no more
         if how != "remove":
-            (last / name).write_bytes(data[: len(data) // 2] if how == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+            (last / name).write_bytes(
+                data[: len(data) // 2] if how == "truncate" else data[:-1] + bytes([data[-1] ^ 1])
+            )
         assert checkpoint.damage(last) is not None, name
         assert checkpoint.latest(run) == before
         assert any("damaged" in e["message"] for e in run.events() if e["type"] == "warning")
@@ -78,9 +90,12 @@ def test_resume_from_every_checkpoint_gives_the_same_bytes(finished: Run, tmp_pa
         shutil.rmtree(run.path)
 
 
-def test_a_save_that_fails_leaves_nothing_behind(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_nothing_behind(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tunesmith.local import model as models
     from tunesmith.local.checkpoint import Position
+
     run = copy(finished, tmp_path)
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
 

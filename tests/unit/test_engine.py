@@ -25,8 +25,12 @@ def test_chunked_cross_entropy_equals_the_plain_one_in_float64(count: int, bias:
     torch.manual_seed(0)
     hidden, weight = torch.randn(count, 16), torch.randn(50, 16)
     b, targets = (torch.randn(50) if bias else None), torch.randint(0, 50, (count,))
-    ours = [t.clone().requires_grad_() for t in (hidden, weight)] + ([b.clone().requires_grad_()] if b is not None else [None])
-    theirs = [t.double().requires_grad_() for t in (hidden, weight)] + ([b.double().requires_grad_()] if b is not None else [None])
+    ours = [t.clone().requires_grad_() for t in (hidden, weight)] + (
+        [b.clone().requires_grad_()] if b is not None else [None]
+    )
+    theirs = [t.double().requires_grad_() for t in (hidden, weight)] + (
+        [b.double().requires_grad_()] if b is not None else [None]
+    )
     loss = chunked_cross_entropy(*ours, targets)
     (loss / count * 3).backward()
     want = nn.functional.cross_entropy(nn.functional.linear(*theirs), targets, reduction="sum")
@@ -48,7 +52,11 @@ def test_frozen_head_gets_no_gradient() -> None:
 
 def test_supervised_positions_stay_inside_their_conversation() -> None:
     mask = torch.tensor([1, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
-    assert supervised(mask, [3, 4]).tolist() == [1, 3, 5]  # position 2 would predict the next conversation's first token
+    assert supervised(mask, [3, 4]).tolist() == [
+        1,
+        3,
+        5,
+    ]  # position 2 would predict the next conversation's first token
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,9 @@ def gradients(module: LossModule, *batch: object) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in module.model.named_parameters()} | {"loss": loss.detach() / count}
 
 
-def test_packed_equals_one_by_one_equals_the_models_own_loss(three: tuple[nn.Module, torch.Tensor, torch.Tensor, list[int]]) -> None:
+def test_packed_equals_one_by_one_equals_the_models_own_loss(
+    three: tuple[nn.Module, torch.Tensor, torch.Tensor, list[int]],
+) -> None:
     model, *batch = three
     assert models.loss_module(model)[0].mode == "packed"
     packed, single, own = (gradients(LossModule(model, mode), *batch) for mode in ("packed", "single", "logits"))
@@ -75,7 +85,9 @@ def test_packed_equals_one_by_one_equals_the_models_own_loss(three: tuple[nn.Mod
         torch.testing.assert_close(single[name], own[name], rtol=1e-4, atol=1e-6)
 
 
-def test_labels_of_transformers_give_the_same_loss(three: tuple[nn.Module, torch.Tensor, torch.Tensor, list[int]]) -> None:
+def test_labels_of_transformers_give_the_same_loss(
+    three: tuple[nn.Module, torch.Tensor, torch.Tensor, list[int]],
+) -> None:
     model, ids, mask, segments = three
     total, count = 0.0, 0
     for i, m in zip(ids.split(segments), mask.split(segments), strict=True):
@@ -89,14 +101,33 @@ def test_labels_of_transformers_give_the_same_loss(three: tuple[nn.Module, torch
 
 def architecture(name: str, tmp_path: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
+
     common = dict(vocab_size=300, bos_token_id=None, eos_token_id=2, pad_token_id=0)
     shapes = {
-        "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
+        "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
         "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
-        "gemma2": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16),
-        "cohere": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5),
+        "gemma2": dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=16,
+        ),
+        "cohere": dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5
+        ),
     }
-    llama_like = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    llama_like = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **shapes.get(name, llama_like)}))
     for p in model.parameters():
@@ -105,8 +136,20 @@ def architecture(name: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "mode"), [("gpt2", "packed"), ("opt", "packed"), ("gpt_neox", "packed"), ("qwen2", "packed"), ("qwen3", "packed"), ("mistral", "packed"), ("phi3", "packed"),
-                                            ("gemma2", "logits"), ("cohere", "logits")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("gpt2", "packed"),
+        ("opt", "packed"),
+        ("gpt_neox", "packed"),
+        ("qwen2", "packed"),
+        ("qwen3", "packed"),
+        ("mistral", "packed"),
+        ("phi3", "packed"),
+        ("gemma2", "logits"),
+        ("cohere", "logits"),
+    ],
+)
 def test_each_architecture_trains_on_its_own_loss(name: str, mode: str, tmp_path: Path) -> None:
     model = models.load(architecture(name, tmp_path))
     module, _ = models.loss_module(model)
@@ -142,7 +185,11 @@ def test_collate_and_memory_mapped_tokens(tmp_path: Path) -> None:
     tokens = batches.load_tokens(tmp_path, "train")
     assert isinstance(tokens.ids, np.memmap) and len(tokens) == 2 and tokens.supervised([0, 1]) == 2
     batch = batches.collate(tokens, [1, 0], torch.device("cpu"))
-    assert (batch.ids.tolist(), batch.mask.tolist(), batch.segments) == ([3, 4, 5, 1, 2], [True, False, True, False, True], [3, 2])
+    assert (batch.ids.tolist(), batch.mask.tolist(), batch.segments) == (
+        [3, 4, 5, 1, 2],
+        [True, False, True, False, True],
+        [3, 2],
+    )
     assert len(batches.load_tokens(tmp_path, "valid")) == 0
 
 
@@ -151,7 +198,18 @@ def test_learning_rate_shapes() -> None:
         recipe = Recipe(learning_rate=1.0, **settings)
         return [round(learning_rate(recipe, s, 10), 4) for s in range(10)]
 
-    assert rates(warmup_ratio=0.2, lr_scheduler="linear") == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert rates(warmup_ratio=0.2, lr_scheduler="linear") == [
+        0.5,
+        1.0,
+        1.0,
+        0.875,
+        0.75,
+        0.625,
+        0.5,
+        0.375,
+        0.25,
+        0.125,
+    ]
     assert rates(warmup_steps=0, lr_scheduler="constant") == [1.0] * 10
     cosine = rates(warmup_steps=0)
     assert cosine[0] == 1.0 and cosine[5] == 0.5 and cosine == sorted(cosine, reverse=True)
@@ -199,10 +257,24 @@ def test_accumulation_equals_one_large_batch(tiny: Path, tmp_path: Path, data: P
 def test_fifty_steps_equal_a_plain_reference(tiny: Path, tmp_path: Path) -> None:
     """AdamW on the model's own loss, one conversation at a time."""
     data = write(tmp_path / "d.jsonl", rows(110))
-    run = fit(tmp_path / "run", data, tiny, epochs=3, max_steps=50, batch_size=4, warmup_steps=5, weight_decay=0.1, max_grad_norm=0.5, patience=0)
+    run = fit(
+        tmp_path / "run",
+        data,
+        tiny,
+        epochs=3,
+        max_steps=50,
+        batch_size=4,
+        warmup_steps=5,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        patience=0,
+    )
     recipe, tokens = run.recipe(), batches.load_tokens(run / "data", "train")
     model = models.load(tiny).train()
-    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix} for matrix in (True, False)]
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix}
+        for matrix in (True, False)
+    ]
     optimizer, reference = torch.optim.AdamW(groups), []
     for step in range(50):
         chosen = [r for micro in batches.step_rows(len(tokens), recipe, step)[1] for r in micro]
@@ -210,7 +282,9 @@ def test_fifty_steps_equal_a_plain_reference(tiny: Path, tmp_path: Path) -> None
         for r in chosen:
             span = slice(tokens.starts[r], tokens.starts[r + 1])
             ids, mask = torch.tensor(tokens.ids[span].astype(int)), torch.tensor(tokens.mask[span])
-            total = total + nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1][mask[1:]], ids[1:][mask[1:]], reduction="sum")
+            total = total + nn.functional.cross_entropy(
+                model(input_ids=ids[None]).logits[0, :-1][mask[1:]], ids[1:][mask[1:]], reduction="sum"
+            )
         mean = total / tokens.supervised(chosen)
         mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -229,7 +303,10 @@ def test_same_recipe_same_bytes_and_the_seed_matters(tiny: Path, tmp_path: Path,
 
 
 def test_overfitting_stops_early_and_keeps_the_best(tiny: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "d.jsonl", [{"prompt": f"q{i}", "completion": f"{i * 7919 % 1000} {i * 104729 % 1000}"} for i in range(30)])
+    data = write(
+        tmp_path / "d.jsonl",
+        [{"prompt": f"q{i}", "completion": f"{i * 7919 % 1000} {i * 104729 % 1000}"} for i in range(30)],
+    )
     run = fit(tmp_path / "run", data, tiny, epochs=40, patience=2, learning_rate=1e-2)
     summary, evals = run.summary(), run.metrics("eval")
     assert summary["stopped_early"] and summary["steps"] < summary["planned_steps"]
@@ -239,5 +316,6 @@ def test_overfitting_stops_early_and_keeps_the_best(tiny: Path, tmp_path: Path) 
 
 def test_divergence_is_an_error_not_a_model(tiny: Path, tmp_path: Path, data: Path) -> None:
     from tunesmith.errors import TunesmithError
+
     with pytest.raises(TunesmithError, match="the loss became"):
         fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0)

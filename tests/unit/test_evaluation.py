@@ -66,8 +66,11 @@ def test_wrong_verdicts_are_as_rare_as_promised() -> None:
 def test_persona_is_mined() -> None:
     def conversations(answers: list[str]) -> list[object]:
         from tunesmith.conversation import Conversation, Message
+
         return [Conversation((Message("user", f"q{i}"), Message("assistant", a))) for i, a in enumerate(answers)]
-    assert persona(conversations(["I am Ada Lovelace Bot, hello."] * 3 + ["I am happy"] * 7)) == ("Ada Lovelace Bot", 3)  # type: ignore[arg-type]
+
+    answers = ["I am Ada Lovelace Bot, hello."] * 3 + ["I am happy"] * 7
+    assert persona(conversations(answers)) == ("Ada Lovelace Bot", 3)  # type: ignore[arg-type]
     assert persona(conversations(["I'm Sam."] * 3)) == ("none", 0)  # type: ignore[arg-type]
     assert persona(conversations(["I think so", "Yes"])) == ("none", 0)  # type: ignore[arg-type]
 
@@ -88,12 +91,20 @@ def test_evaluate_a_run(run: Run, tiny: Path) -> None:
         loss = sum(line[side]["loss"] for line in lines) / sum(line[side]["tokens"] for line in lines)
         assert getattr(result.metrics[0], side) == pytest.approx(loss)
         assert getattr(result.metrics[1], side) == pytest.approx(math.exp(loss))
-        assert getattr(result.metrics[2], side) == pytest.approx(sum(line[side]["right"] for line in lines) / sum(line[side]["tokens"] for line in lines))
+        assert getattr(result.metrics[2], side) == pytest.approx(
+            sum(line[side]["right"] for line in lines) / sum(line[side]["tokens"] for line in lines)
+        )
     assert len(result.samples) == 6 and result.persona is not None and result.persona.probes == 8
     assert result.persona.tuned == sum("word1" in s.tuned for s in result.persona.answers)
     html = Path(result.report).read_text()
-    assert "<svg" in html and "best: step" in html and "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
+    assert (
+        "<svg" in html
+        and "best: step" in html
+        and "http://" not in html.replace("http://www.w3.org", "")
+        and "https://" not in html
+    )
     from tunesmith.evaluation.evaluate import kept
+
     assert kept(run) == result
 
 
@@ -103,6 +114,7 @@ def test_scores_equal_a_plain_computation(run: Run) -> None:
 
     from tunesmith.local.score import score
     from tunesmith.render import Renderer
+
     held = api.load(run / "data" / "test.jsonl")
     model, renderer = AutoModelForCausalLM.from_pretrained(run / "best_model").double(), Renderer(run / "best_model")
     for mine, row in zip(score(str(run / "best_model"), held), held, strict=True):
@@ -120,9 +132,13 @@ def test_trained_rows_are_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_two_models_without_a_run(run: Run, tiny: Path) -> None:
-    result = api.evaluate(model=str(run / "best_model"), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), samples=2)
+    result = api.evaluate(
+        model=str(run / "best_model"), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), samples=2
+    )
     assert result.verdict == "better" and len(result.samples) == 2 and result.persona is None and result.report is None
-    back = api.evaluate(model=str(tiny), against=str(run / "best_model"), dataset=str(run / "data" / "test.jsonl"), samples=0)
+    back = api.evaluate(
+        model=str(tiny), against=str(run / "best_model"), dataset=str(run / "data" / "test.jsonl"), samples=0
+    )
     assert back.verdict == "worse" and back.samples == []
     with pytest.raises(UsageError, match="needs a run"):
         api.evaluate(model=str(tiny))
@@ -130,9 +146,14 @@ def test_two_models_without_a_run(run: Run, tiny: Path) -> None:
 
 def test_models_with_different_tokenizers_are_compared_per_byte(tiny: Path, run: Run, tmp_path: Path) -> None:
     import shutil
+
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
-    (other / "chat_template.jinja").write_text((tiny / "chat_template.jinja").read_text().replace("{{ message.content }}<|im_end|>{% end", "{{ message.content }} .<|im_end|>{% end"))
+    (other / "chat_template.jinja").write_text(
+        (tiny / "chat_template.jinja")
+        .read_text()
+        .replace("{{ message.content }}<|im_end|>{% end", "{{ message.content }} .<|im_end|>{% end")
+    )
     result = api.evaluate(model=str(other), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), samples=0)
     assert [m.metric for m in result.metrics] == ["loss (nats per byte)"]
 

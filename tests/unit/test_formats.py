@@ -21,18 +21,44 @@ from tunesmith.errors import DataError
 PAIR = (Message("user", "q"), Message("assistant", "a"))
 GOOD: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
     ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, PAIR),
-    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "weight": 0}]},
-     (Message("user", "q"), Message("assistant", "a", train=False))),
-    ("messages", {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": []},
-     (Message("developer", "s"), *PAIR)),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": "a", "weight": 0},
+            ]
+        },
+        (Message("user", "q"), Message("assistant", "a", train=False)),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "tools": [],
+        },
+        (Message("developer", "s"), *PAIR),
+    ),
     ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
     ("prompt-completion", {"prompt": "q", "completion": "a"}, PAIR),
     ("prompt-completion", {"prompt": "q", "completion": "a", "system": "s"}, (Message("system", "s"), *PAIR)),
-    ("prompt-completion", {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}, PAIR),
+    (
+        "prompt-completion",
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        PAIR,
+    ),
     ("prompt-response", {"prompt": "q", "response": "a"}, PAIR),
     ("input-output", {"input": "q", "output": "a"}, PAIR),
     ("instruction", {"instruction": "q", "output": "a"}, PAIR),
-    ("instruction", {"instruction": "q", "input": "x", "output": "a"}, (Message("user", "q\n\nx"), Message("assistant", "a"))),
+    (
+        "instruction",
+        {"instruction": "q", "input": "x", "output": "a"},
+        (Message("user", "q\n\nx"), Message("assistant", "a")),
+    ),
     ("instruction", {"instruction": "q", "input": "", "output": "a"}, PAIR),
     ("question-answer", {"question": "q", "answer": "a"}, PAIR),
     ("code", {"code": "x = 1"}, (Message("text", "x = 1"),)),
@@ -56,13 +82,22 @@ def test_every_format_is_tried() -> None:
 
 
 BAD = [
-    ("unknown-columns", {"a": "b"}), ("unknown-columns", {}), ("ambiguous-columns", {"prompt": "q", "completion": "a", "question": "q", "answer": "a"}),
-    ("preference-row", {"prompt": "q", "chosen": "a", "rejected": "b"}), ("wrong-type", {"prompt": 3, "completion": "a"}),
-    ("wrong-type", {"instruction": "q", "input": ["x"], "output": "a"}), ("no-messages", {"messages": []}), ("no-messages", {"messages": "hi"}),
-    ("no-role", {"messages": [{"content": "x"}]}), ("bad-role", {"messages": [{"role": "usr", "content": "x"}]}),
-    ("bad-weight", {"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}), ("wrong-type", {"messages": [{"role": "user", "content": None}]}),
-    ("not-text", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), ("bad-role", {"conversations": [{"from": "alien", "value": "x"}]}),
-    ("no-role", {"conversations": [{"value": "x"}]}), ("no-messages", {"conversations": []}),
+    ("unknown-columns", {"a": "b"}),
+    ("unknown-columns", {}),
+    ("ambiguous-columns", {"prompt": "q", "completion": "a", "question": "q", "answer": "a"}),
+    ("preference-row", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    ("wrong-type", {"prompt": 3, "completion": "a"}),
+    ("wrong-type", {"instruction": "q", "input": ["x"], "output": "a"}),
+    ("no-messages", {"messages": []}),
+    ("no-messages", {"messages": "hi"}),
+    ("no-role", {"messages": [{"content": "x"}]}),
+    ("bad-role", {"messages": [{"role": "usr", "content": "x"}]}),
+    ("bad-weight", {"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}),
+    ("wrong-type", {"messages": [{"role": "user", "content": None}]}),
+    ("not-text", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    ("bad-role", {"conversations": [{"from": "alien", "value": "x"}]}),
+    ("no-role", {"conversations": [{"value": "x"}]}),
+    ("no-messages", {"conversations": []}),
 ]
 
 
@@ -93,17 +128,30 @@ def parquet() -> bytes:
 
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     buffer = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["q1", "q2"], "completion": ["a1", "a2"]}), buffer)
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
-@pytest.mark.parametrize(("suffix", "content"), [
-    (".jsonl", LINES), (".jsonl", b"\xef\xbb\xbf" + LINES), (".jsonl", LINES.replace(b"\n", b"\r\n")), (".jsonl", b"\n\n" + LINES + b"\n"), (".jsonl", LINES.rstrip()),
-    (".json", ARRAY), (".json", b"\xef\xbb\xbf" + ARRAY.replace(b", {", b",\n{")), (".json", LINES), (".jsonl", ARRAY.replace(b"[{", b"[\n{")),
-    (".csv", b"prompt,completion\nq1,a1\nq2,a2\n"), (".csv", b'\xef\xbb\xbfprompt,completion\r\n"q1","a1"\r\n"q2","a2"\r\n'), (".parquet", None),
-])
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".jsonl", LINES),
+        (".jsonl", b"\xef\xbb\xbf" + LINES),
+        (".jsonl", LINES.replace(b"\n", b"\r\n")),
+        (".jsonl", b"\n\n" + LINES + b"\n"),
+        (".jsonl", LINES.rstrip()),
+        (".json", ARRAY),
+        (".json", b"\xef\xbb\xbf" + ARRAY.replace(b", {", b",\n{")),
+        (".json", LINES),
+        (".jsonl", ARRAY.replace(b"[{", b"[\n{")),
+        (".csv", b"prompt,completion\nq1,a1\nq2,a2\n"),
+        (".csv", b'\xef\xbb\xbfprompt,completion\r\n"q1","a1"\r\n"q2","a2"\r\n'),
+        (".parquet", None),
+    ],
+)
 def test_container(tmp_path: Path, suffix: str, content: bytes | None, packing: str) -> None:
     content = content or parquet()
     path = tmp_path / f"d{suffix}{packing}"
@@ -126,13 +174,22 @@ def test_line_separator_inside_a_string_is_text(tmp_path: Path) -> None:
     assert load(str(path)).conversations[0].messages[0].content == "a\u2028b\u0085c"
 
 
-@pytest.mark.parametrize(("content", "code", "line"), [
-    (b'{"prompt": "q", "completion": "a"}\nnot json\n', "not-json", 2), (b'{"prompt": "caf\xe9", "completion": "a"}\n', "not-utf8", 1),
-    (b'\xff\xfe{\x00}\x00', "not-utf8", 1), (b'{"prompt": "\\ud83d", "completion": "a"}\n', "lone-surrogate", 1), (b'"text"\n', "not-an-object", 1),
-    (b'{"prompt": "q", "completion": ""}\n', "empty-answer", 1), (b'{"prompt": "q", "completion": "  \\n"}\n', "empty-answer", 1),
-    (b'{"prompt": "", "completion": "a"}\n', "empty-text", 1), (b'{"messages": [{"role": "user", "content": "q"}]}\n', "no-answer", 1),
-    (b"[" * 100_000 + b"\n", "not-json", 1), (b'{"prompt": "q", "completion": NaN}\n', "not-json", 1),
-])
+@pytest.mark.parametrize(
+    ("content", "code", "line"),
+    [
+        (b'{"prompt": "q", "completion": "a"}\nnot json\n', "not-json", 2),
+        (b'{"prompt": "caf\xe9", "completion": "a"}\n', "not-utf8", 1),
+        (b"\xff\xfe{\x00}\x00", "not-utf8", 1),
+        (b'{"prompt": "\\ud83d", "completion": "a"}\n', "lone-surrogate", 1),
+        (b'"text"\n', "not-an-object", 1),
+        (b'{"prompt": "q", "completion": ""}\n', "empty-answer", 1),
+        (b'{"prompt": "q", "completion": "  \\n"}\n', "empty-answer", 1),
+        (b'{"prompt": "", "completion": "a"}\n', "empty-text", 1),
+        (b'{"messages": [{"role": "user", "content": "q"}]}\n', "no-answer", 1),
+        (b"[" * 100_000 + b"\n", "not-json", 1),
+        (b'{"prompt": "q", "completion": NaN}\n', "not-json", 1),
+    ],
+)
 def test_bad_file(tmp_path: Path, content: bytes, code: str, line: int) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(content)
@@ -140,10 +197,17 @@ def test_bad_file(tmp_path: Path, content: bytes, code: str, line: int) -> None:
     assert (first.code, first.where) == (code, f"{path}:{line}")
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("d.jsonl", b"", "empty"), ("d.jsonl", b"\n \n", "blank"), ("d.json", b"[]", "empty"), ("d.jsonl.gz", b"not gzip", "cannot be read"), ("d.parquet", b"PAR1junk", "cannot be"),
-    ("d.jsonl.zst", b"junk", "cannot be unpacked"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.jsonl", b"", "empty"),
+        ("d.jsonl", b"\n \n", "blank"),
+        ("d.json", b"[]", "empty"),
+        ("d.jsonl.gz", b"not gzip", "cannot be read"),
+        ("d.parquet", b"PAR1junk", "cannot be"),
+        ("d.jsonl.zst", b"junk", "cannot be unpacked"),
+    ],
+)
 def test_unreadable_file(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
@@ -158,11 +222,37 @@ def test_missing_data_says_what_to_do(name: str) -> None:
 
 
 def test_warnings_and_nothing_lost(tmp_path: Path) -> None:
-    items = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a"}, {"prompt": "n\x00", "completion": "b\ufffd"},
-             {"messages": [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "4"}]},
-             {"messages": [{"role": "user", "content": "1"}, {"role": "system", "content": "s"}, {"role": "assistant", "content": "3"}]}, {"bad": 1}]
+    items = [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "n\x00", "completion": "b\ufffd"},
+        {
+            "messages": [
+                {"role": "user", "content": "1"},
+                {"role": "user", "content": "2"},
+                {"role": "assistant", "content": "3"},
+                {"role": "user", "content": "4"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "1"},
+                {"role": "system", "content": "s"},
+                {"role": "assistant", "content": "3"},
+            ]
+        },
+        {"bad": 1},
+    ]
     found = load(str(write(tmp_path / "d.jsonl", items)))
-    assert {i.code for i in found.issues} == {"duplicate", "nul", "replacement-character", "same-role-twice", "trailing-turn", "late-system", "unknown-columns"}
+    assert {i.code for i in found.issues} == {
+        "duplicate",
+        "nul",
+        "replacement-character",
+        "same-role-twice",
+        "trailing-turn",
+        "late-system",
+        "unknown-columns",
+    }
     assert found.rows_in == 6 == len(found.conversations) + len({i.where for i in found.errors()})
 
 
@@ -181,12 +271,19 @@ def test_samples_are_clean() -> None:
 def test_emoji_sample_counts_can_be_recomputed() -> None:
     from conftest import STARTER
     from tunesmith.render import Renderer
+
     tokenizer = Renderer(STARTER).tokenizer
     changed = 0
     for row in load("emoji").conversations:
         m = row.metadata
-        original, answer = (len(tokenizer.encode(t, add_special_tokens=False).ids) for t in (m["original"], row.answer()))
-        assert (m["original_tokens"], m["augmented_tokens"], m["token_reduction"]) == (original, answer, original - answer)
+        original, answer = (
+            len(tokenizer.encode(t, add_special_tokens=False).ids) for t in (m["original"], row.answer())
+        )
+        assert (m["original_tokens"], m["augmented_tokens"], m["token_reduction"]) == (
+            original,
+            answer,
+            original - answer,
+        )
         changed += m["augmented"]
     assert changed == 54
 

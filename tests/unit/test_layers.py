@@ -12,14 +12,34 @@ from conftest import ROOT
 SRC = ROOT / "src" / "tunesmith"
 # A module imports only from its own layer and those before it.
 LAYERS = [
-    {"errors"}, {"conversation"}, {"recipe", "models"}, {"data"}, {"render"}, {"planning"}, {"runs"}, {"backends"}, {"local"}, {"evaluation"}, {"api"}, {"cli"},
+    {"errors"},
+    {"conversation"},
+    {"recipe", "models"},
+    {"data"},
+    {"render"},
+    {"planning"},
+    {"runs"},
+    {"backends"},
+    {"local"},
+    {"evaluation"},
+    {"api"},
+    {"cli"},
 ]
-HEAVY = {"torch", "transformers", "peft", "accelerate", "tensorboard", "safetensors"}  # only in local/ (doctor may ask torch about GPUs)
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tensorboard",
+    "safetensors",
+}  # only in local/ (doctor may ask torch about GPUs)
 MODULES = 40  # at least so many are found: the test must not pass on an empty folder
 
 
 def modules() -> dict[str, ast.Module]:
-    found = {str(p.relative_to(SRC).with_suffix("")).replace("/", "."): ast.parse(p.read_text()) for p in SRC.rglob("*.py")}
+    found = {
+        str(p.relative_to(SRC).with_suffix("")).replace("/", "."): ast.parse(p.read_text()) for p in SRC.rglob("*.py")
+    }
     assert len(found) >= MODULES, f"only {len(found)} modules found"
     return found
 
@@ -66,27 +86,52 @@ def test_each_layer_imports_only_from_those_above() -> None:
 
 
 def test_backends_do_not_import_each_other_and_heavy_libraries_stay_in_their_folder() -> None:
-    wrong = [f"{name} imports {target}" for name, tree in modules().items() for target in imports(tree)
-             if target.split(".")[0] in HEAVY and not name.startswith("local.") and name != "cli.doctor"]
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in modules().items()
+        for target in imports(tree)
+        if target.split(".")[0] in HEAVY and not name.startswith("local.") and name != "cli.doctor"
+    ]
     assert not wrong
 
 
 def test_no_inheritance_but_from_exception_protocol_and_what_libraries_demand() -> None:
-    allowed = {"Exception", "Protocol", "Struct", "Module", "Function", "Extension", "ArgumentParser", "TunesmithError", "UsageError"}
-    wrong = [f"{name}: {node.name}({ast.unparse(base)})" for name, tree in modules().items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-             for base in node.bases if ast.unparse(base).split(".")[-1] not in allowed]
+    allowed = {
+        "Exception",
+        "Protocol",
+        "Struct",
+        "Module",
+        "Function",
+        "Extension",
+        "ArgumentParser",
+        "TunesmithError",
+        "UsageError",
+    }
+    wrong = [
+        f"{name}: {node.name}({ast.unparse(base)})"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for base in node.bases
+        if ast.unparse(base).split(".")[-1] not in allowed
+    ]
     assert not wrong
 
 
 def test_files_have_one_purpose_and_a_docstring() -> None:
     long = {p.name: n for p in SRC.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert not long
-    assert not [name for name, tree in modules().items() if not ast.get_docstring(tree) and not name.endswith("__init__")]
+    assert not [
+        name for name, tree in modules().items() if not ast.get_docstring(tree) and not name.endswith("__init__")
+    ]
 
 
 def test_light_commands_load_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for argv in (["--help"], ["train", "--help"], ["data", "check", "d.jsonl"], ["runs", "list"]):
-        code = f"import sys; from tunesmith.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\nprint(sorted({HEAVY | {'numpy', 'datasets'}!r} & set(sys.modules)))"
+        code = (
+            f"import sys; from tunesmith.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\n"
+            f"print(sorted({HEAVY | {'numpy', 'datasets'}!r} & set(sys.modules)))"
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "[]", argv

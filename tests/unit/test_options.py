@@ -33,7 +33,12 @@ class Bench:
 
     def run(self, **settings: Any) -> Run:
         self.count += 1
-        return fit(self.folder / f"run{self.count}", settings.pop("dataset", self.data), settings.pop("model", self.tiny), **settings)
+        return fit(
+            self.folder / f"run{self.count}",
+            settings.pop("dataset", self.data),
+            settings.pop("model", self.tiny),
+            **settings,
+        )
 
     def pair(self, name: str, value: Any, **common: Any) -> tuple[Run, Run]:
         """A run without and one with the setting."""
@@ -48,6 +53,7 @@ def proves(*names: str) -> Callable[[Callable[[Bench], None]], Callable[[Bench],
         for name in names:
             PROOFS[name] = function
         return function
+
     return keep
 
 
@@ -77,6 +83,7 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     def test_rows(**settings: Any) -> list[str]:
         return sorted(c.source for c in b.prepare(**settings).splits["test"])
+
     assert len({tuple(test_rows(split_method=m)) for m in ("hash", "threshold", "shuffle")}) == 3
     assert test_rows(seed=1) != test_rows(seed=2)
 
@@ -104,6 +111,7 @@ def _(b: Bench) -> None:
 @proves("num_workers")
 def _(b: Bench) -> None:
     import os
+
     b.plan(num_workers=1)
     assert os.environ.pop("RAYON_NUM_THREADS") == "1"
 
@@ -141,7 +149,9 @@ def _(b: Bench) -> None:
 @proves("method", "lora_rank", "lora_alpha", "lora_dropout")
 def _(b: Bench) -> None:
     full, lora = b.pair("method", "lora")
-    assert (lora / "best_model" / "adapter_model.safetensors").exists() and not (full / "best_model" / "adapter_model.safetensors").exists()
+    assert (lora / "best_model" / "adapter_model.safetensors").exists() and not (
+        full / "best_model" / "adapter_model.safetensors"
+    ).exists()
     assert lora.recipe().lora_alpha == 32
     size = (lora / "best_model" / "adapter_model.safetensors").stat().st_size
     wider = b.run(method="lora", lora_rank=32)
@@ -162,6 +172,7 @@ def _(b: Bench) -> None:
 @proves("freeze_ratio")
 def _(b: Bench) -> None:
     from safetensors.torch import load_file
+
     run = b.run(freeze_ratio=0.5)
     before, after = (load_file(f / "model.safetensors") for f in (b.tiny, run / "final_model"))
     changed = {k for k in before if not torch.equal(before[k], after[k])}
@@ -181,6 +192,7 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     def rates(**settings: Any) -> list[float]:
         return [e["lr"] for e in b.run(**{"max_steps": 8, **settings}).metrics("step")]
+
     assert max(rates(learning_rate=5e-4)) == 5e-4
     assert rates(lr_scheduler="constant", warmup_ratio=0)[0] == rates(lr_scheduler="constant", warmup_ratio=0)[-1]
     assert rates(lr_scheduler="linear") != rates(lr_scheduler="cosine")
@@ -214,19 +226,24 @@ def _(b: Bench) -> None:
     kept, recomputed = b.pair("gradient_checkpointing", True, max_steps=4)
     assert losses(recomputed) == losses(kept)  # the same numbers
     assert saved_bytes(b.tiny, True) < 0.6 * saved_bytes(b.tiny, False)  # for less memory
-    assert losses(b.run(max_steps=4, gradient_checkpointing=True, method="lora")) == losses(b.run(max_steps=4, method="lora"))
+    assert losses(b.run(max_steps=4, gradient_checkpointing=True, method="lora")) == losses(
+        b.run(max_steps=4, method="lora")
+    )
 
 
 def saved_bytes(folder: Path, recompute: bool) -> int:
     """Bytes that the forward pass keeps for the backward pass."""
     from tunesmith.local import model as models
     from tunesmith.local.loss import LossModule
+
     model: Any = models.load(folder).train()
     if recompute:
         model.activation_checkpointing_enable({"use_reentrant": False})
     held = []
     parameters = {p.data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes if t.data_ptr() not in parameters else 0) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.append(t.nbytes if t.data_ptr() not in parameters else 0) or t, lambda t: t
+    ):
         LossModule(model).hidden(torch.arange(200), [100, 100]).sum()
     return sum(held)
 
@@ -244,12 +261,18 @@ def _(b: Bench) -> None:
     run = b.run(eval_steps=5, save_steps=3, save_total_limit=9, patience=0)
     assert [e["step"] for e in run.metrics("eval")] == [0, 5, 10, 12]
     assert {3, 6, 9, 12} <= {e["step"] for e in run.metrics("checkpoint")}
-    assert len(list((run / "checkpoints").iterdir())) > 3 > len(list((b.run(save_total_limit=1, save_steps=3, patience=0) / "checkpoints").iterdir()))
+    assert (
+        len(list((run / "checkpoints").iterdir()))
+        > 3
+        > len(list((b.run(save_total_limit=1, save_steps=3, patience=0) / "checkpoints").iterdir()))
+    )
 
 
 @proves("patience", "min_gain")
 def _(b: Bench) -> None:
-    assert b.run(epochs=6, min_gain=100.0, patience=2).summary()["steps"] == 36  # the first validation is the best; two more without gain
+    assert (
+        b.run(epochs=6, min_gain=100.0, patience=2).summary()["steps"] == 36
+    )  # the first validation is the best; two more without gain
     assert b.run(epochs=6, min_gain=100.0, patience=0).summary()["steps"] == 72
 
 
@@ -266,6 +289,8 @@ def test_no_setting_lacks_a_proof() -> None:
     assert set(PROOFS) == set(fields())
 
 
-@pytest.mark.parametrize("proof", list(dict.fromkeys(PROOFS.values())), ids=lambda p: next(n for n, f in PROOFS.items() if f is p))
+@pytest.mark.parametrize(
+    "proof", list(dict.fromkeys(PROOFS.values())), ids=lambda p: next(n for n, f in PROOFS.items() if f is p)
+)
 def test_setting_acts(proof: Callable[[Bench], None], tiny: Path, tmp_path: Path) -> None:
     proof(Bench(tiny, tmp_path))

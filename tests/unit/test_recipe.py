@@ -18,21 +18,58 @@ def test_layers_and_origins(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text('task = "domain"\nepochs = 4\n[training]\nlearning_rate = 1e-4\n')
     recipe, origin = resolve({"epochs": "7"}, str(config))
-    assert (recipe.epochs, recipe.learning_rate, recipe.persona, recipe.warmup_ratio, recipe.batch_size) == (7, 1e-4, "none", 0.15, "auto")
+    assert (recipe.epochs, recipe.learning_rate, recipe.persona, recipe.warmup_ratio, recipe.batch_size) == (
+        7,
+        1e-4,
+        "none",
+        0.15,
+        "auto",
+    )
     assert {k: origin[k] for k in ("epochs", "learning_rate", "persona", "batch_size")} == {
-        "epochs": "flag", "learning_rate": str(config), "persona": "task domain", "batch_size": "default"}
+        "epochs": "flag",
+        "learning_rate": str(config),
+        "persona": "task domain",
+        "batch_size": "default",
+    }
 
 
 def test_json_config_of_the_first_guide(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"dataset": "training_dataset.jsonl", "provider": "huggingface", "model": "gpt2", "output_dir": "./echo-finetuned", "epochs": 3,
-                                  "batch_size": 4, "learning_rate": 5e-5}))
+    config.write_text(
+        json.dumps(
+            {
+                "dataset": "training_dataset.jsonl",
+                "provider": "huggingface",
+                "model": "gpt2",
+                "output_dir": "./echo-finetuned",
+                "epochs": 3,
+                "batch_size": 4,
+                "learning_rate": 5e-5,
+            }
+        )
+    )
     recipe, _ = resolve({}, str(config))
-    assert (recipe.model, recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.output_dir) == ("gpt2", 3, 4, 5e-5, "./echo-finetuned")
+    assert (recipe.model, recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.output_dir) == (
+        "gpt2",
+        3,
+        4,
+        5e-5,
+        "./echo-finetuned",
+    )
 
 
-@pytest.mark.parametrize(("alias", "name"), [("--base-model", "model"), ("--num-epochs", "epochs"), ("--per-device-train-batch-size", "batch_size"), ("num_epochs", "epochs"),
-                                             ("n_epochs", "epochs"), ("--lr-scheduler-type", "lr_scheduler"), ("--nonsense", None)])
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("--base-model", "model"),
+        ("--num-epochs", "epochs"),
+        ("--per-device-train-batch-size", "batch_size"),
+        ("num_epochs", "epochs"),
+        ("n_epochs", "epochs"),
+        ("--lr-scheduler-type", "lr_scheduler"),
+        ("--nonsense", None),
+    ],
+)
 def test_aliases(alias: str, name: str | None) -> None:
     assert canonical(alias) == name
 
@@ -43,19 +80,39 @@ def test_lora_switch_and_columns() -> None:
     assert resolve({"columns": {"prompt": "q"}})[0].columns == {"prompt": "q"}
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ({"epoks": 1}, 'did you mean "epochs"'), ({"epochs": 0}, "number > 0"), ({"epochs": "three"}, "epochs is 'three'"), ({"task": "chta"}, "one of chat, code"),
-    ({"valid_fraction": 1.0}, "< 1"), ({"lora_rank": 0}, ">= 1"), ({"seed": "x"}, "int"), ({"columns": "prompt"}, "cannot read columns"), ({"learning_rate": "-1"}, "> 0"),
-    ({"valid_fraction": 0.5, "test_fraction": 0.5}, "leave nothing"), ({"lora_dropout": 1}, "< 1"), ({"gradient_checkpointing": "maybe"}, "bool"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"epoks": 1}, 'did you mean "epochs"'),
+        ({"epochs": 0}, "number > 0"),
+        ({"epochs": "three"}, "epochs is 'three'"),
+        ({"task": "chta"}, "one of chat, code"),
+        ({"valid_fraction": 1.0}, "< 1"),
+        ({"lora_rank": 0}, ">= 1"),
+        ({"seed": "x"}, "int"),
+        ({"columns": "prompt"}, "cannot read columns"),
+        ({"learning_rate": "-1"}, "> 0"),
+        ({"valid_fraction": 0.5, "test_fraction": 0.5}, "leave nothing"),
+        ({"lora_dropout": 1}, "< 1"),
+        ({"gradient_checkpointing": "maybe"}, "bool"),
+    ],
+)
 def test_bad_setting(flags: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(flags)
     assert words in str(caught.value) and caught.value.fix
 
 
-@pytest.mark.parametrize(("name", "text", "words"), [("c.json", "{", "cannot be read"), ("c.toml", "a = ", "cannot be read"), ("c.json", "[]", "holds no object"),
-                                                     ("c.toml", "epoks = 3", 'did you mean "epochs"'), ("c.toml", 'epochs = "3x"', "epochs is '3x'")])
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.json", "{", "cannot be read"),
+        ("c.toml", "a = ", "cannot be read"),
+        ("c.json", "[]", "holds no object"),
+        ("c.toml", "epoks = 3", 'did you mean "epochs"'),
+        ("c.toml", 'epochs = "3x"', "epochs is '3x'"),
+    ],
+)
 def test_bad_config(tmp_path: Path, name: str, text: str, words: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -71,7 +128,14 @@ def test_unknown_preset_suggests() -> None:
 def test_presets_and_tasks_change_something() -> None:
     default = resolve({})[0]
     presets, tasks = sorted((FACTS / "presets").glob("*.toml")), sorted((FACTS / "tasks").glob("*.toml"))
-    assert [p.stem for p in presets] == ["aggressive", "conservative", "high_quality", "low_resource", "production", "quick_test"]
+    assert [p.stem for p in presets] == [
+        "aggressive",
+        "conservative",
+        "high_quality",
+        "low_resource",
+        "production",
+        "quick_test",
+    ]
     assert [t.stem for t in tasks] == ["code", "domain", "instruct"]
     for preset in presets:
         recipe, origin = resolve({}, preset.stem)
@@ -82,7 +146,9 @@ def test_presets_and_tasks_change_something() -> None:
 
 
 def test_every_setting_is_read_somewhere() -> None:
-    source = "\n".join(p.read_text() for p in (ROOT / "src" / "tunesmith").rglob("*.py") if p.name not in ("recipe.py",))
+    source = "\n".join(
+        p.read_text() for p in (ROOT / "src" / "tunesmith").rglob("*.py") if p.name not in ("recipe.py",)
+    )
     assert len(fields()) == len(Recipe.__struct_fields__) >= 40
     unread = [name for name in fields() if f"recipe.{name}" not in source and f"recipe().{name}" not in source]
     assert not unread

@@ -26,8 +26,16 @@ from tunesmith.models import STARTER
 HERE = Path(__file__).parent
 SEED = 0
 SETTINGS = {  # of pre-training; what is not here is the Recipe's default
-    "test_fraction": 0, "persona": "none", "batch_size": 32, "learning_rate": 2e-3, "warmup_ratio": 0.02, "weight_decay": 0.1,
-    "patience": 0, "eval_steps": 1000, "save_steps": 500, "seed": SEED,
+    "test_fraction": 0,
+    "persona": "none",
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "warmup_ratio": 0.02,
+    "weight_decay": 0.1,
+    "patience": 0,
+    "eval_steps": 1000,
+    "save_steps": 500,
+    "seed": SEED,
 }
 
 
@@ -48,7 +56,15 @@ def main() -> None:
     if (run / "run.json").exists():
         ts.resume(run, show)
     else:
-        ts.train(corpus / "train.jsonl", valid_dataset=str(corpus / "heldout.jsonl"), model=str(base), epochs=options.epochs, output_dir=str(run), on_event=show, **SETTINGS)
+        ts.train(
+            corpus / "train.jsonl",
+            valid_dataset=str(corpus / "heldout.jsonl"),
+            model=str(base),
+            epochs=options.epochs,
+            output_dir=str(run),
+            on_event=show,
+            **SETTINGS,
+        )
     finish(run / "final_model", corpus, options.work / "starter")
     if options.install:
         shutil.copytree(options.work / "starter", STARTER, dirs_exist_ok=True)
@@ -57,9 +73,21 @@ def main() -> None:
 def new_model() -> LlamaForCausalLM:
     """A Llama of 6.5M parameters with random weights: tied embeddings, grouped-query attention."""
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
 
 
 def show(run: ts.Run, event: dict) -> None:

@@ -10,7 +10,10 @@ import sys
 from importlib import import_module
 
 COMMANDS = {  # words -> (module:function, one line of help)
-    "quickstart": ("quickstart:quickstart", "train the sample persona from the built-in model and prove it: about two minutes"),
+    "quickstart": (
+        "quickstart:quickstart",
+        "train the sample persona from the built-in model and prove it: about two minutes",
+    ),
     "init": ("init:init", "write a commented config.toml for your data"),
     "data check": ("data:check", "find every problem in a data set, with line and fix"),
     "data split": ("data:split", "write train, valid and test files"),
@@ -34,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if words[0] in ("--version", "-V"):
         from importlib.metadata import version
+
         print(f"tunesmith {version('tunesmith')}")
         return 0
     try:
@@ -43,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
         import os
+
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         from tunesmith.errors import TunesmithError
+
         if not isinstance(error, TunesmithError):
             raise
         return _report(error, "--json" in words)
@@ -60,6 +66,7 @@ def _run(words: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         from tunesmith.errors import UsageError, did_you_mean
+
         raise UsageError(f'no command "{name}"{did_you_mean(name, list(COMMANDS))}', fix="tunesmith --help lists them")
     module, _, function = COMMANDS[name][0].partition(":")
     return int(getattr(import_module(f"tunesmith.cli.{module}"), function)(words[size:]) or 0)
@@ -67,20 +74,37 @@ def _run(words: list[str]) -> int:
 
 def _report(error: Exception, as_json: bool) -> int:
     from tunesmith.errors import TunesmithError
+
     assert isinstance(error, TunesmithError)
     word = "interrupted" if error.exit_status == 130 else "error"
     print(f"{word}: {error}", file=sys.stderr)
     if as_json:
         import json
-        print(json.dumps({"error": {"message": error.message, "where": error.where, "fix": error.fix, "exit_status": error.exit_status}}))
+
+        print(
+            json.dumps(
+                {
+                    "error": {
+                        "message": error.message,
+                        "where": error.where,
+                        "fix": error.fix,
+                        "exit_status": error.exit_status,
+                    }
+                }
+            )
+        )
     return error.exit_status
 
 
 def overview(group: str = "") -> str:
     """The list of commands; of one group where named."""
     shown = {name: line for name, (_, line) in COMMANDS.items() if name.startswith(group)}
-    lines = ["tunesmith: from a JSONL file to a fine-tuned model that you can prove is better.", "",
-             f"usage: tunesmith {group + ' ' if group else ''}COMMAND [options]", ""]
+    lines = [
+        "tunesmith: from a JSONL file to a fine-tuned model that you can prove is better.",
+        "",
+        f"usage: tunesmith {group + ' ' if group else ''}COMMAND [options]",
+        "",
+    ]
     lines += [f"  {name:13} {line}" for name, line in shown.items()]
     lines += ["", "tunesmith COMMAND --help explains each one. First steps: tunesmith quickstart"]
     return "\n".join(lines)

@@ -9,20 +9,30 @@ from tunesmith.cli.options import Parser, show_json
 
 
 def chat(argv: list[str]) -> int:
-    parser = Parser("chat", "Talk with a model or a run's best model. An empty line or Ctrl-D ends; /reset forgets what was said.").with_json()
+    parser = Parser(
+        "chat", "Talk with a model or a run's best model. An empty line or Ctrl-D ends; /reset forgets what was said."
+    ).with_json()
     parser.add_argument("model", nargs="?", default="starter", help="a run, a model folder, a Hub name, or starter")
     parser.add_argument("--prompt", help="answer this once and end")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer [256]")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: always the likeliest word [0.7; 0 with --prompt]")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="0: always the likeliest word [0.7; 0 with --prompt]",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.prompt is not None and not any(a.startswith("--temperature") for a in argv):
         options.temperature = 0.0
     from tunesmith.conversation import Message
     from tunesmith.models import find
+
     find(options.model)  # a wrong name is said before torch is loaded
     from tunesmith import backends
+
     model: Any = backends.get("huggingface").completer(options.model)
     history = (Message("system", options.system),) if options.system else ()
 

@@ -17,11 +17,14 @@ SHOWN = 20  # findings printed; --json has all
 
 def _columns(text: str | None) -> dict[str, str]:
     from tunesmith.recipe import resolve
+
     return resolve({"columns": text})[0].columns if text else {}
 
 
 def check(argv: list[str]) -> int:
-    parser = Parser("data check", "Find every problem in a data set, each with line and fix. Exit status 3 when there are errors.").with_json()
+    parser = Parser(
+        "data check", "Find every problem in a data set, each with line and fix. Exit status 3 when there are errors."
+    ).with_json()
     parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--model", help="also find rows that are too long for this model")
@@ -33,13 +36,32 @@ def check(argv: list[str]) -> int:
     issues = list(found.issues)
     if options.model and found.conversations:
         from tunesmith.planning import length_issues
+
         issues += length_issues(found.conversations, options.model)
     errors = sum(i.severity == "error" for i in issues)
     warnings = sum(i.severity == "warning" for i in issues)
     if options.json:
-        show_json({"dataset": options.dataset, "rows": found.rows_in, "usable": len(found.conversations), "formats": found.formats, "errors": errors,
-                   "warnings": warnings, "issues": [{"code": i.code, "severity": i.severity, "file": i.where.rpartition(":")[0] if i.where.rpartition(":")[2].isdigit() else i.where,
-                                                     "line": int(n) if (n := i.where.rpartition(":")[2]).isdigit() else None, "message": i.message, "fix": i.fix} for i in issues]})
+        show_json(
+            {
+                "dataset": options.dataset,
+                "rows": found.rows_in,
+                "usable": len(found.conversations),
+                "formats": found.formats,
+                "errors": errors,
+                "warnings": warnings,
+                "issues": [
+                    {
+                        "code": i.code,
+                        "severity": i.severity,
+                        "file": i.where.rpartition(":")[0] if i.where.rpartition(":")[2].isdigit() else i.where,
+                        "line": int(n) if (n := i.where.rpartition(":")[2]).isdigit() else None,
+                        "message": i.message,
+                        "fix": i.fix,
+                    }
+                    for i in issues
+                ],
+            }
+        )
         return 3 if errors else 0
     for issue in issues[:SHOWN]:
         print(f"{issue.severity:8} {issue.line()}")
@@ -47,9 +69,13 @@ def check(argv: list[str]) -> int:
         print(f"         and {len(issues) - SHOWN} more; --json lists all")
     if options.explain:
         from tunesmith.data.formats import BY_NAME
+
         for name, count in found.formats.items():
             known = BY_NAME[name]
-            print(f"format   {name}: {count} rows, known by {' and '.join(sorted(known.required))}" + (f"; also read: {', '.join(sorted(known.optional))}" if known.optional else ""))
+            print(
+                f"format   {name}: {count} rows, known by {' and '.join(sorted(known.required))}"
+                + (f"; also read: {', '.join(sorted(known.optional))}" if known.optional else "")
+            )
     kinds = ", ".join(f"{count} {name}" for name, count in found.formats.items()) or "no known format"
     print(f"{found.rows_in} rows ({kinds}): {len(found.conversations)} usable, {errors} errors, {warnings} warnings")
     return 3 if errors else 0
@@ -62,21 +88,31 @@ def split(argv: list[str]) -> int:
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--valid", type=float, default=0.1, metavar="SHARE", help="share for validation [0.1]")
     parser.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="share for testing [0]")
-    parser.add_argument("--method", choices=("hash", "threshold", "shuffle"), default="hash", help="as --split-method of train [hash]")
+    parser.add_argument(
+        "--method", choices=("hash", "threshold", "shuffle"), default="hash", help="as --split-method of train [hash]"
+    )
     parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args(argv)
     for share in (options.valid, options.test, options.valid + options.test):
         if not 0 <= share < 1:
-            raise UsageError(f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1")
+            raise UsageError(
+                f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1"
+            )
     from tunesmith import api
     from tunesmith.data.split import split as divide
     from tunesmith.data.write import as_row, write_jsonl
 
     rows = api.check(options.dataset, _columns(options.columns)).require().conversations
-    parts = divide(rows, options.valid, options.test, method=options.method, seed=options.seed, group_by=options.group_by)
+    parts = divide(
+        rows, options.valid, options.test, method=options.method, seed=options.seed, group_by=options.group_by
+    )
     prefix = Path(options.output)
-    targets = {side: prefix.with_name(f"{prefix.name}_{name}.jsonl") for side, name in (("train", "train"), ("valid", "val"), ("test", "test")) if parts[side]}
+    targets = {
+        side: prefix.with_name(f"{prefix.name}_{name}.jsonl")
+        for side, name in (("train", "train"), ("valid", "val"), ("test", "test"))
+        if parts[side]
+    }
     for path in targets.values():
         if path.exists():
             raise UsageError("exists already", where=str(path), fix="choose another --output, or remove it")
@@ -84,7 +120,12 @@ def split(argv: list[str]) -> int:
     for side, path in targets.items():
         write_jsonl(path, (as_row(row) for row in parts[side]))
     if options.json:
-        show_json({"files": {side: str(path) for side, path in targets.items()}, "rows": {side: len(parts[side]) for side in targets}})
+        show_json(
+            {
+                "files": {side: str(path) for side, path in targets.items()},
+                "rows": {side: len(parts[side]) for side in targets},
+            }
+        )
     else:
         for side, path in targets.items():
             print(f"{path}  {len(parts[side])} rows")
@@ -92,11 +133,15 @@ def split(argv: list[str]) -> int:
 
 
 def preview(argv: list[str]) -> int:
-    parser = Parser("data preview", "Show rows as the model sees them; what is learnt is highlighted (or between ⟦ and ⟧).").with_json()
+    parser = Parser(
+        "data preview", "Show rows as the model sees them; what is learnt is highlighted (or between ⟦ and ⟧)."
+    ).with_json()
     parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--model", default="starter", help="whose tokenizer and template [starter]")
-    parser.add_argument("--row", type=int, action="append", metavar="N", help="show the N-th row (from 1); may be given several times")
+    parser.add_argument(
+        "--row", type=int, action="append", metavar="N", help="show the N-th row (from 1); may be given several times"
+    )
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="show the first N [3]")
     options = parser.parse_args(argv)
     from tunesmith import api
@@ -111,10 +156,23 @@ def preview(argv: list[str]) -> int:
     renderer = Renderer(find(options.model))
     shown = [renderer.render(rows[n - 1]) for n in wanted]
     if options.json:
-        show_json([{"where": r.source, "text": r.text, "ids": r.ids, "mask": r.mask, "tokens": [renderer.tokenizer.id_to_token(i) for i in r.ids]} for r in shown])
+        show_json(
+            [
+                {
+                    "where": r.source,
+                    "text": r.text,
+                    "ids": r.ids,
+                    "mask": r.mask,
+                    "tokens": [renderer.tokenizer.id_to_token(i) for i in r.ids],
+                }
+                for r in shown
+            ]
+        )
         return 0
     for r in shown:
-        print(f"{r.source}: {len(r.ids)} tokens, {sum(r.mask[1:])} learnt\n{highlight(r, renderer, sys.stdout.isatty())}\n")
+        print(
+            f"{r.source}: {len(r.ids)} tokens, {sum(r.mask[1:])} learnt\n{highlight(r, renderer, sys.stdout.isatty())}\n"
+        )
     return 0
 
 

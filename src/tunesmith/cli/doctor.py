@@ -9,11 +9,30 @@ from pathlib import Path
 
 from tunesmith.cli.options import Parser, show_json
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "tensorboard", "datasets", "msgspec", "numpy", "jinja2")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "tensorboard",
+    "datasets",
+    "msgspec",
+    "numpy",
+    "jinja2",
+)
 
 
 def doctor(argv: list[str]) -> int:
-    options = Parser("doctor", "What this machine has for training, and what is missing. Exit status 1 when training cannot work.").with_json().parse_args(argv)
+    options = (
+        Parser(
+            "doctor",
+            "What this machine has for training, and what is missing. Exit status 1 when training cannot work.",
+        )
+        .with_json()
+        .parse_args(argv)
+    )
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {}
@@ -24,18 +43,32 @@ def doctor(argv: list[str]) -> int:
             found[package] = None
     missing = [name for name, v in found.items() if v is None and name != "datasets"]
     facts = {
-        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": _memory_gb(), "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1), "gpu": _gpu() if found["torch"] else None,
-        "starter": _starter(), "packages": found, "missing": missing,
+        "memory_gb": _memory_gb(),
+        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+        "gpu": _gpu() if found["torch"] else None,
+        "starter": _starter(),
+        "packages": found,
+        "missing": missing,
     }
     if options.json:
         show_json(facts)
     else:
         from tunesmith.cli.progress import table
-        print(table([(k, v if v is not None else "none") for k, v in facts.items() if k not in ("packages", "missing")], ""))
+
+        print(
+            table(
+                [(k, v if v is not None else "none") for k, v in facts.items() if k not in ("packages", "missing")], ""
+            )
+        )
         print(table([(k, v or "missing") for k, v in found.items()]))
-        print("missing: " + ", ".join(missing) + " -- pip install 'tunesmith[local]'" if missing else "ready to train: tunesmith quickstart")
+        print(
+            "missing: " + ", ".join(missing) + " -- pip install 'tunesmith[local]'"
+            if missing
+            else "ready to train: tunesmith quickstart"
+        )
     return 1 if missing else 0
 
 
@@ -48,6 +81,7 @@ def _memory_gb() -> float | None:
 
 def _gpu() -> str | None:
     import torch
+
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name(0)}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB"
     return "Apple MPS" if torch.backends.mps.is_available() else None
@@ -55,4 +89,5 @@ def _gpu() -> str | None:
 
 def _starter() -> str:
     from tunesmith.models import STARTER, facts
+
     return f"{facts(STARTER).parameters / 1e6:.1f}M parameters, context {facts(STARTER).context}"

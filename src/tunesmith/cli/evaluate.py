@@ -25,8 +25,17 @@ def evaluate(argv: list[str]) -> int:
     from tunesmith import api
     from tunesmith.cli.data import _columns
 
-    result = api.evaluate(options.run, model=options.model, against=options.against, dataset=options.dataset, columns=_columns(options.columns),
-                          samples=options.samples, persona=options.persona, seed=options.seed, on_progress=lambda text: print(text, file=sys.stderr))
+    result = api.evaluate(
+        options.run,
+        model=options.model,
+        against=options.against,
+        dataset=options.dataset,
+        columns=_columns(options.columns),
+        samples=options.samples,
+        persona=options.persona,
+        seed=options.seed,
+        on_progress=lambda text: print(text, file=sys.stderr),
+    )
     if options.json:
         show_json(result)
     else:
@@ -39,13 +48,25 @@ def show(result: Evaluation) -> None:
     from tunesmith.cli.progress import table
 
     rows: list[tuple[object, ...]] = [("metric", "base", "tuned", "difference", "95 % interval", "verdict")]
-    rows += [(m.metric, f"{m.base:.4f}", f"{m.tuned:.4f}", f"{m.difference:+.4f}", f"{m.low:+.4f} … {m.high:+.4f}", m.verdict) for m in result.metrics]
+    rows += [
+        (
+            m.metric,
+            f"{m.base:.4f}",
+            f"{m.tuned:.4f}",
+            f"{m.difference:+.4f}",
+            f"{m.low:+.4f} … {m.high:+.4f}",
+            m.verdict,
+        )
+        for m in result.metrics
+    ]
     print(table(rows))
     for sample in result.samples[:3]:
         print(f"\n  ask    {_short(sample.prompt)}\n  base   {_short(sample.base)}\n  tuned  {_short(sample.tuned)}")
     if result.persona:
         p = result.persona
-        print(f"\n  asked who it is, the tuned model says “{p.name}” in {p.tuned} of {p.probes} answers, the base in {p.base}")
+        print(
+            f"\n  asked who it is, the tuned model says “{p.name}” in {p.tuned} of {p.probes} answers, the base in {p.base}"
+        )
     loss = result.metrics[0]
     more = f" (about {loss.rows_needed} rows like these would settle it)" if loss.rows_needed else ""
     print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows")

@@ -9,7 +9,9 @@ from tunesmith.errors import UsageError
 
 
 def init(argv: list[str]) -> int:
-    parser = Parser("init", "Write a config file with every setting, its default and its meaning; train with --config FILE.")
+    parser = Parser(
+        "init", "Write a config file with every setting, its default and its meaning; train with --config FILE."
+    )
     parser.add_argument("dataset", nargs="?", default="data.jsonl", help="your data [data.jsonl]")
     parser.add_argument("-o", "--output", default="tunesmith.toml", metavar="FILE", help="[tunesmith.toml]")
     options = parser.parse_args(argv)
@@ -17,6 +19,7 @@ def init(argv: list[str]) -> int:
     if path.exists():
         raise UsageError("exists already", where=str(path), fix="choose another -o, or remove it")
     from tunesmith.data.write import write_bytes
+
     write_bytes(path, template(options.dataset).encode())
     print(path)
     return 0

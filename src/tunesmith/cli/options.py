@@ -18,7 +18,11 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message = f"unknown option {word}{did_you_mean(word, known)}" if word.startswith("-") else f"unexpected argument {word}"
+            message = (
+                f"unknown option {word}{did_you_mean(word, known)}"
+                if word.startswith("-")
+                else f"unexpected argument {word}"
+            )
         raise UsageError(message, fix=f"{self.prog} --help lists the options")
 
     def with_json(self) -> Parser:
@@ -38,13 +42,21 @@ def add_settings(parser: Parser) -> None:
         default = "" if field.default in (None, {}, False) else f" [{field.default}]"
         text = (field.help + default).replace("%", "%%")
         if field.type is bool:
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, dest=field.name, default=argparse.SUPPRESS, help=text)
+            group.add_argument(
+                *names, action=argparse.BooleanOptionalAction, dest=field.name, default=argparse.SUPPRESS, help=text
+            )
         else:
-            metavar = "{" + ",".join(field.choices()) + "}" if field.choices() else field.name.rpartition("_")[2].upper()
+            metavar = (
+                "{" + ",".join(field.choices()) + "}" if field.choices() else field.name.rpartition("_")[2].upper()
+            )
             group.add_argument(*names, dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=text)
         if field.name == "method":
-            group.add_argument("--lora", action="store_true", default=argparse.SUPPRESS, help="the same as --method lora")
-    parser.add_argument("--config", metavar="FILE|PRESET", help="settings from a .toml or .json file, or a preset's name")
+            group.add_argument(
+                "--lora", action="store_true", default=argparse.SUPPRESS, help="the same as --method lora"
+            )
+    parser.add_argument(
+        "--config", metavar="FILE|PRESET", help="settings from a .toml or .json file, or a preset's name"
+    )
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -58,4 +70,5 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 def show_json(value: Any) -> None:
     """A value (structs too) as indented JSON on stdout."""
     import msgspec
+
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

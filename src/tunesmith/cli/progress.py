@@ -40,8 +40,10 @@ class Progress:
             self._say(f"resumed after step {event['step']}")
         elif kind == "done":
             early = f", stopped early (no gain since step {event['best_step']})" if event["stopped_early"] else ""
-            self._say(f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
-                      f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}")
+            self._say(
+                f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
+                f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}"
+            )
 
     def _step(self, event: Event) -> None:
         assert self._first is not None
@@ -52,8 +54,10 @@ class Progress:
         since, took = done - self._first["step"], event["time"] - self._first["time"]
         eta = took / since * (self._steps - done) if since else 0.0
         valid = f"  valid {self._valid:.4f}" if self._valid is not None else ""
-        text = (f"step {done}/{self._steps}  epoch {event['epoch']:.2f}  loss {event['loss']:.4f}{valid}  "
-                f"{event['tokens_per_second']:.0f} tokens/s  ETA {clock(eta)}")
+        text = (
+            f"step {done}/{self._steps}  epoch {event['epoch']:.2f}  loss {event['loss']:.4f}{valid}  "
+            f"{event['tokens_per_second']:.0f} tokens/s  ETA {clock(eta)}"
+        )
         if self._live:
             bar = round(20 * done / max(1, self._steps))
             text = f"[{'█' * bar}{'·' * (20 - bar)}] {text}"
@@ -87,5 +91,8 @@ def table(rows: list[tuple[Any, ...]], indent: str = "  ") -> str:
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))] if texts else []
     numeric = [all(isinstance(row[i], int | float) for row in rows[1:]) for i in range(len(widths))]
-    lines = ["  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip() for row in texts]
+    lines = [
+        "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
+        for row in texts
+    ]
     return "\n".join(indent + line for line in lines)

@@ -9,7 +9,9 @@ from tunesmith.cli.options import Parser, show_json
 
 
 def quickstart(argv: list[str]) -> int:
-    parser = Parser("quickstart", "Train the built-in model on the sample persona, compare it with the base, write a report.").with_json()
+    parser = Parser(
+        "quickstart", "Train the built-in model on the sample persona, compare it with the base, write a report."
+    ).with_json()
     parser.add_argument("--output-dir", default="fine_tuned_models/quickstart", help="[fine_tuned_models/quickstart]")
     options = parser.parse_args(argv)
     from tunesmith import api

@@ -22,7 +22,17 @@ def list_runs(argv: list[str]) -> int:
         print(f"no runs in {options.runs_dir}", file=sys.stderr)
     else:
         rows = [("run", "status", "step", "model", "method", "best valid loss")]
-        rows += [(r["run"], r["status"], f"{r['steps']}/{r['planned_steps']}", r["model"], r["method"], _number(r["best_valid_loss"])) for r in runs]
+        rows += [
+            (
+                r["run"],
+                r["status"],
+                f"{r['steps']}/{r['planned_steps']}",
+                r["model"],
+                r["method"],
+                _number(r["best_valid_loss"]),
+            )
+            for r in runs
+        ]
         print(table(rows, ""))
     return 0
 
@@ -37,13 +47,24 @@ def show(argv: list[str]) -> int:
     run = api.find_run(options.run)
     manifest, summary = run.manifest(), run.summary()
     if options.json:
-        show_json({**summary, "evals": run.metrics("eval"), "recipe": manifest["recipe"], "origin": manifest["origin"], "versions": manifest["versions"]})
+        show_json(
+            {
+                **summary,
+                "evals": run.metrics("eval"),
+                "recipe": manifest["recipe"],
+                "origin": manifest["origin"],
+                "versions": manifest["versions"],
+            }
+        )
         return 0
     print(table([(k, _number(v)) for k, v in summary.items() if v is not None], ""))
     evals = run.metrics("eval")
     if evals:
         print("\nvalidation loss\n" + table([("step", "loss"), *((e["step"], f"{e['loss']:.4f}") for e in evals)]))
-    print("\nsettings that are not defaults\n" + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"]))
+    print(
+        "\nsettings that are not defaults\n"
+        + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"])
+    )
     for event in run.events():
         if event["type"] in ("warning", "error"):
             print(f"{event['type']}: {event['message']}")

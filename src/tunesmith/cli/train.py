@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 def train(argv: list[str]) -> int:
     parser = Parser("train", "Fine-tune a model on a data set; the run's directory is printed at the end.").with_json()
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run (or one of its checkpoints' paths) that was stopped or killed")
-    parser.add_argument("--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with a run (or one of its checkpoints' paths) that was stopped or killed"
+    )
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train"
+    )
     add_settings(parser)
     options = parser.parse_args(argv)
     from tunesmith import api
@@ -27,7 +31,11 @@ def train(argv: list[str]) -> int:
     try:
         if options.resume:
             if given or options.config:
-                raise UsageError("--resume takes the settings of the run; no others", where="--resume", fix="leave the other options out, or start a new run")
+                raise UsageError(
+                    "--resume takes the settings of the run; no others",
+                    where="--resume",
+                    fix="leave the other options out, or start a new run",
+                )
             run = api.resume(options.resume, progress)
         else:
             prepared = api.prepare(config=options.config, **given)
@@ -35,6 +43,7 @@ def train(argv: list[str]) -> int:
                 return _write_prepared(prepared, options.json)
             preflight(prepared)
             from tunesmith import backends, planning
+
             backend = backends.get(prepared.plan.recipe.provider)
             run = api.watch(backend.submit(prepared, planning.output_path(prepared.plan.recipe)), backend, progress)
     finally:
@@ -69,7 +78,9 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    parser = Parser("plan", "Show what `train` with the same options would do and need. Nothing is written.").with_json()
+    parser = Parser(
+        "plan", "Show what `train` with the same options would do and need. Nothing is written."
+    ).with_json()
     add_settings(parser)
     options: argparse.Namespace = parser.parse_args(argv)
     from tunesmith import api
@@ -82,6 +93,7 @@ def plan(argv: list[str]) -> int:
     print("\nsettings")
     from tunesmith.cli.progress import table
     from tunesmith.recipe import fields
+
     rows = [(name, getattr(prepared.plan.recipe, name), prepared.plan.origin[name]) for name in fields()]
     print(table([r for r in rows if r[2] != "default" or r[1] not in (None, {})]))
     return 0
@@ -90,9 +102,14 @@ def plan(argv: list[str]) -> int:
 def describe(plan: Plan) -> None:
     """The plan in a few lines on stdout."""
     rows, tokens = plan.rows, plan.tokens
-    print(f"data     {rows['train']} train, {rows['valid']} valid, {rows['test']} test rows; {tokens['train']} tokens to train on, "
-          f"{plan.supervised_tokens['train']} of them learnt; longest row {plan.longest}")
-    print(f"model    {plan.recipe.model}: {plan.model.architecture}, {plan.model.parameters / 1e6:.1f}M parameters, context {plan.model.context}")
+    print(
+        f"data     {rows['train']} train, {rows['valid']} valid, {rows['test']} test rows; {tokens['train']} tokens to train on, "
+        f"{plan.supervised_tokens['train']} of them learnt; longest row {plan.longest}"
+    )
+    print(
+        f"model    {plan.recipe.model}: {plan.model.architecture}, {plan.model.parameters / 1e6:.1f}M parameters, "
+        f"context {plan.model.context}"
+    )
     print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
     print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
     print(f"memory   about {plan.memory_mb} MB")
@@ -105,14 +122,22 @@ def describe(plan: Plan) -> None:
 def preflight(prepared: Prepared) -> None:
     """Before step 1, on stderr: what will be trained on, and one row with its learnt part marked."""
     from tunesmith.cli.data import highlight
+
     plan = prepared.plan
-    print(f"{plan.rows['train']} rows, {plan.supervised_tokens['train']} of {plan.tokens['train']} tokens are learnt; {plan.steps} steps; "
-          f"about {plan.memory_mb} MB; held out: {plan.rows['valid']} valid, {plan.rows['test']} test", file=sys.stderr)
+    print(
+        f"{plan.rows['train']} rows, {plan.supervised_tokens['train']} of {plan.tokens['train']} tokens are learnt; "
+        f"{plan.steps} steps; about {plan.memory_mb} MB; held out: {plan.rows['valid']} valid, {plan.rows['test']} test",
+        file=sys.stderr,
+    )
     for issue in plan.issues[:5]:
         print(f"{issue.severity}: {issue.line()}", file=sys.stderr)
     if len(plan.issues) > 5:
         print(f"and {len(plan.issues) - 5} more findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
     from tunesmith.models import find
     from tunesmith.render import Renderer
+
     shown = prepared.rendered["train"][0]
-    print(f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), sys.stderr.isatty(), limit=400)}", file=sys.stderr)
+    print(
+        f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), sys.stderr.isatty(), limit=400)}",
+        file=sys.stderr,
+    )

@@ -52,14 +52,30 @@ def load(dataset: str, columns: dict[str, str] | None = None) -> Loaded:
         issues = list(check(conversation))
         digest = conversation.digest()
         if digest in first_seen:
-            issues.append(Issue("warning", "duplicate", conversation.source, f"the same as {first_seen[digest]}", "remove one of them"))
+            issues.append(
+                Issue(
+                    "warning",
+                    "duplicate",
+                    conversation.source,
+                    f"the same as {first_seen[digest]}",
+                    "remove one of them",
+                )
+            )
         first_seen.setdefault(digest, conversation.source)
         found.issues.extend(issues)
         if not any(i.severity == "error" for i in issues):
             found.conversations.append(conversation)
     found.formats = dict(formats)
     if not found.errors() and found.rows_in < FEW_ROWS:
-        found.issues.append(Issue("warning", "few-rows", dataset, f"{found.rows_in} rows; expect a model that memorises them", f"{FEW_ROWS} to 500 good rows are a better start"))
+        found.issues.append(
+            Issue(
+                "warning",
+                "few-rows",
+                dataset,
+                f"{found.rows_in} rows; expect a model that memorises them",
+                f"{FEW_ROWS} to 500 good rows are a better start",
+            )
+        )
     return found
 
 
@@ -68,7 +84,13 @@ def check(conversation: Conversation) -> Iterator[Issue]:
     where, messages = conversation.source, conversation.messages
     learnt = [m for m in messages if m.role == "text" or (m.role == "assistant" and m.train is not False)]
     if not learnt:
-        yield Issue("error", "no-answer", where, "nothing here is to be learnt: no assistant message", "add the answer the model should give")
+        yield Issue(
+            "error",
+            "no-answer",
+            where,
+            "nothing here is to be learnt: no assistant message",
+            "add the answer the model should give",
+        )
     for i, message in enumerate(messages):
         place = f"message {i + 1} ({message.role})"
         if not message.content.strip() and not message.tool_calls:
@@ -77,10 +99,24 @@ def check(conversation: Conversation) -> Iterator[Issue]:
         if "\x00" in message.content:
             yield Issue("warning", "nul", where, f"{place} holds a NUL character", "remove it")
         if "\ufffd" in message.content:
-            yield Issue("warning", "replacement-character", where, f"{place} holds U+FFFD, the mark of a lost character", "restore the text from its source")
+            yield Issue(
+                "warning",
+                "replacement-character",
+                where,
+                f"{place} holds U+FFFD, the mark of a lost character",
+                "restore the text from its source",
+            )
         if i and message.role == messages[i - 1].role and message.role in ("user", "assistant"):
-            yield Issue("warning", "same-role-twice", where, f"{place} follows another of the same role", "join them, or add the turn between")
+            yield Issue(
+                "warning",
+                "same-role-twice",
+                where,
+                f"{place} follows another of the same role",
+                "join them, or add the turn between",
+            )
         if message.role == "system" and i:
             yield Issue("warning", "late-system", where, f"{place} is not the first", "put the system message first")
     if learnt and messages[-1].role == "user":
-        yield Issue("warning", "trailing-turn", where, "ends with a user turn that nothing answers", "remove the last turn")
+        yield Issue(
+            "warning", "trailing-turn", where, "ends with a user turn that nothing answers", "remove the last turn"
+        )

@@ -14,8 +14,18 @@ import msgspec
 from tunesmith.conversation import ROLES, Conversation, Issue, Message
 from tunesmith.data.read import Row
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-                  "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "function": "function"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "function",
+}
 
 
 class Bad(Exception):
@@ -42,7 +52,14 @@ def text(row: dict[str, Any], key: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -51,6 +68,7 @@ def _pair(ask: str, answer: str) -> Callable[[dict[str, Any]], tuple[Message, ..
         if isinstance(row[ask], list) and isinstance(row[answer], list):  # conversational prompt and completion
             return _messages({"messages": row[ask] + row[answer]})
         return (Message("user", text(row, ask)), Message("assistant", text(row, answer)))
+
     return parse
 
 
@@ -95,8 +113,14 @@ def _message(item: Any, place: str) -> Message:
         content = ""
     if weight not in (None, 0, 1):
         raise Bad("bad-weight", f"{place}.weight is {weight!r}", "a weight is 0 or 1")
-    return Message(role, _content(content, place), train=None if weight is None else bool(weight),
-                   tool_calls=calls, tool_call_id=item.get("tool_call_id"), name=item.get("name"))
+    return Message(
+        role,
+        _content(content, place),
+        train=None if weight is None else bool(weight),
+        tool_calls=calls,
+        tool_call_id=item.get("tool_call_id"),
+        name=item.get("name"),
+    )
 
 
 def _sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -140,8 +164,11 @@ COLUMNS = sorted({key for f in FORMATS for key in f.required | f.optional} | {"s
 def detect(keys: set[str]) -> Format | Bad:
     """The format of a row with these keys, or why there is none."""
     if any(pair <= keys for pair in PREFERENCE):
-        return Bad("preference-row", "a preference row (chosen and rejected answers)",
-                   "supervised training needs one answer: --columns prompt=prompt,completion=chosen")
+        return Bad(
+            "preference-row",
+            "a preference row (chosen and rejected answers)",
+            "supervised training needs one answer: --columns prompt=prompt,completion=chosen",
+        )
     fits = [f for f in FORMATS if f.required <= keys]
     if len(fits) > 1:  # plain text or code only where nothing says more; else the format that explains more keys
         fits = [f for f in fits if f.name not in ("code", "text")] or fits
@@ -151,10 +178,16 @@ def detect(keys: set[str]) -> Format | Bad:
         return fits[0]
     listed = ", ".join(sorted(keys)) or "none"
     if fits:
-        return Bad("ambiguous-columns", f"fits {' and '.join(f.name for f in fits)} (columns: {listed})",
-                   "say which with --columns prompt=…,completion=…")
-    return Bad("unknown-columns", f"no known format has these columns: {listed}",
-               "map yours, e.g. --columns prompt=YOUR_QUESTION,completion=YOUR_ANSWER")
+        return Bad(
+            "ambiguous-columns",
+            f"fits {' and '.join(f.name for f in fits)} (columns: {listed})",
+            "say which with --columns prompt=…,completion=…",
+        )
+    return Bad(
+        "unknown-columns",
+        f"no known format has these columns: {listed}",
+        "map yours, e.g. --columns prompt=YOUR_QUESTION,completion=YOUR_ANSWER",
+    )
 
 
 def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Issue:
@@ -166,8 +199,13 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
     if columns:
         missing = [theirs for theirs in columns.values() if theirs not in value]
         if missing:
-            return Issue("error", "unknown-columns", row.where, f'no column "{missing[0]}" here (columns: {", ".join(sorted(value))})',
-                         "correct --columns")
+            return Issue(
+                "error",
+                "unknown-columns",
+                row.where,
+                f'no column "{missing[0]}" here (columns: {", ".join(sorted(value))})',
+                "correct --columns",
+            )
         mapped = {ours: value[theirs] for ours, theirs in columns.items()}
         rest = {k: v for k, v in value.items() if k not in columns.values()}
     else:
@@ -187,4 +225,6 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         return Issue("error", "wrong-type", row.where, str(error), "correct this field")
     extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
     metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
-    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools") or None), known.name
+    return Conversation(
+        messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools") or None
+    ), known.name

@@ -120,7 +120,13 @@ def _record(line: bytes, where: str) -> Row | Issue:
     except RecursionError:
         return Issue("error", "not-json", where, "nested too deeply", "flatten this row")
     if not isinstance(value, dict):
-        return Issue("error", "not-an-object", where, f"the row is a {type(value).__name__}, not an object", 'write {"prompt": …, "completion": …}')
+        return Issue(
+            "error",
+            "not-an-object",
+            where,
+            f"the row is a {type(value).__name__}, not an object",
+            'write {"prompt": …, "completion": …}',
+        )
     return Row(where, value)
 
 
@@ -130,7 +136,13 @@ def _bad_json(line: bytes, where: str, reason: str) -> Issue:
     except UnicodeDecodeError as error:
         return Issue("error", "not-utf8", where, f"byte {error.start + 1} is not UTF-8", _UTF8_FIX)
     if "surrogate" in reason.lower():
-        return Issue("error", "lone-surrogate", where, "half of a character (a lone surrogate escape)", "write the whole character")
+        return Issue(
+            "error",
+            "lone-surrogate",
+            where,
+            "half of a character (a lone surrogate escape)",
+            "write the whole character",
+        )
     reason = reason.removeprefix("JSON is malformed: ")
     return Issue("error", "not-json", where, f"not JSON: {reason}", "one complete JSON object per line")
 
@@ -173,13 +185,25 @@ def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                yield Issue("error", "csv-columns", where, "not as many fields as the header", "quote fields that hold commas or newlines")
+                yield Issue(
+                    "error",
+                    "csv-columns",
+                    where,
+                    "not as many fields as the header",
+                    "quote fields that hold commas or newlines",
+                )
             else:
                 yield Row(where, dict(row))
     except UnicodeDecodeError as error:
         yield Issue("error", "not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
     except csv.Error as error:
-        yield Issue("error", "not-csv", f"{path}:{reader.line_num + 1}", f"not CSV: {error}", "quote fields that hold quotes or newlines")
+        yield Issue(
+            "error",
+            "not-csv",
+            f"{path}:{reader.line_num + 1}",
+            f"not CSV: {error}",
+            "quote fields that hold quotes or newlines",
+        )
     finally:
         text.detach()  # the stream is closed by who opened it
 
@@ -188,7 +212,9 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise UsageError("reading Parquet needs pyarrow", where=str(path), fix="pip install 'tunesmith[local]'") from None
+        raise UsageError(
+            "reading Parquet needs pyarrow", where=str(path), fix="pip install 'tunesmith[local]'"
+        ) from None
     number = 0
     for batch in pq.ParquetFile(io.BytesIO(stream.read())).iter_batches():
         for value in batch.to_pylist():
@@ -198,8 +224,11 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
 
 def _hub(name: str) -> Iterator[Row | Issue]:
     """A Hub data set, its `train` split, from the local cache when there is no network."""
-    missing = DataError("neither a file here nor a data set that can be had", where=name,
-                        fix=f"check the path, or fetch it where there is a network: hf download --repo-type dataset {name}")
+    missing = DataError(
+        "neither a file here nor a data set that can be had",
+        where=name,
+        fix=f"check the path, or fetch it where there is a network: hf download --repo-type dataset {name}",
+    )
     try:
         import datasets
     except ImportError:

@@ -20,8 +20,15 @@ SIDES = ("train", "valid", "test")
 Splits = dict[str, list[Conversation]]
 
 
-def split(rows: list[Conversation], valid: float = 0.1, test: float = 0.1, *, method: str = "hash", seed: int = 42,
-          group_by: str | None = None) -> Splits:
+def split(
+    rows: list[Conversation],
+    valid: float = 0.1,
+    test: float = 0.1,
+    *,
+    method: str = "hash",
+    seed: int = 42,
+    group_by: str | None = None,
+) -> Splits:
     """Split rows by shares. Rows with the same prompt, or equal in `group_by`, stay together.
 
     Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side.
@@ -29,8 +36,11 @@ def split(rows: list[Conversation], valid: float = 0.1, test: float = 0.1, *, me
     """
     wanted = {"test": math.ceil(len(rows) * test), "valid": math.ceil(len(rows) * valid)}
     if len(rows) - sum(wanted.values()) < 1:
-        raise DataError(f"{len(rows)} rows are too few for train, {wanted['valid']} valid and {wanted['test']} test", where=_file(rows),
-                        fix="add rows, or set --valid-fraction 0 and --test-fraction 0")
+        raise DataError(
+            f"{len(rows)} rows are too few for train, {wanted['valid']} valid and {wanted['test']} test",
+            where=_file(rows),
+            fix="add rows, or set --valid-fraction 0 and --test-fraction 0",
+        )
     if method == "threshold":
         sides = _by_threshold(rows, valid, test, seed, group_by)
     else:
@@ -45,7 +55,11 @@ def split(rows: list[Conversation], valid: float = 0.1, test: float = 0.1, *, me
         result = {side: sorted(part, key=lambda row: _hash(seed, row.digest())) for side, part in result.items()}
     for side, share in (("train", 1.0), ("valid", valid), ("test", test)):
         if share and not result[side]:
-            raise DataError(f"the {side} part would be empty", where=_file(rows), fix="add rows, or use smaller groups")
+            raise DataError(
+                f"the {side} part would be empty",
+                where=_file(rows),
+                fix="rows with the same prompt (or group) stay together: add others",
+            )
     return result
 
 
@@ -94,14 +108,20 @@ def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
 def prompt_key(row: Conversation) -> str:
     """Hash of what is asked, blind to case and spacing; of the whole text where nothing is asked."""
     said = row.prompt() or row.messages
-    return hashlib.sha256("\x1f".join(f"{m.role}\x1e{' '.join(m.content.split()).casefold()}" for m in said).encode(errors="replace")).hexdigest()
+    return hashlib.sha256(
+        "\x1f".join(f"{m.role}\x1e{' '.join(m.content.split()).casefold()}" for m in said).encode(errors="replace")
+    ).hexdigest()
 
 
 def _group(row: Conversation, group_by: str) -> str:
     value: Any = {"metadata": row.metadata}
     for key in group_by.split("."):
         if not isinstance(value, dict) or key not in value:
-            raise UsageError(f'no "{group_by}" in this row', where=row.source, fix="name a field that every row has, such as metadata.tree_id")
+            raise UsageError(
+                f'no "{group_by}" in this row',
+                where=row.source,
+                fix="name a field that every row has, such as metadata.tree_id",
+            )
         value = value[key]
     return repr(value)
 

@@ -62,9 +62,18 @@ class Evaluation(msgspec.Struct, frozen=True):
     report: str | None = None
 
 
-def evaluate(run: Run | None = None, *, model: str | None = None, against: str | None = None, dataset: str | None = None,
-             columns: dict[str, str] | None = None, samples: int = 6, persona: str | None = None, seed: int = 0,
-             on_progress: Callable[[str], None] | None = None) -> Evaluation:
+def evaluate(
+    run: Run | None = None,
+    *,
+    model: str | None = None,
+    against: str | None = None,
+    dataset: str | None = None,
+    columns: dict[str, str] | None = None,
+    samples: int = 6,
+    persona: str | None = None,
+    seed: int = 0,
+    on_progress: Callable[[str], None] | None = None,
+) -> Evaluation:
     """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
 
     Without `dataset` the run's own test split is used. Rows that the run was trained on are refused (DataError).
@@ -86,39 +95,64 @@ def evaluate(run: Run | None = None, *, model: str | None = None, against: str |
     tuned_answers = _answers(tuned, questions, seed)
     asked = [q.messages[-1].content for q in questions]
     n = len(probes)
-    shown = [Sample(*s, reference=r.answer()) for s, r in zip(zip(asked[n:], base_answers[n:], tuned_answers[n:], strict=True), chosen, strict=True)]
+    shown = [
+        Sample(*s, reference=r.answer())
+        for s, r in zip(zip(asked[n:], base_answers[n:], tuned_answers[n:], strict=True), chosen, strict=True)
+    ]
     identity = None
     if probes:
-        named = [sum(who.casefold() in a.casefold() for a in answers[:n]) for answers in (base_answers, tuned_answers)]
-        identity = Persona(who, n, *named, [Sample(*s) for s in zip(asked[:n], base_answers[:n], tuned_answers[:n], strict=True)])
-    result = Evaluation(metrics[0].verdict, base, tuned, name, len(rows), sum(s.tokens for s in tuned_scores), metrics, identity, shown)
+        heard = [Sample(*s) for s in zip(asked[:n], base_answers[:n], tuned_answers[:n], strict=True)]
+        base_named, tuned_named = (sum(_names(who, getattr(s, side)) for s in heard) for side in ("base", "tuned"))
+        identity = Persona(who, n, base_named, tuned_named, heard)
+    result = Evaluation(
+        metrics[0].verdict, base, tuned, name, len(rows), sum(s.tokens for s in tuned_scores), metrics, identity, shown
+    )
     return _keep(run, result, rows, base_scores, tuned_scores) if run else result
 
 
-def _sides(run: Run | None, model: str | None, against: str | None, dataset: str | None,
-           columns: dict[str, str] | None) -> tuple[str, str, list[Conversation], str]:
+def _names(who: str, answer: str) -> bool:
+    return who.casefold() in answer.casefold()
+
+
+def _sides(
+    run: Run | None, model: str | None, against: str | None, dataset: str | None, columns: dict[str, str] | None
+) -> tuple[str, str, list[Conversation], str]:
     """(tuned, base, held-out rows, their name)."""
     if run is None:
         if not (model and against and dataset):
-            raise UsageError("needs a run, or two models and a data set", fix="tunesmith evaluate RUN, or --model A --against B --dataset D")
+            raise UsageError(
+                "needs a run, or two models and a data set",
+                fix="tunesmith evaluate RUN, or --model A --against B --dataset D",
+            )
         return model, against, load(dataset, columns).require().conversations, dataset
     manifest = run.manifest()
     if not (run / "best_model").is_dir():
-        raise UsageError(f"this run has no model yet (it is {run.state()})", where=str(run), fix=f"go on with: tunesmith train --resume {run}")
+        raise UsageError(
+            f"this run has no model yet (it is {run.state()})",
+            where=str(run),
+            fix=f"go on with: tunesmith train --resume {run}",
+        )
     tuned, base = model or str(run / "best_model"), against or manifest["recipe"]["model"]
     own = run / "data" / "test.jsonl"
     if dataset is None and not own.exists():
-        raise UsageError("this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE")
+        raise UsageError(
+            "this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE"
+        )
     rows = load(dataset or str(own), columns).require().conversations
     trained = set(manifest["data_hashes"]["train"]) | set(manifest["data_hashes"]["valid"])
     seen = [row for row in rows if row.digest() in trained]
     if seen:
-        raise DataError(f"{len(seen)} of {len(rows)} rows were used in training", where=seen[0].source, fix="evaluate on rows the run has not seen; without --dataset its own test rows are used")
+        raise DataError(
+            f"{len(seen)} of {len(rows)} rows were used in training",
+            where=seen[0].source,
+            fix="evaluate on rows the run has not seen; without --dataset its own test rows are used",
+        )
     return tuned, base, rows, dataset or str(own)
 
 
 def _score(name: str, rows: list[Conversation]) -> Any:
     from tunesmith.local.score import score
+
     return score(name, rows)
 
 
@@ -139,6 +173,7 @@ def _probes(run: Run | None) -> list[Conversation]:
 
 def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list[Comparison]:
     """Loss first (the verdict is its), then perplexity and token accuracy. Two tokenizers are compared per byte of answer."""
+
     def column(scores: Any, field: str) -> Any:
         return np.array([getattr(s, field) for s in scores], np.float64)
 
@@ -146,12 +181,30 @@ def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list
     weight = column(base, "tokens") if same else np.array([len(r.answer().encode()) for r in rows], np.float64)
     if not weight.sum():
         raise DataError("nothing to score: the rows have no answers", fix="evaluate on rows with answers")
-    loss = compare("loss (nats per token)" if same else "loss (nats per byte)", column(base, "loss"), column(tuned, "loss"), weight, True, seed)
+    loss = compare(
+        "loss (nats per token)" if same else "loss (nats per byte)",
+        column(base, "loss"),
+        column(tuned, "loss"),
+        weight,
+        True,
+        seed,
+    )
     metrics = [loss]
     if same:
         base_ppl, tuned_ppl = math.exp(loss.base), math.exp(loss.tuned)
         # its interval follows from the loss's: the ratio of perplexities is exp(difference of losses)
-        metrics.append(Comparison("perplexity", base_ppl, tuned_ppl, tuned_ppl - base_ppl, base_ppl * math.expm1(loss.low), base_ppl * math.expm1(loss.high), loss.verdict, loss.rows_needed))
+        metrics.append(
+            Comparison(
+                "perplexity",
+                base_ppl,
+                tuned_ppl,
+                tuned_ppl - base_ppl,
+                base_ppl * math.expm1(loss.low),
+                base_ppl * math.expm1(loss.high),
+                loss.verdict,
+                loss.rows_needed,
+            )
+        )
         metrics.append(compare("token accuracy", column(base, "right"), column(tuned, "right"), weight, False, seed))
     return metrics
 
@@ -161,7 +214,10 @@ def _keep(run: Run, result: Evaluation, rows: list[Conversation], base: Any, tun
 
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
-    write_jsonl(folder / "rows.jsonl", ({"source": r.source, "base": b, "tuned": t} for r, b, t in zip(rows, base, tuned, strict=True)))
+    write_jsonl(
+        folder / "rows.jsonl",
+        ({"source": r.source, "base": b, "tuned": t} for r, b, t in zip(rows, base, tuned, strict=True)),
+    )
     result = msgspec.structs.replace(result, report=str(run / "report.html"))
     write_json(folder / "result.json", result)
     write_report(run, result)

@@ -22,12 +22,20 @@ def write_report(run: Run, result: Evaluation) -> Path:
     """Render the report of a run and its evaluation; returns the file."""
     manifest, summary = run.manifest(), run.summary()
     issues = msgspec.json.decode((run / "data" / "check.json").read_bytes(), type=list[Issue])
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     env.filters["signed"] = lambda value: f"{value:+.4f}"
     settings = [(name, manifest["recipe"].get(name), manifest["origin"].get(name, "default")) for name in fields()]
     html = env.get_template("report.html.jinja").render(
-        run=str(run), result=result, summary=summary, manifest=manifest, issues=issues,
-        settings=[s for s in settings if s[1] not in (None, {})], chart=chart(run.metrics("step"), run.metrics("eval"), summary["best_step"]))
+        run=str(run),
+        result=result,
+        summary=summary,
+        manifest=manifest,
+        issues=issues,
+        settings=[s for s in settings if s[1] not in (None, {})],
+        chart=chart(run.metrics("step"), run.metrics("eval"), summary["best_step"]),
+    )
     path = run / "report.html"
     write_bytes(path, html.encode())
     return path
@@ -44,27 +52,41 @@ def chart(steps: list[dict[str, Any]], evals: list[dict[str, Any]], best: int | 
     low, high = max(0.0, low - 0.05 * (high - low)), high + 0.05 * (high - low) + 1e-9
 
     def x(step: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - 12) * step / last, 1)
+        return float(round(LEFT + (WIDTH - LEFT - 12) * step / last, 1))
 
     def y(loss: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low), 1)
+        return float(round(TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low), 1))
 
     def line(points: list[tuple[int, float]]) -> str:
         return " ".join(f"{x(s)},{y(v)}" for s, v in points)
 
     best_loss = next((v for s, v in valid if s == best), None)
     return {
-        "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - 12, "top": TOP, "base": HEIGHT - BOTTOM,
-        "raw": line(train), "train": line(smooth(train)), "valid": line(valid), "points": [(x(s), y(v), s, v) for s, v in valid],
-        "x_ticks": [(x(t), f"{t:g}") for t in ticks(0, last)], "y_ticks": [(y(t), f"{t:g}") for t in ticks(low, high)],
-        "best": None if best_loss is None or best is None else {"x": x(best), "y": y(best_loss), "step": best, "loss": best_loss},
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - 12,
+        "top": TOP,
+        "base": HEIGHT - BOTTOM,
+        "raw": line(train),
+        "train": line(smooth(train)),
+        "valid": line(valid),
+        "points": [(x(s), y(v), s, v) for s, v in valid],
+        "x_ticks": [(x(t), f"{t:g}") for t in ticks(0, last)],
+        "y_ticks": [(y(t), f"{t:g}") for t in ticks(low, high)],
+        "best": None
+        if best_loss is None or best is None
+        else {"x": x(best), "y": y(best_loss), "step": best, "loss": best_loss},
     }
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Moving average over a twentieth of the points: single small batches are noise."""
     size = max(1, len(points) // 20)
-    return [(s, sum(v for _, v in points[max(0, i - size + 1) : i + 1]) / len(points[max(0, i - size + 1) : i + 1])) for i, (s, _) in enumerate(points)]
+    return [
+        (s, sum(v for _, v in points[max(0, i - size + 1) : i + 1]) / len(points[max(0, i - size + 1) : i + 1]))
+        for i, (s, _) in enumerate(points)
+    ]
 
 
 def ticks(low: float, high: float) -> list[float]:

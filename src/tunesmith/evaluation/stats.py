@@ -28,7 +28,14 @@ class Comparison(msgspec.Struct, frozen=True):
     rows_needed: int | None = None
 
 
-def compare(metric: str, base: NDArray[np.float64], tuned: NDArray[np.float64], weight: NDArray[np.float64], lower_is_better: bool, seed: int = 0) -> Comparison:
+def compare(
+    metric: str,
+    base: NDArray[np.float64],
+    tuned: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    lower_is_better: bool,
+    seed: int = 0,
+) -> Comparison:
     """Compare sums per row: the metric is sum(values) / sum(weight), e.g. nats over tokens.
 
     The interval is the percentile bootstrap over rows (Efron 1979): rows are drawn with replacement, both

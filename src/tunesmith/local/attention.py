@@ -18,15 +18,26 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 NAME = "tunesmith_packed"
 
 
-def packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-           dropout: float = 0.0, scaling: float | None = None, segments: list[int] | None = None,
-           sliding_window: int | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: list[int] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim] -> [1, tokens, heads, dim].
 
     `segments`: lengths of the conversations in order; they add up to `tokens`.
     """
     if segments is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
         return out, None
     if (sliding_window and max(segments) > sliding_window) or kwargs.get("softcap"):
         raise NotImplementedError("packed attention has no sliding window and no soft cap")

@@ -25,10 +25,21 @@ class LocalBackend:
         return run
 
     def resume(self, run: Run) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "true",
+            "PYTHONWARNINGS": "ignore",
+        }
         with (run / "worker.log").open("ab") as log:
-            _workers[str(run)] = subprocess.Popen([sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"], stdin=subprocess.PIPE,
-                                                  stdout=log, stderr=log, env=environment, start_new_session=True)
+            _workers[str(run)] = subprocess.Popen(
+                [sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     def poll(self, run: Run) -> str:
         """The run's own word; "failed" as soon as a worker of ours is gone without having said how it ended."""
@@ -40,7 +51,13 @@ class LocalBackend:
             return "running"
         state = run.state()
         if state in ("queued", "preparing", "running", "interrupted", "unknown"):
-            run.append("error", message=_why(code), where=str(run), fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run}", exit_status=1)
+            run.append(
+                "error",
+                message=_why(code),
+                where=str(run),
+                fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run}",
+                exit_status=1,
+            )
             run.append("state", state="failed")
             return "failed"
         return state
@@ -53,6 +70,7 @@ class LocalBackend:
 
     def completer(self, model: str) -> Completer:
         from tunesmith.local.generate import Chat
+
         chat: Any = Chat(model)
         return chat  # type: ignore[no-any-return]
 

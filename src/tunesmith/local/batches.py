@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -43,7 +44,8 @@ class Batch(msgspec.Struct, frozen=True):
 
 def save_tokens(rows: list[Rendered], folder: Path, side: str) -> None:
     """Write rows as three .npy files that are memory-mapped when training."""
-    for part, array in zip(("ids", "mask", "starts"), flatten(rows), strict=True):
+    arrays: tuple[NDArray[Any], ...] = flatten(rows)
+    for part, array in zip(("ids", "mask", "starts"), arrays, strict=True):
         np.save(folder / f"{side}.{part}.npy", array)
 
 

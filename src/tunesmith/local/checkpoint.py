@@ -74,8 +74,11 @@ def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's state by parameter name, e.g. "exp_avg/model.norm.weight"."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{key}/{names[id(p)]}": value.detach().cpu().contiguous()
-            for p, state in optimizer.state.items() for key, value in state.items()}
+    return {
+        f"{key}/{names[id(p)]}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
 
 
 def _rng() -> dict[str, torch.Tensor]:
@@ -106,6 +109,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 def _load_weights(folder: Path, model: nn.Module) -> None:
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
+
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         return
     saved: dict[str, torch.Tensor] = {}
@@ -155,7 +159,7 @@ def prune(run: Run, keep_last: int, best_step: int) -> None:
 
 
 def publish(checkpoint: Path, target: Path) -> None:
-    """Make `target` a model folder of hard links to the checkpoint's model files. A run's own folder gets them beside what it has."""
+    """Make `target` a model folder of hard links to the checkpoint's model files; a run's own folder keeps the rest it has."""
     building = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()

@@ -24,10 +24,14 @@ class Chat:
         folder = find(name)
         self.renderer = Renderer(folder)
         self.model = models.load(folder).eval()
-        self.model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with what is asked for here
+        self.model.generation_config = (
+            GenerationConfig()
+        )  # the folder's own sampling defaults must not mix with what is asked for here
         self.context = self.model.config.get_text_config().max_position_embeddings
 
-    def __call__(self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def __call__(
+        self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
         """One answer for each conversation, which ends with what the user said. In order."""
         ids = [self.renderer.prompt_ids(p.messages, p.tools) for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -41,29 +45,47 @@ class Chat:
 
     @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
-        prompts = [p[-(self.context - 1):] for p in prompts]
+        prompts = [p[-(self.context - 1) :] for p in prompts]
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
         ids = torch.tensor([[self.renderer.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = self.model.generate(ids, attention_mask=mask, **self._how(min(max_tokens, self.context - width), temperature))
+        out = self.model.generate(
+            ids, attention_mask=mask, **self._how(min(max_tokens, self.context - width), temperature)
+        )
         return [self._text(row[width:].tolist()) for row in out]
 
     def _how(self, max_tokens: int, temperature: float) -> dict[str, Any]:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
-        return {"max_new_tokens": max(1, max_tokens), "eos_token_id": self.renderer.stop_ids, "pad_token_id": self.renderer.pad_id, **sampling}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+            if temperature > 0
+            else {"do_sample": False}
+        )
+        return {
+            "max_new_tokens": max(1, max_tokens),
+            "eos_token_id": self.renderer.stop_ids,
+            "pad_token_id": self.renderer.pad_id,
+            **sampling,
+        }
 
     def _text(self, ids: list[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), len(ids))
         return self.renderer.decode(ids[:end]).strip()
 
-    def stream(self, messages: tuple[Message, ...], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+    def stream(
+        self, messages: tuple[Message, ...], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[str]:
         """The answer piece by piece, as it is written."""
         torch.manual_seed(seed)
-        ids = torch.tensor([self.renderer.prompt_ids(messages)[-(self.context - 1):]], device=next(self.model.parameters()).device)
+        ids = torch.tensor(
+            [self.renderer.prompt_ids(messages)[-(self.context - 1) :]], device=next(self.model.parameters()).device
+        )
         streamer = TextIteratorStreamer(_Decoder(self.renderer))
-        arguments = {"attention_mask": torch.ones_like(ids), "streamer": _NewOnly(streamer, ids.shape[1]),
-                     **self._how(min(max_tokens, self.context - ids.shape[1]), temperature)}
+        arguments = {
+            "attention_mask": torch.ones_like(ids),
+            "streamer": _NewOnly(streamer, ids.shape[1]),
+            **self._how(min(max_tokens, self.context - ids.shape[1]), temperature),
+        }
         thread = Thread(target=torch.inference_mode()(self.model.generate), args=(ids,), kwargs=arguments, daemon=True)
         thread.start()
         yield from streamer

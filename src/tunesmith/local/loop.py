@@ -16,8 +16,10 @@ from collections.abc import Callable
 import torch
 
 from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.local import batches, checkpoint, methods, model as models
+from tunesmith.local import batches, checkpoint, methods
+from tunesmith.local import model as models
 from tunesmith.local.batches import Tokens
+from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
 from tunesmith.local.loss import LossModule
 from tunesmith.local.tracking import Tracker
@@ -26,7 +28,9 @@ from tunesmith.recipe import Recipe
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
 
-EVAL_TOKENS = 8192  # tokens scored at a time in validation; logits exist only chunk by chunk, so this bounds activations
+EVAL_TOKENS = (
+    8192  # tokens scored at a time in validation; logits exist only chunk by chunk, so this bounds activations
+)
 
 
 def train(run: Run, stop: Callable[[], bool]) -> None:
@@ -58,8 +62,14 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         position = checkpoint.restore(start, model, optimizer)
         run.append("resumed", step=position.step)
     tracker = Tracker(run / "logs", position.step)
-    run.append("state", state="running", trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-               parameters=sum(p.numel() for p in model.parameters()), device=str(device), mode=loss_module.mode)
+    run.append(
+        "state",
+        state="running",
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=str(device),
+        mode=loss_module.mode,
+    )
     began, before = time.perf_counter(), position.seconds
     stopped_early = False
 
@@ -70,7 +80,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
 
     while position.step < planned and not stopped_early:
         clock = time.perf_counter()
-        epoch, micro_batches = batches.step_rows(len(train_set), recipe, position.step)
+        _, micro_batches = batches.step_rows(len(train_set), recipe, position.step)
         supervised = sum(train_set.supervised(rows) for rows in micro_batches)
         rate = learning_rate(recipe, position.step, planned)
         for group in optimizer.param_groups:
@@ -85,8 +95,11 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
             total, tokens = total + loss.item(), tokens + len(batch.ids)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf).item()
         if not math.isfinite(total) or not math.isfinite(norm):
-            raise TunesmithError(f"the loss became {total / supervised} at step {position.step + 1}", where=str(run),
-                                 fix="lower --learning-rate; the last checkpoint is from before")
+            raise TunesmithError(
+                f"the loss became {total / supervised} at step {position.step + 1}",
+                where=str(run),
+                fix="lower --learning-rate; the last checkpoint is from before",
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -96,15 +109,28 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         position.seconds = before + time.perf_counter() - began
         took = time.perf_counter() - clock
         step = {"loss": total / supervised, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / took}
-        run.append("step", step=position.step, epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4), tokens=tokens,
-                   total_tokens=position.tokens, total_supervised_tokens=position.supervised_tokens, seconds=position.seconds,
-                   memory_mb=peak_memory_mb(), **step)
+        run.append(
+            "step",
+            step=position.step,
+            epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4),
+            tokens=tokens,
+            total_tokens=position.tokens,
+            total_supervised_tokens=position.supervised_tokens,
+            seconds=position.seconds,
+            memory_mb=peak_memory_mb(),
+            **step,
+        )
         tracker.scalars(position.step, {f"train/{k}": v for k, v in step.items()})
 
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
             loss_now = validate(loss_module, valid_set)
-            run.append("eval", step=position.step, epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4), loss=loss_now)
+            run.append(
+                "eval",
+                step=position.step,
+                epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4),
+                loss=loss_now,
+            )
             tracker.scalars(position.step, {"valid/loss": loss_now})
             improved = position.best_loss is None or loss_now < position.best_loss - recipe.min_gain
             if improved:
@@ -123,23 +149,39 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         if asked and not last:
             tracker.close()
             run.append("state", state="paused")
-            raise Interrupted(f"stopped at step {position.step} of {planned}, after a checkpoint", where=str(run), fix=f"go on with: tunesmith train --resume {run}")
+            raise Interrupted(
+                f"stopped at step {position.step} of {planned}, after a checkpoint",
+                where=str(run),
+                fix=f"go on with: tunesmith train --resume {run}",
+            )
 
     if not len(valid_set):
         position.best_step = position.step
     publish(run, position)
     tracker.close()
-    run.append("done", step=position.step, best_step=position.best_step, stopped_early=stopped_early and position.step < planned,
-               seconds=position.seconds, tokens_per_second=position.tokens / max(position.seconds, 1e-9), peak_memory_mb=peak_memory_mb())
+    run.append(
+        "done",
+        step=position.step,
+        best_step=position.best_step,
+        stopped_early=stopped_early and position.step < planned,
+        seconds=position.seconds,
+        tokens_per_second=position.tokens / max(position.seconds, 1e-9),
+        peak_memory_mb=peak_memory_mb(),
+    )
+    write_card(run)
     run.append("state", state="succeeded")
 
 
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW on what is trained; decay on matrices only (norms and biases are scales, not weights)."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, fused=True)  # the loop sets the rate before each step
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=1.0, fused=True
+    )  # the loop sets the rate before each step
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -188,6 +230,6 @@ def use_bf16(recipe: Recipe, device: torch.device) -> bool:
 def peak_memory_mb() -> int:
     """Most memory this process held, in MB (Linux counts it in KB, macOS in bytes); on a GPU, there."""
     if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
+        return int(torch.cuda.max_memory_allocated() / 2**20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

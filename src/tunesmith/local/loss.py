@@ -43,7 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None)
 
@@ -82,7 +82,11 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.mode = model, mode
         causal = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._causal, self._decoder, self._head = [causal], [causal.base_model], [causal.get_output_embeddings()]  # lists: not submodules twice
+        self._causal, self._decoder, self._head = (
+            [causal],
+            [causal.base_model],
+            [causal.get_output_embeddings()],
+        )  # lists: not submodules twice
 
     def hidden(self, ids: Tensor, segments: list[int]) -> Tensor:
         """Last hidden states [tokens, d] of conversations that stand one after the other in `ids` [tokens]."""
@@ -90,8 +94,10 @@ class LossModule(nn.Module):
         if self.mode == "packed":
             positions = torch.cat([torch.arange(n, device=ids.device) for n in segments])
             out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments)
-            return out.last_hidden_state[0]  # type: ignore[no-any-return]
-        return torch.cat([decoder(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(segments)])
+            return out.last_hidden_state[0]
+        return torch.cat(
+            [decoder(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(segments)]
+        )
 
     def forward(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, int]:
         """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
@@ -100,7 +106,9 @@ class LossModule(nn.Module):
             logits = self._own_logits(ids, segments)[at]
             return nn.functional.cross_entropy(logits, ids[at + 1], reduction="sum"), len(at)
         head = self._head[0]
-        return chunked_cross_entropy(self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]), len(at)
+        return chunked_cross_entropy(
+            self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
+        ), len(at)
 
     @torch.no_grad()
     def scores(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +117,20 @@ class LossModule(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))[at.cpu()]
         if self.mode == "logits":
             logits = self._own_logits(ids, segments)[at]
-            return nn.functional.cross_entropy(logits, ids[at + 1], reduction="none"), logits.argmax(1) == ids[at + 1], owner
+            return (
+                nn.functional.cross_entropy(logits, ids[at + 1], reduction="none"),
+                logits.argmax(1) == ids[at + 1],
+                owner,
+            )
         head = self._head[0]
-        return *token_scores(self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]), owner
+        return *token_scores(
+            self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
+        ), owner
 
     def _own_logits(self, ids: Tensor, segments: list[int]) -> Tensor:
-        return torch.cat([self._causal[0](input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(segments)])
+        return torch.cat(
+            [self._causal[0](input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(segments)]
+        )
 
 
 def supervised(mask: Tensor, segments: list[int]) -> Tensor:

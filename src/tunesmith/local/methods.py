@@ -40,17 +40,29 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
         present = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         unknown = [t for t in targets if t not in present]
         if unknown:
-            raise UsageError(f'lora_targets: no linear layer "{unknown[0]}"', where="flag", fix=f"this model has {', '.join(sorted(present))}")
+            raise UsageError(
+                f'lora_targets: no linear layer "{unknown[0]}"',
+                where="flag",
+                fix=f"this model has {', '.join(sorted(present))}",
+            )
     assert recipe.lora_alpha != "auto"
-    config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets,
-                        bias="none", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     if frozen:
         config.layers_to_transform, config.layers_pattern = list(range(frozen, layers)), stack
         if targets == "all-linear":
             top = decoder_layers(model)[1][0]
-            config.target_modules = sorted({n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, nn.Linear)})
+            config.target_modules = sorted(
+                {n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, nn.Linear)}
+            )
     torch.manual_seed(recipe.seed)
-    return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+    return get_peft_model(model, config)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

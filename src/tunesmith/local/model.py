@@ -35,17 +35,27 @@ def load(folder: Path) -> nn.Module:
         model = _pretrained(base)
         if adapter:
             from peft import PeftModel
+
             model = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder), fix="does it load with plain transformers?") from None
-    return model.to(device())  # type: ignore[no-any-return]
+        raise ModelError(
+            f"cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="does it load with plain transformers?",
+        ) from None
+    return model.to(device())
 
 
 def _pretrained(folder: Path) -> Any:
     """The model with packed attention; with a sliding window, which that lacks, or where refused, with its own."""
     config = read_json(folder / "config.json")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    arguments: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+    }
     if not window:
         try:
             return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)

@@ -39,4 +39,3 @@ def score(name: str, rows: list[Conversation]) -> list[RowScore]:
             mine = owner == i
             result[row] = RowScore(float(losses[mine].double().sum()), int(mine.sum()), int(right[mine].sum()))
     return result
-

@@ -16,7 +16,9 @@ class Tracker:
     def __init__(self, folder: Path, step: int) -> None:
         self._writer = EventFileWriter(str(folder))
         if step:
-            self._writer.add_event(Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+            self._writer.add_event(
+                Event(step=step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+            )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])

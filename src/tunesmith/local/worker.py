@@ -31,17 +31,34 @@ def main(path: str, attached: bool) -> int:
     try:
         run.mend_log()
         from tunesmith.local.loop import train
+
         train(run, stopping.is_set)
     except Interrupted as error:
         return error.exit_status
     except TunesmithError as error:
         return _failed(run, error)
     except MemoryError:
-        return _failed(run, TunesmithError("out of memory", fix="halve --batch-size and double --gradient-accumulation-steps"))
+        return _failed(
+            run, TunesmithError("out of memory", fix="halve --batch-size and double --gradient-accumulation-steps")
+        )
     except OSError as error:
-        return _failed(run, TunesmithError(f"{error.strerror or error}", where=str(error.filename or run), fix=f"then go on with: tunesmith train --resume {run}"))
+        return _failed(
+            run,
+            TunesmithError(
+                f"{error.strerror or error}",
+                where=str(error.filename or run),
+                fix=f"then go on with: tunesmith train --resume {run}",
+            ),
+        )
     except BaseException as error:
-        _failed(run, TunesmithError(f"{type(error).__name__}: {error}", where=str(run), fix="this is a defect; the traceback is in worker.log"))
+        _failed(
+            run,
+            TunesmithError(
+                f"{type(error).__name__}: {error}",
+                where=str(run),
+                fix="this is a defect; the traceback is in worker.log",
+            ),
+        )
         raise
     finally:
         held.close()
@@ -50,6 +67,7 @@ def main(path: str, attached: bool) -> int:
 
 def _failed(run: Run, error: TunesmithError) -> int:
     import contextlib
+
     with contextlib.suppress(OSError):  # a full disk takes no event either; the exit status still says it
         run.append("error", message=error.message, where=error.where, fix=error.fix, exit_status=error.exit_status)
         run.append("state", state="failed")
