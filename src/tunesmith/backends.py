@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -158,6 +157,3 @@ class FakeBackend:
             return [p.messages[-1].content if p.messages else "" for p in prompts]
 
         return echo
-
-
-WatchHook = Callable[[dict[str, Any]], None]

@@ -24,7 +24,7 @@ from tunesmith.render import Rendered, Renderer
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Counts are of rows and tokens as rendered; `memory_mb` is an estimate of the trainer's peak."""
+    """Counts are of rows and tokens as rendered; `memory_mb` estimates the peak when the longest rows meet in a batch."""
 
     recipe: Recipe
     origin: dict[str, str]
@@ -266,6 +266,7 @@ def _plan(
     rows = {side: len(part) for side, part in rendered.items()}
     per_epoch = math.ceil(rows["train"] / (recipe.batch_size * recipe.gradient_accumulation_steps))
     steps = per_epoch * recipe.epochs
+    lengths = sorted(len(r.ids) for r in rendered["train"])
     longest = max(len(r.ids) for part in rendered.values() for r in part)
     trainable = _trainable(recipe, model)
     return Plan(
@@ -281,7 +282,7 @@ def _plan(
         steps_per_epoch=per_epoch,
         steps=min(steps, recipe.max_steps or steps),
         trainable_parameters=trainable,
-        memory_mb=_memory(recipe, model, trainable, min(recipe.batch_size, rows["train"]) * longest),
+        memory_mb=_memory(recipe, model, trainable, sum(lengths[-recipe.batch_size :])),
         issues=issues,
     )
 

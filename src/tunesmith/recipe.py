@@ -8,7 +8,7 @@ Each value's origin is kept: "default", "task chat", "preset quick_test", "confi
 
 from __future__ import annotations
 
-import tomllib
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -146,6 +146,7 @@ class Field(msgspec.Struct, frozen=True):
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
 
+@functools.cache
 def fields() -> dict[str, Field]:
     """Every setting by name, in the order of declaration."""
     hints = get_type_hints(Recipe, include_extras=True)
@@ -250,7 +251,7 @@ def _load_config(config: str) -> dict[str, Any]:
         return _read_toml(preset)
     try:
         data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {error}", where=config, fix="write a JSON object (.json) or TOML") from None
     if not isinstance(data, dict):
         raise UsageError("holds no object", where=config, fix='write {"dataset": "data.jsonl", "epochs": 3}')
@@ -267,8 +268,13 @@ def _sections(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib  # 3 ms: not on the way to help
+
     with path.open("rb") as stream:
-        return tomllib.load(stream)
+        try:
+            return tomllib.load(stream)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"not TOML: {error}", where=str(path), fix="strings need quotes; see toml.io") from None
 
 
 def need_dataset(recipe: Recipe) -> str:

@@ -22,7 +22,6 @@ from tunesmith.data.write import write_bytes, write_json
 from tunesmith.errors import RunError
 from tunesmith.recipe import Recipe
 
-FINISHED = ("succeeded", "failed", "cancelled")
 Event = dict[str, Any]
 
 

@@ -106,3 +106,13 @@ def test_a_save_that_fails_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(run, None, None, None, Position(step=99))  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
+
+
+def test_resume_of_a_run_that_had_just_stopped_early_trains_no_further(tiny: Path, tmp_path: Path, data: Path) -> None:
+    run = fit(tmp_path / "run", data, tiny, epochs=8, patience=2, min_gain=100.0)
+    want, steps = weights(run / "final_model"), run.summary()["steps"]
+    assert steps == 36 < run.summary()["planned_steps"]
+    for name in ("final_model", "best_model"):  # as if killed between the last checkpoint and the end
+        shutil.rmtree(run / name)
+    train(run, lambda: False)
+    assert weights(run / "final_model") == want and run.summary()["steps"] == steps

@@ -112,7 +112,7 @@ def describe(plan: Plan) -> None:
     )
     print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
     print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
-    print(f"memory   about {plan.memory_mb} MB")
+    print(f"memory   about {plan.memory_mb} MB at most")
     for issue in plan.issues[:20]:
         print(f"{issue.severity:8} {issue.line()}")
     if len(plan.issues) > 20:

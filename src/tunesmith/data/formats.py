@@ -158,7 +158,6 @@ FORMATS = (
 )
 BY_NAME = {f.name: f for f in FORMATS}
 PREFERENCE = ({"chosen", "rejected"}, {"preferred_output", "non_preferred_output"})
-COLUMNS = sorted({key for f in FORMATS for key in f.required | f.optional} | {"system"})
 
 
 def detect(keys: set[str]) -> Format | Bad:

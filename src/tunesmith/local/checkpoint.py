@@ -16,7 +16,6 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -181,8 +180,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copy2(source, target)
-
-
-def trainer_state(folder: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint as plain values."""
-    return msgspec.json.decode((folder / "trainer.json").read_bytes())  # type: ignore[no-any-return]

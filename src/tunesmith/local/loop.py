@@ -71,7 +71,8 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         mode=loss_module.mode,
     )
     began, before = time.perf_counter(), position.seconds
-    stopped_early = False
+    per_epoch = steps_per_epoch(len(train_set), recipe)
+    stopped_early = 0 < recipe.patience <= position.since_best
 
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
         base = validate(loss_module, valid_set)
@@ -112,7 +113,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         run.append(
             "step",
             step=position.step,
-            epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4),
+            epoch=round(position.step / per_epoch, 4),
             tokens=tokens,
             total_tokens=position.tokens,
             total_supervised_tokens=position.supervised_tokens,
@@ -125,19 +126,14 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
             loss_now = validate(loss_module, valid_set)
-            run.append(
-                "eval",
-                step=position.step,
-                epoch=round(position.step / steps_per_epoch(len(train_set), recipe), 4),
-                loss=loss_now,
-            )
+            run.append("eval", step=position.step, epoch=round(position.step / per_epoch, 4), loss=loss_now)
             tracker.scalars(position.step, {"valid/loss": loss_now})
             improved = position.best_loss is None or loss_now < position.best_loss - recipe.min_gain
             if improved:
                 position.best_loss, position.best_step, position.since_best = loss_now, position.step, 0
             else:
                 position.since_best += 1
-            stopped_early = bool(recipe.patience) and position.since_best >= recipe.patience
+            stopped_early = 0 < recipe.patience <= position.since_best
         else:
             improved = False
 

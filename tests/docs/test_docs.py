@@ -1,0 +1,110 @@
+"""Documentation that is executed or compared with the source: it cannot go stale unseen."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from tunesmith.recipe import fields
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    """The `tunesmith …` lines of the README's shell blocks."""
+    return [
+        line.split("  #")[0].strip()
+        for kind, text in BLOCKS
+        if kind == "sh"
+        for line in text.splitlines()
+        if line.startswith("tunesmith ")
+    ]
+
+
+def test_the_readme_has_what_these_tests_look_for() -> None:
+    assert len(commands()) >= 12
+    assert [kind for kind, _ in BLOCKS].count("python") >= 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the README's data file and a short run under the README's name."""
+    folder = tmp_path_factory.mktemp("readme")
+    sample = (ROOT / "src/tunesmith/assets/data/chat.jsonl").read_bytes()
+    (folder / "data.jsonl").write_bytes(sample)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tunesmith",
+            "train",
+            "--dataset",
+            "data.jsonl",
+            "--output-dir",
+            "my_run",
+            "--max-steps",
+            "2",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("line", commands())
+def test_readme_command(line: str, trained: Path) -> None:
+    """Each command runs as written; training is cut short, quickstart has a test of its own."""
+    words = shlex.split(line)[1:]
+    if words[0] == "quickstart":
+        words = ["quickstart", "--help"]
+    elif words[0] == "train" and "--resume" not in words:
+        words += ["--max-steps", "2"]
+        if "my_run" in words:
+            words[words.index("my_run")] = "another_run"
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *words], cwd=trained, capture_output=True, text=True, input="Hi\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
+def test_readme_python(block: str, trained: Path) -> None:
+    code = block.replace("epochs=3", "max_steps=2")
+    done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_finding_code_is_documented() -> None:
+    source = "".join(p.read_text() for p in (ROOT / "src/tunesmith").rglob("*.py"))
+    used = set(re.findall(r'(?:Issue\(\s*"(?:error|warning)",\s*|Bad\(\s*)"([a-z0-9-]+)"', source)) | {
+        "empty-answer",
+        "empty-text",
+    }
+    documented = set(re.findall(r"^\| `([a-z0-9-]+)`", (ROOT / "docs/data-findings.md").read_text(), re.M))
+    assert len(used) >= 28 and used == documented
+
+
+def test_settings_reference_is_current() -> None:
+    """docs/settings.md is made from the Recipe: `python tools/settings_page.py`."""
+    done = subprocess.run([sys.executable, ROOT / "tools/settings_page.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs/settings.md").read_text()
+    assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())
+
+
+def test_tree_is_free_of_machine_paths() -> None:
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
+    if not tracked:
+        tracked = [str(p.relative_to(ROOT)) for p in (ROOT / "src").rglob("*.py")]
+    texts = [p for p in map(ROOT.joinpath, tracked) if p.suffix in (".py", ".md", ".toml", ".jinja", ".json")]
+    assert len(texts) > 60
+    assert not [str(p) for p in texts if re.search(r"(?<![\w.])/(root|home/\w+)/", p.read_text(encoding="utf-8"))]
