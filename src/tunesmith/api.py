@@ -51,18 +51,22 @@ def train(
     dataset: str | os.PathLike[str] | None = None,
     *,
     config: str | None = None,
+    on_prepared: Callable[[planning.Prepared], None] | None = None,
     on_event: Callable[[Run, Event], None] | None = None,
     **settings: Any,
 ) -> Run:
     """Train and wait for the end. Settings are those of the Recipe (`epochs=3, lora_rank=8, …`).
 
-    Returns the Run; `run / "best_model"` loads in plain transformers. `on_event` sees every event as it
-    comes. Raises DataError, UsageError, or TunesmithError when training fails; KeyboardInterrupt makes a
-    checkpoint and raises Interrupted.
+    Returns the Run; `run / "best_model"` loads in plain transformers. `on_prepared` sees the plan and the rows
+    before anything is written, `on_event` every event as it comes. Raises DataError, UsageError, or
+    TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and raises Interrupted.
     """
     prepared = prepare(dataset, config=config, **settings)
+    if on_prepared:
+        on_prepared(prepared)
     backend = backends.get(prepared.plan.recipe.provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
+    del prepared  # the rows are on disk now
     return watch(run, backend, on_event)
 
 
@@ -116,7 +120,7 @@ def watch(
     if state in ("paused", "cancelled"):
         step = max((e["step"] for e in run.metrics("step")), default=0)
         raise Interrupted(
-            f"stopped at step {step}, after a checkpoint",
+            f"stopped at step {step}; its checkpoints are kept",
             where=str(run),
             fix=f"go on with: tunesmith train --resume {run}",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,14 +63,14 @@ def get(provider: str) -> Backend:
     return getattr(import_module(module), name)()  # type: ignore[no-any-return]
 
 
-def create_run(prepared: Prepared, path: Path) -> Run:
-    """A run directory with manifest and splits: the same for every backend."""
-    plan = prepared.plan
-    run = create(path, _manifest(plan, prepared))
-    for side, rows in prepared.splits.items():
-        if rows:
-            write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
-    write_json(run / "data" / "check.json", plan.issues)
+def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lambda _: None) -> Run:
+    """A run directory with manifest and splits: the same for every backend, which may `fill` in its own files."""
+    with create(path, _manifest(prepared.plan, prepared)) as run:
+        for side, rows in prepared.splits.items():
+            if rows:
+                write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
+        write_json(run / "data" / "check.json", prepared.plan.issues)
+        fill(run)
     return run
 
 

@@ -11,7 +11,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn. `train`: True/False overrides the rule that assistant text is what is learnt.
+    """One turn. `train` False: an assistant turn that is shown but not learnt (weight 0 of the OpenAI format).
 
     The role "text" marks a row of plain text: rendered without a template, learnt whole.
     """

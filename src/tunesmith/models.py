@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def find(name: str) -> Path:
     Raises ModelError naming what was tried.
     """
     path = Path(name).expanduser()
-    if name == "starter" and not path.is_dir():
+    if name == "starter":  # a folder of that name is ./starter
         return STARTER
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
@@ -101,8 +102,8 @@ def facts(folder: Path) -> ModelFacts:
     )
 
 
-def _parameters(folder: Path) -> int:
-    """Number of weights, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
+def _headers(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all weights by name, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(
@@ -110,18 +111,24 @@ def _parameters(folder: Path) -> int:
             where=str(folder),
             fix="convert the weights to safetensors; pickled ones are never loaded",
         )
-    total = 0
+    shapes: dict[str, list[int]] = {}
     for file in files:
         with file.open("rb") as stream:
             try:
                 (size,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(size))
-            except (struct.error, ValueError, MemoryError, OverflowError):
+                header = json.loads(stream.read(min(size, 100_000_000)))  # 100 MB is the format's own limit
+                shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+            except (struct.error, ValueError, TypeError, KeyError):
                 raise ModelError("not a whole safetensors file", where=str(file), fix="fetch the model again") from None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for length in tensor["shape"]:
-                    count *= length
-                total += count
-    return total
+    return shapes
+
+
+def _parameters(folder: Path) -> int:
+    return sum(math.prod(shape) for shape in _headers(folder).values())
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of a model's weights ("model.layers.0.self_attn.q_proj.weight"); of the base for an adapter folder."""
+    if not (folder / "config.json").exists():
+        folder = find(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
+    return sorted(_headers(folder))

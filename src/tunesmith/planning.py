@@ -17,8 +17,8 @@ import msgspec
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.check import load
 from tunesmith.data.split import Splits, prompt_key, split
-from tunesmith.errors import DataError
-from tunesmith.models import ModelFacts, facts, find
+from tunesmith.errors import DataError, UsageError
+from tunesmith.models import STARTER, ModelFacts, facts, find, weight_names
 from tunesmith.recipe import FACTS, Recipe, need_dataset
 from tunesmith.render import Rendered, Renderer
 
@@ -53,7 +53,10 @@ class Prepared(msgspec.Struct, frozen=True):
 def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
     folder = find(recipe.model)
+    if folder != STARTER and Path(recipe.model).is_dir():  # a run must find its base from any working directory
+        recipe = msgspec.structs.replace(recipe, model=str(folder.resolve()))
     model = facts(folder)
+    _check_targets(recipe, folder)
     splits, issues, formats = _splits(recipe)
     if recipe.num_workers != "auto":
         os.environ["RAYON_NUM_THREADS"] = str(recipe.num_workers)  # read by tokenizers when its pool starts
@@ -87,6 +90,27 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
 
 
+def _check_targets(recipe: Recipe, folder: Path) -> None:
+    if recipe.method != "lora":
+        return
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(
+            "the model is an adapter, and an adapter cannot stand on another",
+            where=recipe.model,
+            fix="use --method full",
+        )
+    if recipe.lora_targets == "all-linear":
+        return
+    modules = {name.split(".")[-2] for name in weight_names(folder) if "." in name}
+    for target in recipe.lora_targets.split(","):
+        if target.strip() not in modules:
+            raise UsageError(
+                f'lora_targets: no layer "{target.strip()}"',
+                where=recipe.model,
+                fix=f"it has {', '.join(sorted(modules))}",
+            )
+
+
 def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
     loaded = load(need_dataset(recipe), recipe.columns).require()
     issues, apart = list(loaded.issues), {}
@@ -103,9 +127,13 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
         seed=recipe.seed,
         group_by=recipe.group_by,
     )
-    trained = {prompt_key(row) for row in splits["train"]}
+    trained, seen = ({key(row) for row in splits["train"]} for key in (prompt_key, Conversation.digest))
     for side, rows in apart.items():
         splits[side] = rows
+        same = [row for row in rows if row.digest() in seen]
+        if same:
+            message = f"{len(same)} rows of the {side} set are training rows"
+            raise DataError(f"{message} [leak]", where=same[0].source, fix="remove them from one of the two")
         both = [row for row in rows if prompt_key(row) in trained]
         if both:
             issues.append(
@@ -139,13 +167,13 @@ def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered |
                 "shorten them, or --over-long drop (or truncate)",
             )
         ]
-    note = Issue(
-        "warning", "over-long", worst.source, f"{message}; {'left out' if policy == 'drop' else 'their ends are cut'}"
-    )
     if policy == "drop":
-        return [r if len(r.ids) <= limit else None for r in rows], [note]
+        kept: list[Rendered | None] = [r if len(r.ids) <= limit else None for r in rows]
+        return kept, [Issue("warning", "over-long", worst.source, f"{message}; left out")]
     cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
-    return [r if any(r.mask[1:]) else None for r in cut], [note]
+    kept = [r if any(r.mask[1:]) else None for r in cut]
+    empty = f"; {kept.count(None)} of them keep nothing of the answer and are left out" if None in kept else ""
+    return kept, [Issue("warning", "over-long", worst.source, f"{message}; their ends are cut{empty}")]
 
 
 def length_issues(rows: list[Conversation], model: str) -> list[Issue]:

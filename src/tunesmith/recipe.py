@@ -241,7 +241,7 @@ def _config_name(config: str) -> str:
 def _load_config(config: str) -> dict[str, Any]:
     """A TOML or JSON file, or the name of a preset."""
     path = Path(config)
-    if not path.exists():
+    if not path.is_file():
         preset = FACTS / "presets" / f"{config}.toml"
         names = sorted(p.stem for p in preset.parent.glob("*.toml"))
         if not preset.exists():

@@ -21,6 +21,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
@@ -108,6 +109,8 @@ class Renderer:
         self.template, self.is_default = _template(folder, config)
         self._compiled = _environment().from_string(self.template)
         prefix = self.tokenizer.encode("").ids  # what the tokenizer itself puts before a text (a Llama's BOS)
+        # Templates write the special tokens; a post-processor would only trim spaces off the offsets (GPT-2's does)
+        self.tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
         if self.is_default or not self.special["bos_token"]:
             self.special["bos_token"] = self.tokenizer.decode(prefix, skip_special_tokens=False) if prefix else ""
         self.stop_ids = self._stops(read_json(folder / "generation_config.json"))
@@ -161,7 +164,7 @@ class Renderer:
         if _MARK in marked:
             text, spans = _unmark(marked)
         else:
-            text, spans = marked, self._spans_by_prefix(conversation)
+            text, spans = marked, self._spans_by_prefix(conversation, marked)
         if len(spans) != len(turns):
             raise DataError(
                 f"the chat template marks {len(spans)} answers, the row has {len(turns)}",
@@ -172,13 +175,14 @@ class Renderer:
             self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.train is not False
         ]
 
-    def _spans_by_prefix(self, conversation: Conversation) -> list[tuple[int, int]]:
+    def _spans_by_prefix(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        """What the template adds to `text` after its generation prompt, for each answer."""
         spans = []
         for i, message in enumerate(conversation.messages):
             if message.role == "assistant":
                 before = self._unmarked(conversation.messages[:i], conversation.tools, prompt=True)
                 after = self._unmarked(conversation.messages[: i + 1], conversation.tools, prompt=False)
-                if not after.startswith(before):
+                if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
                         "the chat template renders an answer differently from its own generation prompt",
                         where=conversation.source,

@@ -11,8 +11,10 @@ Whoever wants to know how a run is doing reads this directory; nothing asks a pr
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +75,18 @@ class Run:
         except FileNotFoundError:
             return [], offset
         whole = data[: data.rfind(b"\n") + 1]
-        return [msgspec.json.decode(line) for line in whole.splitlines()], offset + len(whole)
+        return [event for line in whole.split(b"\n") if (event := _decode(line)) is not None], offset + len(whole)
 
     def log_size(self) -> int:
         """Bytes of the event log: where events to come will begin."""
         return (self / "events.jsonl").stat().st_size if (self / "events.jsonl").exists() else 0
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Add an event with the time of now. One write of a whole line."""
+        """Add an event with the time of now: one write of a whole line, on a line of its own after a half one."""
         line = msgspec.json.encode({"type": kind, "time": round(time.time(), 3), **fields}) + b"\n"
-        with (self / "events.jsonl").open("ab") as stream:
+        with (self / "events.jsonl").open("ab+") as stream:
+            if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+                line = b"\n" + line
             stream.write(line)
 
     def mend_log(self) -> None:
@@ -141,7 +145,7 @@ class Run:
         """The run in one object: state, steps, losses, seconds, the best step."""
         manifest = self.manifest()
         steps, evals = self.metrics("step"), self.metrics("eval")
-        best = min(evals, key=lambda e: e["loss"], default=None)
+        best = next((e for e in reversed(evals) if e["best"]), None)
         done = next((e for e in reversed(list(self.events())) if e["type"] == "done"), {})
         return {
             "run": str(self),
@@ -166,16 +170,38 @@ class Run:
         }
 
 
-def create(path: Path, manifest: dict[str, Any]) -> Run:
-    """A new run directory. Raises RunError if the path holds something else."""
+def _decode(line: bytes) -> Event | None:
+    """None for a line that a kill or a full disk cut short."""
+    try:
+        return msgspec.json.decode(line)  # type: ignore[no-any-return]
+    except msgspec.DecodeError:
+        return None
+
+
+@contextmanager
+def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
+    """A new run directory, to be filled inside the `with`: run.json, which makes it a run, is written last.
+
+    Raises RunError if the path holds something else, or if another process is just taking it.
+    """
     refuse_taken(path)
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    for folder in ("data", "checkpoints", "logs"):
-        (run / folder).mkdir(exist_ok=True)
-    write_json(run / "run.json", manifest)
-    run.append("state", state="queued")
-    return run
+    try:
+        (run / ".lock").touch(exist_ok=False)  # the claim: only one process can make this file
+    except FileExistsError:
+        raise RunError(
+            "another process is taking this directory", where=str(path), fix="choose another --output-dir"
+        ) from None
+    try:
+        for folder in ("data", "checkpoints", "logs"):
+            (run / folder).mkdir()
+        yield run
+        run.append("state", state="queued")
+        write_json(run / "run.json", manifest)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def refuse_taken(path: Path) -> None:

@@ -62,6 +62,21 @@ def test_no_dataset_and_unknown_commands(cli: Cli) -> None:
     assert 'did you mean "train"' in cli("trian").err and 'did you mean "data check"' in cli("data", "chekc").err
 
 
+def test_paths_that_cannot_be_used(tmp_path: Path, data: Path, cli: Cli) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for arguments in (
+        ["init", "-o", "nowhere/x.toml"],
+        ["plan", "--dataset", data, "--config", "folder"],
+        ["data", "split", data, "-o", "file/x"],
+        ["train", "--dataset", data, "--output-dir", "file/run", "--max-steps", 1],
+        ["train", "--resume", "folder", "--prepare-only"],
+    ):
+        result = cli(*arguments)
+        assert result.code in (1, 2), arguments
+        assert result.err.splitlines()[-1].startswith("error: "), result.err
+
+
 def test_errors_as_json(cli: Cli) -> None:
     result = cli("train", "--dataset", "nope.jsonl", "--json")
     assert result.code == 3 and result.json()["error"]["where"] == "nope.jsonl"

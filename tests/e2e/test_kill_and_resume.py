@@ -108,7 +108,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     )
 
 
-def test_interrupt_checkpoints_and_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_checkpoints_and_says_how_to_go_on(number: int, tiny: Path, tmp_path: Path) -> None:
     data, run = write(tmp_path / "data.jsonl", rows(60)), tmp_path / "run"
     process = subprocess.Popen(
         command(*settings(tiny, data, "full"), "--epochs", 50, "--patience", 0, "--output-dir", run),
@@ -119,10 +120,10 @@ def test_interrupt_checkpoints_and_says_how_to_go_on(tiny: Path, tmp_path: Path)
         text=True,
     )
     wait_for(lambda: steps(run) >= 5, process)  # type: ignore[arg-type]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Traceback" not in err and f"tunesmith train --resume {run}" in err and "after a checkpoint" in err
+    assert "Traceback" not in err and f"tunesmith train --resume {run}" in err and "its checkpoints are kept" in err
     last = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert last[-1]["state"] == "paused" and last[-2]["type"] == "checkpoint" and last[-3]["step"] == last[-2]["step"]
 

@@ -144,16 +144,25 @@ def test_pretraining_helps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "extra", "rows"),
     [
-        ("gsm8k_test", [], 1319),
+        ("gsm8k_test", ["--task", "instruct"], 1319),
         ("humaneval", ["--columns", "prompt=prompt,completion=canonical_solution", "--task", "code"], 164),
     ],
 )
-def test_real_files_are_read_whole(name: str, extra: list[str], rows: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tunesmith", "plan", "--dataset", str(SHARED / f"{name}.jsonl"), "--json", *extra],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    plan = json.loads(done.stdout)
+def test_real_files_train(name: str, extra: list[str], rows: int, tmp_path: Path) -> None:
+    file, command = str(SHARED / f"{name}.jsonl"), [sys.executable, "-m", "tunesmith"]
+    plan = json.loads(subprocess.check_output([*command, "plan", "--dataset", file, "--json", *extra], text=True))
     assert sum(plan["rows"].values()) == rows and plan["dropped"] == 0
+    short = [
+        "--provider",
+        "huggingface",
+        "--model",
+        "starter",
+        "--max-steps",
+        "2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, "train", "--dataset", file, *short, *extra, "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 2, done.stderr

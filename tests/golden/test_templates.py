@@ -139,3 +139,27 @@ def test_ids_equal_those_of_transformers() -> None:
     prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=False)
     assert Renderer(STARTER).prompt_ids(CHAT.messages[:2]) == prompt
     assert tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_template_that_writes_earlier_turns_differently_is_refused_not_mismasked(tmp_path: Path) -> None:
+    """Qwen3's adds an empty thought to the last answer only: a prefix of the rows is not a prefix of the text."""
+    thinking = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = Renderer(model_folder(tmp_path, thinking))
+    with pytest.raises(DataError, match="differently from its own generation prompt"):
+        renderer.render(CHAT)
+    assert marked(renderer, Conversation(CHAT.messages[:3])).endswith("⟦<think></think>Hello.<|im_end|>⟧\n")
+
+
+def test_spaces_are_learnt_with_tokenizers_that_trim_offsets(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, processors
+
+    folder = model_folder(tmp_path, None)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    code = Conversation((Message("user", "x"), Message("assistant", "def f():\n        return  1")))
+    assert marked(Renderer(folder), code).endswith("⟦ def f():\n        return  1<|im_end|>⟧")

@@ -116,3 +116,4 @@ def test_resume_of_a_run_that_had_just_stopped_early_trains_no_further(tiny: Pat
         shutil.rmtree(run / name)
     train(run, lambda: False)
     assert weights(run / "final_model") == want and run.summary()["steps"] == steps
+    assert not list(tmp_path.rglob(".*.tmp"))  # publishing a second time leaves nothing behind

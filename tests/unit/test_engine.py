@@ -13,6 +13,7 @@ from conftest import rows, write
 from training import fit, losses, weights
 from tunesmith.local import batches, methods
 from tunesmith.local import model as models
+from tunesmith.local import tokens as tokens_file
 from tunesmith.local.loop import learning_rate, make_optimizer
 from tunesmith.local.loss import CHUNK, LossModule, chunked_cross_entropy, supervised, token_scores
 from tunesmith.recipe import Recipe
@@ -174,15 +175,15 @@ def test_batches_are_a_pure_function_of_their_arguments() -> None:
 
 
 def test_validation_groups_hold_every_row_once() -> None:
-    tokens = batches.Tokens(*batches.flatten([Rendered([1] * n, [1] * n, "") for n in (5, 100, 3, 8, 20)]))
+    tokens = tokens_file.Tokens(*tokens_file.flatten([Rendered([1] * n, [1] * n, "") for n in (5, 100, 3, 8, 20)]))
     groups = list(batches.in_order(tokens, 30))
     assert sorted(r for g in groups for r in g) == [0, 1, 2, 3, 4]
     assert all(len(g) == 1 or sum(tokens.length(r) for r in g) <= 30 for g in groups)
 
 
 def test_collate_and_memory_mapped_tokens(tmp_path: Path) -> None:
-    batches.save_tokens([Rendered([1, 2], [0, 1], ""), Rendered([3, 4, 5], [1, 0, 1], "")], tmp_path, "train")
-    tokens = batches.load_tokens(tmp_path, "train")
+    tokens_file.save_tokens([Rendered([1, 2], [0, 1], ""), Rendered([3, 4, 5], [1, 0, 1], "")], tmp_path, "train")
+    tokens = tokens_file.load_tokens(tmp_path, "train", 2)
     assert isinstance(tokens.ids, np.memmap) and len(tokens) == 2 and tokens.supervised([0, 1]) == 2
     batch = batches.collate(tokens, [1, 0], torch.device("cpu"))
     assert (batch.ids.tolist(), batch.mask.tolist(), batch.segments) == (
@@ -190,7 +191,7 @@ def test_collate_and_memory_mapped_tokens(tmp_path: Path) -> None:
         [True, False, True, False, True],
         [3, 2],
     )
-    assert len(batches.load_tokens(tmp_path, "valid")) == 0
+    assert len(tokens_file.load_tokens(tmp_path, "valid", 0)) == 0
 
 
 def test_learning_rate_shapes() -> None:
@@ -220,6 +221,18 @@ def test_weight_decay_spares_norms(tiny: Path) -> None:
     decayed, spared = make_optimizer(model, Recipe(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in spared["params"]} == {1}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen2", "llama"])
+def test_freezing_keeps_embeddings_and_bottom_in_each_architecture(name: str, tmp_path: Path) -> None:
+    model = methods.apply(models.load(architecture(name, tmp_path)), Recipe(freeze_ratio=0.5))
+    _, layers = methods.decoder_layers(model)
+    top = {id(p) for p in layers[1].parameters()}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert top <= {id(p) for _, p in trained}
+    rest = [n for n, p in trained if id(p) not in top]
+    assert rest and all("norm" in n or "ln_f" in n or "lm_head" in n or "embed_out" in n for n in rest), rest
+    assert not model.get_input_embeddings().weight.requires_grad
 
 
 @pytest.mark.parametrize(("ratio", "frozen"), [(0.5, 1), (0.9, 1), (0.0, 0)])
@@ -269,7 +282,7 @@ def test_fifty_steps_equal_a_plain_reference(tiny: Path, tmp_path: Path) -> None
         max_grad_norm=0.5,
         patience=0,
     )
-    recipe, tokens = run.recipe(), batches.load_tokens(run / "data", "train")
+    recipe, tokens = run.recipe(), tokens_file.load_tokens(run / "data", "train", 88)
     model = models.load(tiny).train()
     groups = [
         {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix}

@@ -292,3 +292,27 @@ def test_digest_is_of_what_is_said() -> None:
     one, two = Conversation(PAIR, source="a:1"), Conversation(PAIR, {"x": 1}, "b:2")
     assert one.digest() == two.digest() != Conversation(PAIR[:1]).digest()
     assert json.loads(json.dumps(as_row(one)))["messages"][0] == {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": ["a"], "value": "x"}]},
+        {"messages": [{"role": {"a": 1}, "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": "call"}]},
+        {"messages": [{"role": "assistant", "content": "x", "name": 3}]},
+        {"messages": [{"role": "assistant", "content": "x", "weight": "1"}]},
+        {"messages": [{"role": "user", "content": "q"}], "tools": "none"},
+    ],
+)
+def test_odd_inner_types_are_issues(row: dict[str, Any]) -> None:
+    assert isinstance(convert(Row("f:1", row), {}), Issue)
+
+
+def test_old_function_calls_are_kept() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    row = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "function_call": call}]
+    }
+    result = convert(Row("f:1", row), {})
+    assert isinstance(result, tuple) and result[0].messages[1].tool_calls == [{"type": "function", "function": call}]

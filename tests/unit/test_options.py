@@ -70,8 +70,10 @@ def _(b: Bench) -> None:
     other = write(b.folder / "other.jsonl", [{"prompt": f"other {i}", "completion": "x"} for i in range(7)])
     assert b.plan(valid_dataset=str(other)).rows == {"train": 54, "valid": 7, "test": 6}
     assert b.plan(test_dataset=str(other)).rows == {"train": 54, "valid": 6, "test": 7}
-    leak = b.plan(valid_dataset=str(b.data))
-    assert [i.code for i in leak.issues if i.code == "leak"] == ["leak"]
+    asked = write(b.folder / "asked.jsonl", [{"prompt": r["prompt"], "completion": "another answer"} for r in rows(60)])
+    assert [i.code for i in b.plan(valid_dataset=str(asked)).issues if i.code == "leak"] == ["leak"]
+    with pytest.raises(DataError, match="54 rows of the test set are training rows"):
+        b.plan(test_dataset=str(b.data))
 
 
 @proves("valid_fraction", "test_fraction")
@@ -165,7 +167,7 @@ def _(b: Bench) -> None:
     few = b.run(method="lora", lora_targets="q_proj,v_proj")
     trainable = next(e["trainable"] for e in few.events() if e.get("state") == "running")
     assert trainable == 2 * 16 * ((32 + 32) + (32 + 16))  # two layers, rank 16, q 32->32 and v 32->16
-    with pytest.raises(UsageError, match='no linear layer "nope"'):
+    with pytest.raises(UsageError, match='no layer "nope"'):
         b.run(method="lora", lora_targets="nope")
 
 

@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from tunesmith.errors import TunesmithError
 
+        if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
+            error = TunesmithError(
+                error.strerror or str(error), where=str(error.filename or ""), fix="check the path and the disk"
+            )
         if not isinstance(error, TunesmithError):
             raise
         return _report(error, "--json" in words)

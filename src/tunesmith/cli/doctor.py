@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from tunesmith.cli.options import Parser, show_json
+from tunesmith.errors import TunesmithError
 
 PACKAGES = (
     "torch",
@@ -80,8 +81,10 @@ def _memory_gb() -> float | None:
 
 
 def _gpu() -> str | None:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # the diagnosis must survive what it diagnoses
+        return f"torch does not load: {error}"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name(0)}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GB"
     return "Apple MPS" if torch.backends.mps.is_available() else None
@@ -90,4 +93,7 @@ def _gpu() -> str | None:
 def _starter() -> str:
     from tunesmith.models import STARTER, facts
 
-    return f"{facts(STARTER).parameters / 1e6:.1f}M parameters, context {facts(STARTER).context}"
+    try:
+        return f"{facts(STARTER).parameters / 1e6:.1f}M parameters, context {facts(STARTER).context}"
+    except TunesmithError as error:
+        return str(error)

@@ -17,6 +17,8 @@ def quickstart(argv: list[str]) -> int:
     from tunesmith import api
     from tunesmith.cli.evaluate import show
     from tunesmith.cli.progress import Progress
+    from tunesmith.cli.train import preflight
+    from tunesmith.data.read import SAMPLES
     from tunesmith.evaluation.evaluate import kept
     from tunesmith.runs import Run
 
@@ -27,7 +29,13 @@ def quickstart(argv: list[str]) -> int:
             print(f"{run} exists: showing it (remove it to train anew)", file=sys.stderr)
             run = api.resume(run, progress)
         else:
-            run = api.train("echo", model="starter", output_dir=options.output_dir, on_event=progress)
+            run = api.train(
+                SAMPLES / "echo.jsonl",
+                model="starter",
+                output_dir=options.output_dir,
+                on_prepared=preflight,
+                on_event=progress,
+            )
     finally:
         progress.close()
     result = kept(run) or api.evaluate(run, on_progress=lambda text: print(text, file=sys.stderr))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -28,24 +29,20 @@ def train(argv: list[str]) -> int:
 
     given = settings(options)
     progress = Progress()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint first
     try:
         if options.resume:
-            if given or options.config:
+            if given or options.config or options.prepare_only:
                 raise UsageError(
                     "--resume takes the settings of the run; no others",
                     where="--resume",
                     fix="leave the other options out, or start a new run",
                 )
             run = api.resume(options.resume, progress)
+        elif options.prepare_only:
+            return _write_prepared(api.prepare(config=options.config, **given), options.json)
         else:
-            prepared = api.prepare(config=options.config, **given)
-            if options.prepare_only:
-                return _write_prepared(prepared, options.json)
-            preflight(prepared)
-            from tunesmith import backends, planning
-
-            backend = backends.get(prepared.plan.recipe.provider)
-            run = api.watch(backend.submit(prepared, planning.output_path(prepared.plan.recipe)), backend, progress)
+            run = api.train(config=options.config, on_prepared=preflight, on_event=progress, **given)
     finally:
         progress.close()
     if options.json:

@@ -94,6 +94,10 @@ def _content(value: Any, place: str) -> str:
     raise Bad("wrong-type", f"{place}.content is {_kind(value)}, not text", "make it a string")
 
 
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     items = row["messages"]
     if not isinstance(items, list) or not items:
@@ -105,13 +109,19 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(item, dict) or "role" not in item:
         raise Bad("no-role", f"{place} has no role", f"roles are {', '.join(ROLES)}")
     role = item["role"]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise Bad("bad-role", f"{place}.role is {role!r}", f"roles are {', '.join(ROLES)}")
-    calls, weight = item.get("tool_calls"), item.get("weight")
-    content = item.get("content")
-    if content is None and (calls or item.get("function_call")):
+    calls, weight, content = item.get("tool_calls"), item.get("weight"), item.get("content")
+    if not calls and isinstance(item.get("function_call"), dict):  # the older way to write one call
+        calls = [{"type": "function", "function": item["function_call"]}]
+    if content is None and calls:
         content = ""
-    if weight not in (None, 0, 1):
+    for key in ("name", "tool_call_id"):
+        if not isinstance(item.get(key), str | None):
+            raise Bad("wrong-type", f"{place}.{key} is {_kind(item[key])}, not text", f'make "{key}" a string')
+    if calls is not None and not _objects(calls):
+        raise Bad("wrong-type", f"{place}.tool_calls is not a list of objects", "write the calls as a list")
+    if not isinstance(weight, int | float | None) or weight not in (None, 0, 1):
         raise Bad("bad-weight", f"{place}.weight is {weight!r}", "a weight is 0 or 1")
     return Message(
         role,
@@ -135,7 +145,7 @@ def _sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
             continue
         if not isinstance(item, dict) or "from" not in item or "value" not in item:
             raise Bad("no-role", f'{place} has no "from" and "value"', 'write {"from": "human", "value": …}')
-        if item["from"] not in SHAREGPT_ROLES:
+        if not isinstance(item["from"], str) or item["from"] not in SHAREGPT_ROLES:
             raise Bad("bad-role", f"{place}.from is {item['from']!r}", f"known: {', '.join(SHAREGPT_ROLES)}")
         turns.append(Message(SHAREGPT_ROLES[item["from"]], _content(item["value"], place)))
     return tuple(turns)
@@ -212,6 +222,9 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
     known = detect(set(mapped))
     if isinstance(known, Bad):
         return Issue("error", known.issue[0], row.where, *known.issue[1:])
+    tools = mapped.get("tools") or None
+    if tools is not None and not _objects(tools):
+        return Issue("error", "wrong-type", row.where, '"tools" is not a list of objects', "write the tools as a list")
     used = known.required | known.optional
     try:
         messages = known.parse(mapped)
@@ -220,10 +233,6 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
             messages = (Message("system", system), *messages)
     except Bad as bad:
         return Issue("error", bad.issue[0], row.where, *bad.issue[1:])
-    except msgspec.ValidationError as error:
-        return Issue("error", "wrong-type", row.where, str(error), "correct this field")
     extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
     metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
-    return Conversation(
-        messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=mapped.get("tools") or None
-    ), known.name
+    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=tools), known.name

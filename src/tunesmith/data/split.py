@@ -1,7 +1,8 @@
 """Train, validation and test: exact counts, and nothing that is the same on two sides.
 
 hash       the order of a seeded hash of each row's content: independent of the file's order
-threshold  a row's side depends on that row alone: it never changes when others are added; counts are approximate
+threshold  a row's side depends on that row alone (its prompt, or its group where one is given): it never changes
+           when others are added; counts are approximate
 shuffle    a seeded shuffle of the file's order; held out = ceil(n x fraction), the convention of scikit-learn and `datasets`
 """
 
@@ -29,7 +30,7 @@ def split(
     seed: int = 42,
     group_by: str | None = None,
 ) -> Splits:
-    """Split rows by shares. Rows with the same prompt, or equal in `group_by`, stay together.
+    """Split rows by shares. Rows with the same prompt, or equal in `group_by`, stay together (threshold: in `group_by`).
 
     Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side.
     Raises DataError when a side that was asked for would stay empty.

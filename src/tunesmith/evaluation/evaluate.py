@@ -88,7 +88,7 @@ def evaluate(
     who = persona or (str(run.recipe().persona) if run else "none")
     probes = _probes(run) if who not in ("none", "auto") else []
     chosen = list({prompt_key(r): r for r in rows if r.prompt()}.values())[:samples]
-    questions = probes + [Conversation(r.prompt()) for r in chosen]
+    questions = probes + [Conversation(r.prompt(), tools=r.tools) for r in chosen]
     say(f"answering {len(questions)} prompts with {base}")
     base_answers = _answers(base, questions, seed)
     say(f"answering {len(questions)} prompts with {tuned}")
@@ -178,7 +178,7 @@ def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list
         return np.array([getattr(s, field) for s in scores], np.float64)
 
     same = [s.tokens for s in base] == [s.tokens for s in tuned]
-    weight = column(base, "tokens") if same else np.array([len(r.answer().encode()) for r in rows], np.float64)
+    weight = column(base, "tokens") if same else np.array([_learnt_bytes(r) for r in rows], np.float64)
     if not weight.sum():
         raise DataError("nothing to score: the rows have no answers", fix="evaluate on rows with answers")
     loss = compare(
@@ -207,6 +207,13 @@ def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list
         )
         metrics.append(compare("token accuracy", column(base, "right"), column(tuned, "right"), weight, False, seed))
     return metrics
+
+
+def _learnt_bytes(row: Conversation) -> int:
+    """UTF-8 bytes of all that a model is scored on in this row."""
+    return sum(
+        len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.train is not False
+    )
 
 
 def _keep(run: Run, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:

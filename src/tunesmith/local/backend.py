@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.backends import Completer, create_run
+from tunesmith.errors import RunError
+from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run
 
@@ -25,6 +27,7 @@ class LocalBackend:
         return run
 
     def resume(self, run: Run) -> None:
+        run.append("state", state="queued")  # so that an older word is not taken for this worker's
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -49,7 +52,15 @@ class LocalBackend:
         code = worker.poll()
         if code is None:
             return "running"
+        _workers.pop(str(run))
+        if worker.stdin:
+            worker.stdin.close()
+        if code == LOCKED:
+            raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
         state = run.state()
+        if code in (-signal.SIGINT, -signal.SIGTERM):  # stopped before it could hear it: the last checkpoint stands
+            run.append("state", state="cancelled")
+            return "cancelled"
         if state in ("queued", "preparing", "running", "interrupted", "unknown"):
             run.append(
                 "error",
@@ -63,7 +74,7 @@ class LocalBackend:
         return state
 
     def cancel(self, run: Run) -> None:
-        """Ask for a checkpoint and the end. A second time: kill."""
+        """Ask for a checkpoint and the end."""
         worker = _workers.get(str(run))
         if worker and worker.poll() is None:
             worker.send_signal(signal.SIGINT)
@@ -77,13 +88,14 @@ class LocalBackend:
 
 def lay_out(prepared: Prepared, path: Path) -> Run:
     """A run directory with everything the loop needs."""
-    from tunesmith.local.batches import save_tokens
+    from tunesmith.local.tokens import save_tokens
 
-    run = create_run(prepared, path)
-    for side, rows in prepared.rendered.items():
-        if rows:
-            save_tokens(rows, run / "data", side)
-    return run
+    def fill(run: Run) -> None:
+        for side, rows in prepared.rendered.items():
+            if rows:
+                save_tokens(rows, run / "data", side)
+
+    return create_run(prepared, path, fill)
 
 
 def _why(code: int) -> str:

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
-from tunesmith.render import Rendered
-
-
-class Tokens(msgspec.Struct, frozen=True):
-    """Rendered rows, concatenated: row i is ids[starts[i] : starts[i + 1]]. ids int32, mask bool, starts int64 [rows + 1]."""
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    starts: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def length(self, row: int) -> int:
-        return int(self.starts[row + 1] - self.starts[row])
-
-    def supervised(self, rows: list[int]) -> int:
-        """Tokens that the loss is taken over: a row's first token has nothing before it and never counts."""
-        return sum(int(self.mask[self.starts[r] + 1 : self.starts[r + 1]].sum()) for r in rows)
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -40,28 +20,6 @@ class Batch(msgspec.Struct, frozen=True):
     ids: torch.Tensor
     mask: torch.Tensor
     segments: list[int]
-
-
-def save_tokens(rows: list[Rendered], folder: Path, side: str) -> None:
-    """Write rows as three .npy files that are memory-mapped when training."""
-    arrays: tuple[NDArray[Any], ...] = flatten(rows)
-    for part, array in zip(("ids", "mask", "starts"), arrays, strict=True):
-        np.save(folder / f"{side}.{part}.npy", array)
-
-
-def flatten(rows: list[Rendered]) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
-    """Rows as (ids, mask, starts) of Tokens."""
-    starts = np.cumsum([0, *(len(r.ids) for r in rows)], dtype=np.int64)
-    ids = np.fromiter((i for r in rows for i in r.ids), np.int32, int(starts[-1]))
-    return ids, np.fromiter((m for r in rows for m in r.mask), np.bool_, int(starts[-1])), starts
-
-
-def load_tokens(folder: Path, side: str) -> Tokens:
-    """Rows of a split; none when it has no files."""
-    if not (folder / f"{side}.starts.npy").exists():
-        return Tokens(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(1, np.int64))
-    ids, mask, starts = (np.load(folder / f"{side}.{part}.npy", mmap_mode="r") for part in ("ids", "mask", "starts"))
-    return Tokens(ids, mask, starts)
 
 
 def collate(tokens: Tokens, rows: list[int], device: torch.device) -> Batch:

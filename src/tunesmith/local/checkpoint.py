@@ -159,16 +159,17 @@ def prune(run: Run, keep_last: int, best_step: int) -> None:
 
 def publish(checkpoint: Path, target: Path) -> None:
     """Make `target` a model folder of hard links to the checkpoint's model files; a run's own folder keeps the rest it has."""
-    building = target.with_name(f".{target.name}.tmp")
+    is_run = (target / "run.json").exists()
+    building = target / ".publish.tmp" if is_run else target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     for file in checkpoint.iterdir():
         if file.name not in TRAINER_FILES:
             _link(file, building / file.name)
-    if (target / "run.json").exists():
+    if is_run:
         for file in building.iterdir():
             file.replace(target / file.name)
-        building.rmdir()
+        shutil.rmtree(building)  # not empty after a resume: renaming onto a link of the same file does nothing
         return
     if target.exists():
         shutil.rmtree(target)

@@ -86,10 +86,22 @@ class Chat:
             "streamer": _NewOnly(streamer, ids.shape[1]),
             **self._how(min(max_tokens, self.context - ids.shape[1]), temperature),
         }
-        thread = Thread(target=torch.inference_mode()(self.model.generate), args=(ids,), kwargs=arguments, daemon=True)
+        failures: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(ids, **arguments)
+            except BaseException as error:
+                failures.append(error)
+                streamer.end()  # else the reader would wait for ever
+
+        thread = Thread(target=write, daemon=True)
         thread.start()
         yield from streamer
         thread.join()
+        if failures:
+            raise failures[0]
 
 
 class _Decoder:

@@ -18,10 +18,10 @@ import torch
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.local import batches, checkpoint, methods
 from tunesmith.local import model as models
-from tunesmith.local.batches import Tokens
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
 from tunesmith.local.loss import LossModule
+from tunesmith.local.tokens import Tokens, load_tokens
 from tunesmith.local.tracking import Tracker
 from tunesmith.models import find
 from tunesmith.recipe import Recipe
@@ -39,13 +39,14 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
     Raises Interrupted after a checkpoint when asked to stop; TunesmithError when training cannot go on.
     """
     run.append("state", state="preparing")
-    recipe, planned = run.recipe(), run.manifest()["plan"]["steps"]
+    recipe, plan = run.recipe(), run.manifest()["plan"]
+    planned, rows = plan["steps"], plan["rows"]
     torch.set_num_threads(int(recipe.threads))
     torch.manual_seed(recipe.seed)
 
     folder = find(recipe.model)
     renderer = Renderer(folder)
-    model = methods.apply(models.load(folder), recipe)
+    model = methods.apply(models.load(folder, merge=True), recipe)
     loss_module, slow = models.loss_module(model)
     if slow:
         run.append("warning", message=f"trains in {loss_module.mode} mode, not packed ({slow})")
@@ -53,7 +54,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         models.causal(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     device = next(model.parameters()).device
-    train_set, valid_set = (batches.load_tokens(run / "data", side) for side in ("train", "valid"))
+    train_set, valid_set = (load_tokens(run / "data", side, rows[side]) for side in ("train", "valid"))
     optimizer = make_optimizer(model, recipe)
 
     position = Position()
@@ -76,31 +77,27 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
 
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
         base = validate(loss_module, valid_set)
-        run.append("eval", step=0, epoch=0.0, loss=base)
+        run.append("eval", step=0, epoch=0.0, loss=base, best=False)
         tracker.scalars(0, {"valid/loss": base})
 
     while position.step < planned and not stopped_early:
         clock = time.perf_counter()
         _, micro_batches = batches.step_rows(len(train_set), recipe, position.step)
-        supervised = sum(train_set.supervised(rows) for rows in micro_batches)
+        supervised = sum(train_set.supervised(micro_batch) for micro_batch in micro_batches)
         rate = learning_rate(recipe, position.step, planned)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         total, tokens = 0.0, 0
-        for rows in micro_batches:
-            batch = batches.collate(train_set, rows, device)
+        for micro_batch in micro_batches:
+            batch = batches.collate(train_set, micro_batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(recipe, device)):
                 loss, _ = loss_module(batch.ids, batch.mask, batch.segments)
             (loss / supervised).backward()
             total, tokens = total + loss.item(), tokens + len(batch.ids)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf).item()
         if not math.isfinite(total) or not math.isfinite(norm):
-            raise TunesmithError(
-                f"the loss became {total / supervised} at step {position.step + 1}",
-                where=str(run),
-                fix="lower --learning-rate; the last checkpoint is from before",
-            )
+            raise diverged(run, total / supervised, position.step + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -126,9 +123,17 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
             loss_now = validate(loss_module, valid_set)
-            run.append("eval", step=position.step, epoch=round(position.step / per_epoch, 4), loss=loss_now)
-            tracker.scalars(position.step, {"valid/loss": loss_now})
+            if not math.isfinite(loss_now):
+                raise diverged(run, loss_now, position.step)
             improved = position.best_loss is None or loss_now < position.best_loss - recipe.min_gain
+            run.append(
+                "eval",
+                step=position.step,
+                epoch=round(position.step / per_epoch, 4),
+                loss=loss_now,
+                best=improved,
+            )
+            tracker.scalars(position.step, {"valid/loss": loss_now})
             if improved:
                 position.best_loss, position.best_step, position.since_best = loss_now, position.step, 0
             else:
@@ -139,6 +144,8 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
 
         asked = stop()
         if improved or stopped_early or last or asked or position.step % int(recipe.save_steps) == 0:
+            if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+                raise diverged(run, math.nan, position.step)
             saved = checkpoint.save(run, model, renderer, optimizer, position)
             run.append("checkpoint", step=position.step, path=saved.name)
             checkpoint.prune(run, recipe.save_total_limit, position.best_step)
@@ -166,6 +173,14 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
     )
     write_card(run)
     run.append("state", state="succeeded")
+
+
+def diverged(run: Run, loss: float, step: int) -> TunesmithError:
+    return TunesmithError(
+        f"the loss became {loss} at step {step}",
+        where=str(run),
+        fix="lower --learning-rate; the last checkpoint is from before",
+    )
 
 
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

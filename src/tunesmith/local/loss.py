@@ -81,7 +81,7 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, mode: str = "packed") -> None:
         super().__init__()
         self.model, self.mode = model, mode
-        causal = model.get_base_model() if hasattr(model, "peft_config") else model
+        causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._causal, self._decoder, self._head = (
             [causal],
             [causal.base_model],

@@ -6,9 +6,12 @@ import math
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import UsageError
 from tunesmith.recipe import Recipe
+
+LINEAR = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as Conv1D
 
 
 def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -21,14 +24,20 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
         model.requires_grad_(False)
         for layer in layers[frozen:]:
             layer.requires_grad_(True)
-        for name, module in model.base_model.named_children():  # what stands after the layers: the last norm
-            if module is not layers and name not in ("embed_tokens", "wte", "wpe", "rotary_emb", "drop"):
-                module.requires_grad_(True)
+        for norm in norms_beside(model, layers):
+            norm.requires_grad_(True)
         head = model.get_output_embeddings()
         if head.weight is not model.get_input_embeddings().weight:
             head.requires_grad_(True)
         # a tied head stays frozen: it is the embedding, which lies below the frozen layers
     return model
+
+
+def norms_beside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    """The modules next to the stack of layers whose weights are all vectors: the last norm. (Embeddings are matrices.)"""
+    parent = next(m for m in model.modules() if any(child is layers for child in m.children()))
+    beside = [child for child in parent.children() if child is not layers]
+    return [m for m in beside if list(m.parameters()) and all(p.ndim == 1 for p in m.parameters())]
 
 
 def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int) -> nn.Module:
@@ -37,7 +46,7 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
     targets: str | list[str] = recipe.lora_targets
     if targets != "all-linear":
         targets = [t.strip() for t in recipe.lora_targets.split(",")]
-        present = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        present = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LINEAR)}
         unknown = [t for t in targets if t not in present]
         if unknown:
             raise UsageError(
@@ -59,7 +68,7 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
         if targets == "all-linear":
             top = decoder_layers(model)[1][0]
             config.target_modules = sorted(
-                {n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, nn.Linear)}
+                {n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, LINEAR)}
             )
     torch.manual_seed(recipe.seed)
     return get_peft_model(model, config)

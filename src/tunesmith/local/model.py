@@ -26,8 +26,11 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load(folder: Path) -> nn.Module:
-    """A causal language model in fp32 on this machine's device, adapters applied. No code from the folder is run."""
+def load(folder: Path, merge: bool = False) -> nn.Module:
+    """A causal language model in fp32 on this machine's device, adapters applied. No code from the folder is run.
+
+    `merge`: an adapter becomes part of the weights, as it must where training goes on from it.
+    """
     base, adapter = folder, None
     if (folder / "adapter_config.json").exists():
         base, adapter = find(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])), folder
@@ -37,6 +40,7 @@ def load(folder: Path) -> nn.Module:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter))
+            model = model.merge_and_unload().requires_grad_(True) if merge else model
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"cannot be loaded: {str(error).splitlines()[0]}",
@@ -81,10 +85,14 @@ def loss_module(model: nn.Module) -> tuple[LossModule, str]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(12, device=where) * 7 + 3) % vocabulary
     mask = torch.ones(12, dtype=torch.bool, device=where)
-    reasons = []
+    reasons: list[str] = []
+    plain_head = isinstance(
+        model.get_output_embeddings(), nn.Linear
+    )  # not one with adapters, which need their own forward
+    modes = ("packed", "single", "logits") if plain_head else ("logits",)
     with torch.no_grad():
         want = LossModule(model, "logits")(ids, mask, [7, 5])[0]
-        for mode in ("packed", "single", "logits"):
+        for mode in modes:
             try:
                 got = LossModule(model, mode)(ids, mask, [7, 5])[0]
             except (TypeError, NotImplementedError, RuntimeError, AttributeError, ValueError) as error:

@@ -7,8 +7,8 @@ import msgspec
 from tunesmith.conversation import Conversation
 from tunesmith.local import batches
 from tunesmith.local import model as models
-from tunesmith.local.batches import Tokens
 from tunesmith.local.loop import EVAL_TOKENS
+from tunesmith.local.tokens import Tokens, flatten
 from tunesmith.models import find
 from tunesmith.render import Rendered, Renderer
 
@@ -29,7 +29,7 @@ def score(name: str, rows: list[Conversation]) -> list[RowScore]:
     module, _ = models.loss_module(model)
     limit = model.config.get_text_config().max_position_embeddings
     cut = [Rendered(r.ids[:limit], r.mask[:limit], "", r.source) for r in renderer.render_all(rows)]
-    tokens = Tokens(*batches.flatten(cut))
+    tokens = Tokens(*flatten(cut))
     device = next(model.parameters()).device
     result: list[RowScore] = [RowScore(0.0, 0, 0)] * len(rows)
     for group in batches.in_order(tokens, EVAL_TOKENS):

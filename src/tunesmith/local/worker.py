@@ -16,6 +16,8 @@ from typing import Any
 from tunesmith.errors import Interrupted, RunError, TunesmithError
 from tunesmith.runs import Run
 
+LOCKED = 75  # exit status when another worker holds the run (EX_TEMPFAIL of sysexits.h)
+
 
 def main(path: str, attached: bool) -> int:
     run = Run(path)
@@ -26,8 +28,9 @@ def main(path: str, attached: bool) -> int:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         held = run.lock()
-    except RunError as error:
-        return _failed(run, error)
+    except RunError as error:  # the log belongs to who holds the lock: not a word in it
+        print(f"error: {error}", file=sys.stderr)
+        return LOCKED
     try:
         run.mend_log()
         from tunesmith.local.loop import train

@@ -1,0 +1,92 @@
+"""The run directory under odd circumstances: half lines, two takers, missing parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training import fit
+from tunesmith import api
+from tunesmith.errors import RunError, TunesmithError, UsageError
+from tunesmith.local.loop import train
+from tunesmith.runs import Run, create
+
+
+def test_an_event_after_a_half_line_is_read_and_the_half_line_is_not(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append("state", state="running")
+    with (tmp_path / "events.jsonl").open("ab") as log:
+        log.write(b'{"type":"step","st')
+    assert len(list(run.events())) == 1
+    run.append("state", state="failed")
+    assert [e["state"] for e in run.events()] == ["running", "failed"] and run.state() == "failed"
+
+
+def test_events_are_read_from_an_offset(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.events_from(0) == ([], 0) and run.log_size() == 0
+    run.append("a")
+    first, offset = run.events_from(0)
+    run.append("b")
+    assert [e["type"] for e in first] == ["a"] and [e["type"] for e in run.events_from(offset)[0]] == ["b"]
+
+
+def test_only_one_process_takes_a_directory(tmp_path: Path) -> None:
+    with create(tmp_path / "run", {}) as run:
+        assert not (run / "run.json").exists()  # written last: until then it is no run
+        with pytest.raises(RunError, match="not empty"), create(tmp_path / "run", {}):
+            raise AssertionError
+    assert (run / "run.json").exists() and run.state() == "queued"
+
+
+def test_a_failed_lay_out_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), create(tmp_path / "run", {}):
+        raise OSError("full")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_tokens_are_an_error_not_a_run_without_validation(tiny: Path, tmp_path: Path, data: Path) -> None:
+    run = fit(tmp_path / "run", data, tiny, max_steps=1)
+    (run / "data" / "valid.starts.npy").unlink()
+    with pytest.raises(RunError, match="valid tokens cannot be read"):
+        train(run, lambda: False)
+
+
+def test_the_best_step_is_the_best_models(tiny: Path, tmp_path: Path, data: Path) -> None:
+    """Not the base model's, when training only made it worse; and not one that min_gain did not count."""
+    run = fit(tmp_path / "run", data, tiny, epochs=3, min_gain=100.0, patience=0)
+    summary = run.summary()
+    assert summary["best_step"] == 12 == next(e["step"] for e in run.metrics("eval") if e["best"])
+    assert json.loads((run / "model_info.json").read_text())["best_step"] == 12
+    worse = fit(tmp_path / "worse", data, tiny, epochs=1, learning_rate=3.0, patience=0)
+    assert worse.summary()["best_step"] == 12 and worse.metrics("eval")[0]["loss"] < worse.summary()["best_valid_loss"]
+
+
+def test_training_goes_on_from_a_lora_run(tiny: Path, tmp_path: Path, data: Path) -> None:
+    lora = fit(tmp_path / "lora", data, tiny, method="lora", epochs=2, learning_rate=1e-2)
+    further = fit(tmp_path / "full", data, lora / "best_model", max_steps=2)
+    start = further.metrics("eval")[0]["loss"]
+    assert start == pytest.approx(lora.summary()["best_valid_loss"], rel=1e-4)  # it begins where the other ended
+    with pytest.raises(UsageError, match="an adapter cannot stand on another"):
+        api.plan(data, model=str(lora / "best_model"), method="lora")
+
+
+def test_a_relative_model_path_is_found_from_anywhere(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    assert api.plan(data, model="tiny").recipe.model == str(tiny.resolve())
+
+
+def test_a_run_in_the_current_folder(tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = fit(Path(), data, tiny, max_steps=1)
+    assert (run / "config.json").exists() and not list(Path().glob(".publish*"))
+
+
+def test_a_validation_loss_that_is_no_number_is_an_error(tiny: Path, tmp_path: Path, data: Path) -> None:
+    with pytest.raises(TunesmithError, match="the loss became"):
+        fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0, eval_steps=1)
