@@ -60,7 +60,7 @@ def show(result: Evaluation) -> None:
         for m in result.metrics
     ]
     print(table(rows))
-    for sample in result.samples[:3]:
+    for sample in result.samples:
         print(f"\n  ask    {_short(sample.prompt)}\n  base   {_short(sample.base)}\n  tuned  {_short(sample.tuned)}")
     if result.persona:
         p = result.persona
