@@ -1,10 +1,10 @@
-"""Rebuild the starter model from its sources: corpus, tokenizer, three stages of pre-training with our own engine.
+"""Rebuild the starter model from its sources: corpus, tokenizer, four stages of pre-training with our own engine.
 
     python tools/starter/build.py [--work DIR] [--install]
 
 Stage one: dictionary definitions and relations (corpus.py), many passes. Stage two: conversations written for this
 project (talk.jsonl, everyday.jsonl) with a share of stage one against forgetting. Stage three: everyday things, told
-in few words, so that a small model spends itself on what people ask.
+in few words, so that a small model spends itself on what people ask. Stage four: talk once more, without identity.
 Takes a bit over an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
 src/tunesmith/assets/starter. Nothing is downloaded but Debian's wordnet-base package.
 """
@@ -45,7 +45,9 @@ COMMON = {
 STAGE_ONE = {**COMMON, "epochs": 4, "learning_rate": 2e-3, "warmup_ratio": 0.02, "eval_steps": 1000, "patience": 2}
 STAGE_TWO = {**COMMON, "epochs": 1, "learning_rate": 1.5e-3, "warmup_ratio": 0.05, "eval_steps": 200}
 STAGE_THREE = {**STAGE_TWO, "learning_rate": 1.2e-3}
+STAGE_FOUR = {**STAGE_TWO, "seed": SEED + 1}
 HELD_TALK = 100  # conversations
+IDENTITY = re.compile("Starter|language model")  # told often enough by then; too firm, and a fine-tune cannot change it
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and so on, instead of the package")
     parser.add_argument("--install", action="store_true")
     options = parser.parse_args()
-    corpus, base, one, two, three = (options.work / n for n in ("corpus", "base", "one", "two", "three"))
+    corpus, base, one, two, three, four = (options.work / n for n in ("corpus", "base", "one", "two", "three", "four"))
     if not (corpus / "facts.json").exists():
         wordnet = ["--wordnet", str(options.wordnet)] if options.wordnet else []
         subprocess.run([sys.executable, HERE / "corpus.py", "--out", corpus, *wordnet], check=True)
@@ -66,7 +68,8 @@ def main() -> None:
     watched = corpus / "talk_heldout.jsonl"
     train(two, corpus / "two.jsonl", watched, one / "best_model", **STAGE_TWO)
     train(three, corpus / "three.jsonl", watched, two / "final_model", **STAGE_THREE)
-    finish(three / "final_model", corpus, options.work / "starter")
+    train(four, corpus / "four.jsonl", watched, three / "final_model", **STAGE_FOUR)
+    finish(four / "final_model", corpus, options.work / "starter")
     if options.install:
         shutil.copytree(options.work / "starter", STARTER, dirs_exist_ok=True)
 
@@ -91,7 +94,11 @@ def mix(corpus: Path) -> None:
     rng.shuffle(two)
     three = talk * 2 + everyday * 8 + common_things(corpus)
     rng.shuffle(three)
-    for name, rows in (("talk_heldout", held), ("two", two), ("three", three)):
+    four = [row for row in talk * 5 + everyday * 4 if not IDENTITY.search(row)] + rng.sample(
+        common_things(corpus), 10_000
+    )
+    rng.shuffle(four)
+    for name, rows in (("talk_heldout", held), ("two", two), ("three", three), ("four", four)):
         (corpus / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tunesmith.local.loss import LossModule
 from tunesmith.models import find, read_json
 
 transformers.utils.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's, not the user's
 transformers.utils.logging.disable_progress_bar()
 
 
