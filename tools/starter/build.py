@@ -1,10 +1,9 @@
-"""Rebuild the starter model from its sources: corpus, tokenizer, four stages of pre-training with our own engine.
+"""Rebuild the starter model from its sources: corpus, tokenizer, two stages of pre-training with our own engine.
 
     python tools/starter/build.py [--work DIR] [--install]
 
 Stage one: dictionary definitions and relations (corpus.py), many passes. Stage two: conversations written for this
-project (talk.jsonl, everyday.jsonl) with a share of stage one against forgetting. Stage three: everyday things, told
-in few words, so that a small model spends itself on what people ask. Stage four: talk once more, without identity.
+project (talk.jsonl, everyday.jsonl) with a share of stage one against forgetting.
 Takes a bit over an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
 src/tunesmith/assets/starter. Nothing is downloaded but Debian's wordnet-base package.
 """
@@ -18,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +42,7 @@ COMMON = {
 # Stage one stops early, at step 5,000, and goes on from its best, step 3,000: later passes only memorise definitions.
 STAGE_ONE = {**COMMON, "epochs": 4, "learning_rate": 2e-3, "warmup_ratio": 0.02, "eval_steps": 1000, "patience": 2}
 STAGE_TWO = {**COMMON, "epochs": 1, "learning_rate": 1.5e-3, "warmup_ratio": 0.05, "eval_steps": 200}
-STAGE_THREE = {**STAGE_TWO, "learning_rate": 1.2e-3}
-STAGE_FOUR = {**STAGE_TWO, "seed": SEED + 1}
 HELD_TALK = 100  # conversations
-IDENTITY = re.compile("Starter|language model")  # told often enough by then; too firm, and a fine-tune cannot change it
 
 
 def main() -> None:
@@ -56,7 +51,7 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and so on, instead of the package")
     parser.add_argument("--install", action="store_true")
     options = parser.parse_args()
-    corpus, base, one, two, three, four = (options.work / n for n in ("corpus", "base", "one", "two", "three", "four"))
+    corpus, base, one, two = (options.work / name for name in ("corpus", "base", "one", "two"))
     if not (corpus / "facts.json").exists():
         wordnet = ["--wordnet", str(options.wordnet)] if options.wordnet else []
         subprocess.run([sys.executable, HERE / "corpus.py", "--out", corpus, *wordnet], check=True)
@@ -67,9 +62,7 @@ def main() -> None:
     mix(corpus)
     watched = corpus / "talk_heldout.jsonl"
     train(two, corpus / "two.jsonl", watched, one / "best_model", **STAGE_TWO)
-    train(three, corpus / "three.jsonl", watched, two / "final_model", **STAGE_THREE)
-    train(four, corpus / "four.jsonl", watched, three / "final_model", **STAGE_FOUR)
-    finish(four / "final_model", corpus, options.work / "starter")
+    finish(two / "final_model", corpus, options.work / "starter")
     if options.install:
         shutil.copytree(options.work / "starter", STARTER, dirs_exist_ok=True)
 
@@ -83,7 +76,7 @@ def train(run: Path, data: Path, valid: Path, model: Path, **settings: Any) -> N
 
 
 def mix(corpus: Path) -> None:
-    """Rows of stages two and three; a hundred of the conversations are held out to watch them."""
+    """Rows of stage two; a hundred of the conversations are held out to watch it."""
     rng = random.Random(SEED)
     words = "|".join(json.loads((corpus / "facts.json").read_text())["heldout_words"])
     told = re.compile(rf'"completion": "((an?|the) )?({words})s? (is|are) ', re.I)  # what these are, is never told
@@ -92,26 +85,8 @@ def mix(corpus: Path) -> None:
     held, talk = talk[:HELD_TALK], talk[HELD_TALK:]
     two = talk * 5 + everyday * 3 + rng.sample(lines(corpus / "train.jsonl"), 20_000)
     rng.shuffle(two)
-    three = talk * 2 + everyday * 8 + common_things(corpus)
-    rng.shuffle(three)
-    four = [row for row in talk * 5 + everyday * 4 if not IDENTITY.search(row)] + rng.sample(
-        common_things(corpus), 10_000
-    )
-    rng.shuffle(four)
-    for name, rows in (("talk_heldout", held), ("two", two), ("three", three), ("four", four)):
-        (corpus / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-
-
-def common_things(corpus: Path) -> list[str]:
-    """The corpus's pairs about things (not verbs and adjectives) that are common enough to be asked in three ways."""
-    turns = [json.loads(row)["messages"] for row in lines(corpus / "train.jsonl")]
-    pairs = sorted({(a["content"], b["content"]) for t in turns for a, b in zip(t[::2], t[1::2])})
-    ways = Counter(answer for _, answer in pairs)
-    thing = re.compile(r"An? [a-z -]+ (is|has) |The (?!opposite)|Some kinds")
-    chosen = [
-        {"prompt": ask, "completion": answer} for ask, answer in pairs if ways[answer] >= 3 and thing.match(answer)
-    ]
-    return [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
+    (corpus / "talk_heldout.jsonl").write_text("".join(held), encoding="utf-8")
+    (corpus / "two.jsonl").write_text("".join(two), encoding="utf-8")
 
 
 def lines(path: Path) -> list[str]:
