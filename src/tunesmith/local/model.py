@@ -17,7 +17,9 @@ from tunesmith.local.loss import LossModule
 from tunesmith.models import find, read_json
 
 transformers.utils.logging.set_verbosity_error()
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's, not the user's
+warnings.filterwarnings(
+    "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+)  # peft's, not the user's
 transformers.utils.logging.disable_progress_bar()
 
 
