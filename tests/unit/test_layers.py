@@ -44,14 +44,12 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
-def imports(tree: ast.Module, top_level_only: bool = False) -> set[str]:
+def imports(tree: ast.Module) -> set[str]:
     """Modules that are imported for use; imports for type checkers do not count."""
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return
-        if top_level_only and isinstance(node, ast.FunctionDef):
             return
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
