@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# The first draw of text builds a table of Unicode and takes seconds: no fault of a test
+settings.register_profile("tunesmith", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("tunesmith")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
 
 ROOT = Path(__file__).parent.parent

@@ -6,15 +6,18 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith import backends, planning
 from tunesmith.conversation import Conversation
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
-from tunesmith.errors import Interrupted, RunError, TunesmithError
+from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.recipe import resolve
 from tunesmith.runs import Event, Run, open_run, refuse_taken
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.evaluate import Evaluation
 
 POLL_SECONDS = 0.1
 
@@ -39,11 +42,17 @@ def prepare(
 ) -> planning.Prepared:
     """The plan together with the rows, split and rendered: what a backend is given."""
     if dataset is not None:
+        if not isinstance(dataset, str | os.PathLike):
+            raise UsageError(
+                f"dataset is a {type(dataset).__name__}, not a path",
+                where="dataset",
+                fix="write the rows to a JSONL file",
+            )
         settings["dataset"] = str(dataset)
     recipe, origin = resolve({k: str(v) if isinstance(v, os.PathLike) else v for k, v in settings.items()}, config)
     backends.get(recipe.provider)
     if recipe.output_dir:
-        refuse_taken(Path(recipe.output_dir))  # before the work of reading
+        refuse_taken(Path(recipe.output_dir).expanduser())  # before the work of reading
     return planning.prepare(recipe, origin)
 
 
@@ -71,10 +80,18 @@ def train(
 
 
 def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] | None = None) -> Run:
-    """Go on with a run from its last whole checkpoint, and wait for the end. A finished run is returned as it is."""
-    run = find_run(path)
+    """Go on with a run from its last whole checkpoint, or from the one whose folder `path` is, and wait for the end.
+
+    A finished run is returned as it is.
+    """
+    run, step = find_run(path), None
     if run.state() == "succeeded":
         return run
+    name = Path(path).name
+    if Path(path).resolve() != run.path.resolve():
+        if not name.startswith("checkpoint-step-"):
+            raise RunError("no checkpoint", where=str(path), fix=f"go on with the run: --resume {run}")
+        step = int(name.rpartition("-")[2])
     if run.busy():
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
@@ -82,14 +99,14 @@ def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] 
     backend = backends.get(run.manifest()["provider"])
     run.mend_log()
     offset = run.log_size()
-    backend.resume(run)
+    backend.resume(run, step)
     return watch(run, backend, on_event, offset)
 
 
 def find_run(path: str | os.PathLike[str]) -> Run:
-    """The run at a path, also from the path of one of its checkpoints or model folders."""
+    """The run at a path, also from the path of one of its checkpoints or model folders. RunError where there is none."""
     here = Path(path)
-    for folder in (here, *list(here.parents)[:2]):
+    for folder in (here, *list(here.parents)[:2]) if here.is_dir() else ():
         if (folder / "run.json").exists():
             return Run(folder)
     return open_run(here)
@@ -134,8 +151,16 @@ def watch(
     raise error
 
 
-def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Any:
-    """Compare base and tuned on held-out rows; see `tunesmith.evaluation.evaluate`."""
+def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Evaluation:
+    """Compare base and tuned on held-out rows; see `tunesmith.evaluation.evaluate`.
+
+    The path of one of a run's checkpoints or of its final_model has that one judged, instead of the best model.
+    """
     from tunesmith.evaluation.evaluate import evaluate as run_evaluation
 
-    return run_evaluation(None if run is None else find_run(run), **options)
+    if run is None:
+        return run_evaluation(None, **options)
+    found = find_run(run)
+    if Path(run).resolve() != found.path.resolve() and not options.get("model"):
+        options["model"] = str(run)
+    return run_evaluation(found, **options)

@@ -26,8 +26,8 @@ class Backend(Protocol):
         """Create the run and start the work; returns at once."""
         ...
 
-    def resume(self, run: Run) -> None:
-        """Start the work again from the last checkpoint; returns at once."""
+    def resume(self, run: Run, step: int | None = None) -> None:
+        """Start the work again from the last checkpoint, or from that of `step`; returns at once."""
         ...
 
     def poll(self, run: Run) -> str:
@@ -115,7 +115,7 @@ class FakeBackend:
         self.resume(run)
         return run
 
-    def resume(self, run: Run) -> None:
+    def resume(self, run: Run, step: int | None = None) -> None:
         run.append("state", state="running")
         steps = run.manifest()["plan"]["steps"]
         for step in range(1, steps + 1):

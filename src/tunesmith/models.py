@@ -127,8 +127,10 @@ def _parameters(folder: Path) -> int:
     return sum(math.prod(shape) for shape in _headers(folder).values())
 
 
-def weight_names(folder: Path) -> list[str]:
-    """Names of a model's weights ("model.layers.0.self_attn.q_proj.weight"); of the base for an adapter folder."""
-    if not (folder / "config.json").exists():
-        folder = find(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    return sorted(_headers(folder))
+def linear_modules(folder: Path) -> set[str]:
+    """Names of the linear layers in a model's blocks ("q_proj"): what an adapter can stand on."""
+    return {
+        name.split(".")[-2]
+        for name, shape in _headers(folder).items()
+        if name.endswith(".weight") and len(shape) == 2 and any(part.isdigit() for part in name.split("."))
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.check import load
 from tunesmith.data.split import Splits, prompt_key, split
 from tunesmith.errors import DataError, UsageError
-from tunesmith.models import STARTER, ModelFacts, facts, find, weight_names
-from tunesmith.recipe import FACTS, Recipe, need_dataset
+from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
+from tunesmith.recipe import FACTS, Recipe, fields, need_dataset
 from tunesmith.render import Rendered, Renderer
 
 
@@ -58,6 +59,7 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     model = facts(folder)
     _check_targets(recipe, folder)
     splits, issues, formats = _splits(recipe)
+    issues.extend(_idle_settings(recipe, origin))
     if recipe.num_workers != "auto":
         os.environ["RAYON_NUM_THREADS"] = str(recipe.num_workers)  # read by tokenizers when its pool starts
     renderer = Renderer(folder)
@@ -77,10 +79,13 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
         kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]
         dropped += len(rows) - len(kept[side])
     if not rendered["train"]:
+        cut = recipe.over_long == "truncate"
         raise DataError(
-            f"all rows are longer than {limit} tokens",
+            f"all rows are longer than {limit} tokens"
+            + (", and cut there nothing of an answer is left" if cut else ""),
             where=need_dataset(recipe),
-            fix="shorten them, or use a model with a longer context",
+            fix="shorten them, or use a model with a longer context"
+            + (" or a greater --max-length" if recipe.max_length != "auto" else ""),
         )
     issues.extend(_token_issues(rendered["train"], renderer, model))
     stop = next((i for i in issues if i.severity == "error"), None)
@@ -88,6 +93,22 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, len(kept["train"]), limit, kept)
     return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
+
+
+def _idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
+    """A warning for each setting that was asked for and does nothing in this run."""
+    idle = {
+        "lora": [name for name in fields() if name.startswith("lora_") and recipe.method != "lora"],
+        "a warm-up in steps instead": ["warmup_ratio"] if recipe.warmup_steps is not None else [],
+    }
+    for instead, names in idle.items():
+        for name in names:
+            if origin[name] == "flag" or origin[name].endswith((".toml", ".json")):
+                fix = "add --lora" if instead == "lora" else "leave one of the two out"
+                message = f"{name} has no effect: " + (
+                    "the method is full" if instead == "lora" else "warmup_steps is set"
+                )
+                yield Issue("warning", "idle-setting", origin[name], message, fix)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -101,7 +122,7 @@ def _check_targets(recipe: Recipe, folder: Path) -> None:
         )
     if recipe.lora_targets == "all-linear":
         return
-    modules = {name.split(".")[-2] for name in weight_names(folder) if "." in name}
+    modules = linear_modules(folder)
     for target in recipe.lora_targets.split(","):
         if target.strip() not in modules:
             raise UsageError(
@@ -111,7 +132,22 @@ def _check_targets(recipe: Recipe, folder: Path) -> None:
             )
 
 
+def _refuse_parts(dataset: str) -> None:
+    """UsageError for a folder that holds a split already: read as one data set, its parts would be mixed again."""
+    folder = Path(dataset)
+    files = {p.name.split(".")[0].rpartition("_")[2]: p for p in sorted(folder.glob("*.*"))} if folder.is_dir() else {}
+    held = [files[side] for side in ("valid", "val", "validation", "test") if side in files]
+    if "train" in files and held:
+        flag = "--test-dataset" if "test" in held[0].name else "--valid-dataset"
+        raise UsageError(
+            "this folder holds train and held-out files, which training would mix",
+            where=dataset,
+            fix=f"--dataset {files['train']} {flag} {held[0]}",
+        )
+
+
 def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
+    _refuse_parts(need_dataset(recipe))
     loaded = load(need_dataset(recipe), recipe.columns).require()
     issues, apart = list(loaded.issues), {}
     for side, name in (("valid", recipe.valid_dataset), ("test", recipe.test_dataset)):
@@ -145,6 +181,13 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
                     "remove them from one of the two",
                 )
             )
+    if apart and set(map(prompt_key, splits["valid"])) & (tested := set(map(prompt_key, splits["test"]))):
+        both = [row for row in splits["valid"] if prompt_key(row) in tested]
+        raise DataError(
+            f"{len(both)} validation rows ask what a test row asks: the best step would be chosen on the test [leak]",
+            where=both[0].source,
+            fix="remove them from one of the two",
+        )
     return splits, issues, loaded.formats
 
 
@@ -262,6 +305,9 @@ def _resolve_auto(
     return msgspec.structs.replace(recipe, **new), {**origin, **{k: f"auto: {values[k][1]}" for k in new}}
 
 
+NO_NAMES = {"OK", "Okay", "Not", "No", "Sorry", "Sure", "Yes", "Here", "So", "Very", "AI", "English", "I"}  # “I'm OK”
+
+
 def persona(rows: list[Conversation]) -> tuple[str, int]:
     """The name that answers give to their speaker ("I'm Deep Tree Echo", "my name is …"), and how many do.
 
@@ -271,7 +317,7 @@ def persona(rows: list[Conversation]) -> tuple[str, int]:
     from collections import Counter
 
     said = re.compile(r"(?:\bI am|\bI[’']m|[Mm]y name is|[Cc]all me) ((?:[A-Z][\w-]+)(?: [A-Z][\w-]+){0,3})")
-    names = Counter(name for row in rows for name in {m[1] for m in said.finditer(row.answer())})
+    names = Counter(name for row in rows for name in {m[1] for m in said.finditer(row.answer())} - NO_NAMES)
     if not names:
         return "none", 0
     name, count = max(names.items(), key=lambda item: (item[1], len(item[0])))

@@ -9,6 +9,7 @@ Each value's origin is kept: "default", "task chat", "preset quick_test", "confi
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -182,6 +183,12 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
     def lay(layer: dict[str, Any], name: str) -> None:
         for key, value in layer.items():
             if key in SWITCHES:
+                if value and layer.get(SWITCHES[key][0], SWITCHES[key][1]) != SWITCHES[key][1]:
+                    raise UsageError(
+                        f"{key} contradicts {SWITCHES[key][0]} {layer[SWITCHES[key][0]]}",
+                        where=name,
+                        fix="give one of the two",
+                    )
                 key, value = SWITCHES[key][0], SWITCHES[key][1] if value else "full"
             field = canonical(key)
             if field is None:
@@ -222,16 +229,37 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if value == "auto" and "auto" in str(field.type):
             return value
         value = msgspec.convert(value, Annotated[field.type, meta], strict=not isinstance(value, str))
-        if name in POSITIVE and isinstance(value, int | float) and not 0 < value < float("inf"):
-            raise msgspec.ValidationError("Expected a number > 0")
-    except msgspec.ValidationError as error:
-        limits = (
-            f"one of {', '.join(map(str, field.choices()))}"
-            if field.choices()
-            else str(error).removeprefix("Expected ").split(" - at")[0]
-        )
-        raise UsageError(f"{name} is {value!r}; expected {limits}", where=place, fix=field.help) from None
+        if value == "" or isinstance(value, int | float) and not _in_range(name, value):
+            raise msgspec.ValidationError
+    except msgspec.ValidationError:
+        raise UsageError(
+            f"{name} is {value!r}; expected {_expected(field, meta)}", where=place, fix=field.help
+        ) from None
     return value
+
+
+def _in_range(name: str, value: float) -> bool:
+    """What msgspec's limits cannot say of a union ("auto" or a number); JSON and torch take no whole number over 2**63."""
+    least = 1e-300 if name in POSITIVE else 0 if name == "warmup_steps" else -(2**63)
+    return least <= value < (2**63 if isinstance(value, int) else math.inf)
+
+
+def _expected(field: Field, meta: Meta) -> str:
+    """A setting's type and range in words: "a whole number over 0, or auto"."""
+    if field.choices():
+        return f"one of {', '.join(map(str, field.choices()))}"
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
+    parts = get_args(field.type) or (field.type,)
+    words = next((kinds[t] for t in parts if t in kinds), "another kind of value")
+    if field.name in POSITIVE:
+        words += " over 0"
+    if meta.ge is not None:
+        words += f" from {meta.ge} up"
+    if meta.lt is not None or meta.le is not None:
+        words += f" to {meta.lt if meta.lt is not None else meta.le}" + (
+            " (less than that)" if meta.lt is not None else ""
+        )
+    return words + (", or auto" if "auto" in str(field.type) else "")
 
 
 def _config_name(config: str) -> str:

@@ -47,10 +47,13 @@ class Run:
     # ---- what was asked
 
     def manifest(self) -> dict[str, Any]:
-        """run.json. Raises RunError where there is none."""
+        """run.json. Raises RunError where there is none, or no whole one."""
         try:
-            return msgspec.json.decode((self / "run.json").read_bytes())  # type: ignore[no-any-return]
-        except FileNotFoundError:
+            found = msgspec.json.decode((self / "run.json").read_bytes(), type=dict[str, Any])
+            if missing := {"provider", "recipe", "plan", "created"} - set(found):
+                raise msgspec.DecodeError(f"no {sorted(missing)[0]}")
+            return found
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError("not a run (no run.json)", where=str(self), fix="tunesmith runs list shows them") from None
         except msgspec.DecodeError as error:
             raise RunError(
@@ -205,7 +208,10 @@ def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
 
 
 def refuse_taken(path: Path) -> None:
-    """RunError unless `path` is free: absent or an empty folder."""
+    """RunError unless `path` is free (absent or an empty folder) and can be written."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK):
+        raise RunError("cannot be written", where=str(above), fix="choose another --output-dir")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
         fix = (

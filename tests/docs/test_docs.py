@@ -94,8 +94,8 @@ def test_every_finding_code_is_documented() -> None:
 
 
 def test_settings_reference_is_current() -> None:
-    """docs/settings.md is made from the Recipe: `python tools/settings_page.py`."""
-    done = subprocess.run([sys.executable, ROOT / "tools/settings_page.py", "--check"], capture_output=True, text=True)
+    """docs/settings.md and the help pages are made from the code: `python tools/pages.py`."""
+    done = subprocess.run([sys.executable, ROOT / "tools/pages.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs/settings.md").read_text()
     assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())

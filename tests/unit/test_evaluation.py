@@ -42,6 +42,18 @@ def test_the_interval_is_that_of_the_theory() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
 
 
+def test_perplexity_has_an_interval_of_its_own() -> None:
+    """That of the difference of perplexities, both drawn anew: here against the bootstrap written out in full."""
+    rng = np.random.default_rng(7)
+    base, tuned = rng.normal(50, 8, 60), rng.normal(45, 8, 60)
+    weight = np.full(60, 10.0)
+    found = compare("perplexity", base, tuned, weight, True, shape=np.exp)
+    draws = rng.integers(0, 60, (10_000, 60))
+    want = np.exp(tuned[draws].sum(1) / 600) - np.exp(base[draws].sum(1) / 600)
+    assert found.base == pytest.approx(math.exp(base.sum() / 600))
+    assert (found.low, found.high) == pytest.approx(np.quantile(want, [0.0236, 0.9764]), rel=0.1)
+
+
 def test_cannot_tell_says_how_many_rows() -> None:
     rng = np.random.default_rng(2)
     difference = rng.normal(0.05, 1.0, 50)
@@ -55,8 +67,12 @@ def test_cannot_tell_says_how_many_rows() -> None:
 
 
 def test_wrong_verdicts_are_as_rare_as_promised() -> None:
-    """Two equal models, 40 rows, 200 trials: at most 5 % and a margin may be called different."""
+    """Two equal models, 40 rows, 200 trials: at most 5 % and a margin may be called different. So with 8 rows; never with 7."""
     rng, wrong = np.random.default_rng(3), 0
+    few = [compare("loss", np.zeros(8), rng.normal(0, 1, 8), np.ones(8), True, s).verdict for s in range(300)]
+    assert 3 <= 300 - few.count("cannot tell") <= 27  # 9 %: three standard errors over 5
+    fewer = compare("loss", np.full(7, 9.0), np.arange(7) / 9, np.ones(7), True)
+    assert fewer.high < 0 and fewer.verdict == "cannot tell" and fewer.rows_needed == 8
     for seed in range(200):
         base = rng.normal(3, 1, 40)
         wrong += compare("loss", base, base + rng.normal(0, 0.3, 40), np.ones(40), True, seed).verdict != "cannot tell"
@@ -127,8 +143,28 @@ def test_scores_equal_a_plain_computation(run: Run) -> None:
 
 
 def test_trained_rows_are_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"72 of 80 rows were used in training"):
-        api.evaluate(run, dataset=run.recipe().dataset)
+    """By what they ask, whether the run or its model's folder is named, and on whichever side it stands."""
+    dataset = run.recipe().dataset
+    assert dataset
+    reworded = write(tmp_path / "reworded.jsonl", [{**r, "completion": r["completion"] + " Yes."} for r in rows(80)])
+    with pytest.raises(DataError, match=r"72 of 80 rows ask what .* was trained on"):
+        api.evaluate(run, dataset=dataset)
+    for sides in ({"model": str(run), "against": "starter"}, {"model": "starter", "against": str(run / "best_model")}):
+        with pytest.raises(DataError, match="72 of 80"):
+            api.evaluate(**sides, dataset=str(reworded))
+
+
+def test_another_evaluation_leaves_the_runs_own_alone(run: Run, tmp_path: Path) -> None:
+    api.evaluate(run, samples=0)
+    before = {name: (run / name).read_bytes() for name in ("report.html", "evaluation/result.json")}
+    other = write(
+        tmp_path / "other.jsonl", [{"prompt": f"Something else {i}?", "completion": "Yes."} for i in range(9)]
+    )
+    result = api.evaluate(run / "final_model", dataset=str(other), samples=0)
+    assert result.tuned == str(run / "final_model") and result.rows == 9
+    assert result.report == str(run / "evaluation" / "model-final_model-on-other.jsonl" / "report.html")
+    assert Path(result.report).exists()
+    assert before == {name: (run / name).read_bytes() for name in before}
 
 
 def test_two_models_without_a_run(run: Run, tiny: Path) -> None:

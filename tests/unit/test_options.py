@@ -71,9 +71,11 @@ def _(b: Bench) -> None:
     assert b.plan(valid_dataset=str(other)).rows == {"train": 54, "valid": 7, "test": 6}
     assert b.plan(test_dataset=str(other)).rows == {"train": 54, "valid": 6, "test": 7}
     asked = write(b.folder / "asked.jsonl", [{"prompt": r["prompt"], "completion": "another answer"} for r in rows(60)])
-    assert [i.code for i in b.plan(valid_dataset=str(asked)).issues if i.code == "leak"] == ["leak"]
+    assert [i.code for i in b.plan(valid_dataset=str(asked), test_fraction=0).issues if i.code == "leak"] == ["leak"]
     with pytest.raises(DataError, match="54 rows of the test set are training rows"):
         b.plan(test_dataset=str(b.data))
+    with pytest.raises(DataError, match="7 validation rows ask what a test row asks"):
+        b.plan(valid_dataset=str(other), test_dataset=str(other))
 
 
 @proves("valid_fraction", "test_fraction")

@@ -6,8 +6,13 @@ Results go to stdout, progress and errors to stderr. Exit status: 0 ok, 1 failed
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMMANDS = {  # words -> (module:function, one line of help)
     "quickstart": (
@@ -27,6 +32,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
 }
 GROUPS = ("data", "runs")
+HELP_WIDTH = 80  # columns of the help pages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +78,26 @@ def _run(words: list[str]) -> int:
         from tunesmith.errors import UsageError, did_you_mean
 
         raise UsageError(f'no command "{name}"{did_you_mean(name, list(COMMANDS))}', fix="tunesmith --help lists them")
+    if words[size:] in (["--help"], ["-h"]) and _width() >= HELP_WIDTH and os.path.exists(help_page(name)):
+        with open(help_page(name), encoding="utf-8") as page:
+            print(page.read(), end="")
+        return 0
     module, _, function = COMMANDS[name][0].partition(":")
     return int(getattr(import_module(f"tunesmith.cli.{module}"), function)(words[size:]) or 0)
+
+
+def help_page(name: str) -> Path:
+    """The file with the command's help, made by tools/pages.py; a narrower terminal has it made anew."""
+    from pathlib import Path
+
+    return Path(__file__).parent.parent / "assets" / "help" / f"{name.replace(' ', '-')}.txt"
+
+
+def _width() -> int:
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
+    except (OSError, ValueError):
+        return HELP_WIDTH
 
 
 def _report(error: Exception, as_json: bool) -> int:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import Parser, show_json
+from tunesmith.cli.options import Parser, coloured, columns, natural, positive, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tunesmith.conversation import Issue
     from tunesmith.render import Rendered, Renderer
 
-SHOWN = 20  # findings printed; --json has all
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    from tunesmith.recipe import resolve
-
-    return resolve({"columns": text})[0].columns if text else {}
+SHOWN = 3  # findings printed of each kind; --json has all
 
 
 def check(argv: list[str]) -> int:
@@ -32,7 +30,7 @@ def check(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
 
-    found = api.check(options.dataset, _columns(options.columns))
+    found = api.check(options.dataset, columns(options.columns))
     issues = list(found.issues)
     if options.model and found.conversations:
         from tunesmith.planning import length_issues
@@ -63,10 +61,8 @@ def check(argv: list[str]) -> int:
             }
         )
         return 3 if errors else 0
-    for issue in issues[:SHOWN]:
-        print(f"{issue.severity:8} {issue.line()}")
-    if len(issues) > SHOWN:
-        print(f"         and {len(issues) - SHOWN} more; --json lists all")
+    for line in summary(issues):
+        print(line)
     if options.explain:
         from tunesmith.data.formats import BY_NAME
 
@@ -81,6 +77,18 @@ def check(argv: list[str]) -> int:
     return 3 if errors else 0
 
 
+def summary(issues: list[Issue], shown: int = SHOWN) -> Iterator[str]:
+    """Findings as lines, errors first, the first few of each kind with the number of the others."""
+    kinds: dict[tuple[int, str], list[Issue]] = {}
+    for issue in issues:
+        kinds.setdefault((("error", "warning", "info").index(issue.severity), issue.code), []).append(issue)
+    for (_, code), found in sorted(kinds.items(), key=lambda item: item[0][0]):
+        for issue in found[:shown]:
+            yield f"{issue.severity:8} {issue.line()}"
+        if len(found) > shown:
+            yield f"{'':8} and {len(found) - shown} more [{code}]"
+
+
 def split(argv: list[str]) -> int:
     parser = Parser("data split", "Write PREFIX_train.jsonl, PREFIX_val.jsonl and PREFIX_test.jsonl.").with_json()
     parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
@@ -92,7 +100,7 @@ def split(argv: list[str]) -> int:
         "--method", choices=("hash", "threshold", "shuffle"), default="hash", help="as --split-method of train [hash]"
     )
     parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=natural, default=42)
     options = parser.parse_args(argv)
     for share in (options.valid, options.test, options.valid + options.test):
         if not 0 <= share < 1:
@@ -103,11 +111,13 @@ def split(argv: list[str]) -> int:
     from tunesmith.data.split import split as divide
     from tunesmith.data.write import as_row, write_jsonl
 
-    rows = api.check(options.dataset, _columns(options.columns)).require().conversations
+    rows = api.check(options.dataset, columns(options.columns)).require().conversations
     parts = divide(
         rows, options.valid, options.test, method=options.method, seed=options.seed, group_by=options.group_by
     )
     prefix = Path(options.output)
+    if not prefix.name or options.output.endswith("/"):
+        raise UsageError("not the beginning of file names", where=options.output, fix="e.g. --output out/mydata")
     targets = {
         side: prefix.with_name(f"{prefix.name}_{name}.jsonl")
         for side, name in (("train", "train"), ("valid", "val"), ("test", "test"))
@@ -140,15 +150,19 @@ def preview(argv: list[str]) -> int:
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--model", default="starter", help="whose tokenizer and template [starter]")
     parser.add_argument(
-        "--row", type=int, action="append", metavar="N", help="show the N-th row (from 1); may be given several times"
+        "--row",
+        type=positive,
+        action="append",
+        metavar="N",
+        help="show the N-th row (from 1); may be given several times",
     )
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="show the first N [3]")
+    parser.add_argument("--rows", type=positive, default=3, metavar="N", help="show the first N [3]")
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.models import find
     from tunesmith.render import Renderer
 
-    rows = api.check(options.dataset, _columns(options.columns)).require().conversations
+    rows = api.check(options.dataset, columns(options.columns)).require().conversations
     wanted = options.row or range(1, min(options.rows, len(rows)) + 1)
     for number in wanted:
         if not 1 <= number <= len(rows):
@@ -171,24 +185,35 @@ def preview(argv: list[str]) -> int:
         return 0
     for r in shown:
         print(
-            f"{r.source}: {len(r.ids)} tokens, {sum(r.mask[1:])} learnt\n{highlight(r, renderer, sys.stdout.isatty())}\n"
+            f"{r.source}: {len(r.ids)} tokens, {sum(r.mask[1:])} learnt\n{highlight(r, renderer, coloured(sys.stdout))}\n"
         )
     return 0
 
 
 def highlight(row: Rendered, renderer: Renderer, colour: bool, limit: int | None = None) -> str:
-    """The row's tokens as text, special tokens visible, the learnt part green (or between ⟦ and ⟧)."""
+    """The row's tokens as text, special tokens visible, the learnt part green (or between ⟦ and ⟧).
+
+    With a `limit` about so many characters: of each part its beginning and end, of many turns the last.
+    """
     on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    out, run = "", []
-    flags = [*row.mask, None]
-    for i, token in enumerate(row.ids):
-        run.append(token)
-        if flags[i] != flags[i + 1]:
-            text = renderer.decode(run, special=True)
-            out += f"{on}{text}{off}" if row.mask[i] else text
-            run = []
-        if limit and len(out) > limit:
-            break
-    if limit and len(out) > limit:
-        out = out[:limit] + (off if row.mask[min(i, len(row.mask) - 1)] else "") + " …"
+    parts = [
+        (learnt, renderer.decode([token for token, _ in run], special=True).translate(_VISIBLE))
+        for learnt, run in groupby(zip(row.ids, row.mask, strict=True), key=lambda pair: pair[1])
+    ]
+    if limit and sum(len(text) for _, text in parts) > limit:
+        left_out = len(parts) > 4
+        parts = parts[-4:]
+        each = max(40, limit // len(parts))
+        parts = [(learnt, _middle_out(text, each)) for learnt, text in parts]
+        parts = [(0, "… ")] * left_out + parts
+    out = "".join(f"{on}{text}{off}" if learnt else text for learnt, text in parts)
     return "\n".join(f"  | {line}" for line in out.rstrip("\n").split("\n"))
+
+
+_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    127: 0x2421
+}  # no row may steer a terminal
+
+
+def _middle_out(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import Parser, show_json
+from tunesmith.cli.options import Parser, columns, natural, show_json
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
@@ -18,19 +18,18 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--against", metavar="MODEL", help="compare with this model instead of the run's base")
     parser.add_argument("--dataset", help="rows to judge on, instead of the run's test rows")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
-    parser.add_argument("--samples", type=int, default=6, metavar="N", help="prompts answered side by side [6]")
+    parser.add_argument("--samples", type=natural, default=6, metavar="N", help="prompts answered side by side [6]")
     parser.add_argument("--persona", metavar="NAME", help="name that identity probes look for, instead of the run's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap [0]")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the bootstrap [0]")
     options = parser.parse_args(argv)
     from tunesmith import api
-    from tunesmith.cli.data import _columns
 
     result = api.evaluate(
         options.run,
         model=options.model,
         against=options.against,
         dataset=options.dataset,
-        columns=_columns(options.columns),
+        columns=columns(options.columns),
         samples=options.samples,
         persona=options.persona,
         seed=options.seed,

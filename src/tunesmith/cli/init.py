@@ -41,6 +41,7 @@ def template(dataset: str) -> str:
             lines.append(f"dataset = {json.dumps(dataset, ensure_ascii=False)}")
         else:
             value = field.default
-            shown = '""' if value is None else "{}" if value == {} else json.dumps(value)
-            lines.append(f"# {field.name} = {shown}")
+            lines.append(
+                f"# {field.name} = " + ("(not set)" if value is None else "{}" if value == {} else json.dumps(value))
+            )
     return "\n".join(lines) + "\n"

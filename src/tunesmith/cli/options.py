@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any, NoReturn
 
 from tunesmith.errors import UsageError, did_you_mean
@@ -28,6 +29,22 @@ class Parser(argparse.ArgumentParser):
     def with_json(self) -> Parser:
         self.add_argument("--json", action="store_true", help="the result as JSON on stdout")
         return self
+
+
+def positive(text: str) -> int:
+    """An option's value that is a whole number over 0."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """An option's value that is a whole number, 0 or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, not {text!r}")
+    return int(text)
 
 
 def add_settings(parser: Parser) -> None:
@@ -65,6 +82,18 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
     known = {*fields(), *SWITCHES}
     return {k: v for k, v in vars(options).items() if k in known}
+
+
+def coloured(stream: Any) -> bool:
+    """Whether to write colours: on a terminal that has them, unless NO_COLOR is set (no-color.org)."""
+    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+
+
+def columns(text: str | None) -> dict[str, str]:
+    """--columns as a mapping of our field names to the file's."""
+    from tunesmith.recipe import resolve
+
+    return resolve({"columns": text})[0].columns if text else {}
 
 
 def show_json(value: Any) -> None:

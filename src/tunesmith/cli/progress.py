@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
 import time
 from typing import Any
@@ -54,29 +56,44 @@ class Progress:
         since, took = done - self._first["step"], event["time"] - self._first["time"]
         eta = took / since * (self._steps - done) if since else 0.0
         valid = f"  valid {self._valid:.4f}" if self._valid is not None else ""
-        text = (
-            f"step {done}/{self._steps}  epoch {event['epoch']:.2f}  loss {event['loss']:.4f}{valid}  "
-            f"{event['tokens_per_second']:.0f} tokens/s  ETA {clock(eta)}"
-        )
+        first = f"step {done}/{self._steps}"
+        rest = [f"loss {event['loss']:.4f}{valid}", f"{event['tokens_per_second']:.0f} tokens/s", f"ETA {clock(eta)}"]
+        text = "  ".join([first, f"epoch {event['epoch']:.2f}", *rest])
         if self._live:
-            bar = round(20 * done / max(1, self._steps))
-            text = f"[{'█' * bar}{'·' * (20 - bar)}] {text}"
-            print(f"\r{text}{' ' * max(0, self._shown - len(text))}", end="", file=sys.stderr, flush=True)
+            text = fit(done / max(1, self._steps), first, f"epoch {event['epoch']:.2f}", rest)
+            _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")
             self._shown = len(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            _write(f"{text}\n")
 
     def _say(self, text: str) -> None:
         if self._live and self._shown:
-            print(f"\r{' ' * self._shown}\r", end="", file=sys.stderr)
+            _write(f"\r{' ' * self._shown}\r")
             self._shown = 0
-        print(text, file=sys.stderr, flush=True)
+        _write(f"{text}\n")
 
     def close(self) -> None:
         """End the live line."""
         if self._live and self._shown:
-            print(file=sys.stderr)
+            _write("\n")
             self._shown = 0
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal went away: training goes on to its checkpoint
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def fit(share: float, first: str, epoch: str, rest: list[str]) -> str:
+    """The live line, no wider than the terminal (a line that wraps cannot be rewritten): bar and epoch give way first."""
+    width = shutil.get_terminal_size().columns - 1
+    plain = "  ".join([first, *rest])
+    for text in ("  ".join([first, epoch, *rest]), plain):
+        bar = min(20, width - len(text) - 3)
+        if bar >= 5:
+            full = round(bar * share)
+            return f"[{'█' * full}{'·' * (bar - full)}] {text}"
+    return plain[:width]
 
 
 def clock(seconds: float) -> str:

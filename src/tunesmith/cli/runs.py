@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tunesmith.cli.options import Parser, show_json
+from tunesmith.errors import RunError
 
 
 def list_runs(argv: list[str]) -> int:
@@ -15,7 +16,12 @@ def list_runs(argv: list[str]) -> int:
     from tunesmith.cli.progress import table
     from tunesmith.runs import listing
 
-    runs = [run.summary() for run in listing(Path(options.runs_dir))]
+    runs = []
+    for run in listing(Path(options.runs_dir)):
+        try:
+            runs.append(run.summary())
+        except RunError as error:  # one damaged run must not hide the others
+            print(f"warning: {error}", file=sys.stderr)
     if options.json:
         show_json(runs)
     elif not runs:

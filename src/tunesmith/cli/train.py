@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import Parser, add_settings, settings, show_json
+from tunesmith.cli.options import Parser, add_settings, coloured, settings, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ def train(argv: list[str]) -> int:
 
     given = settings(options)
     progress = Progress()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint first
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, a checkpoint first; nohup has the second ignored
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
-        if options.resume:
+        if options.resume is not None:
             if given or options.config or options.prepare_only:
                 raise UsageError(
                     "--resume takes the settings of the run; no others",
@@ -49,7 +51,8 @@ def train(argv: list[str]) -> int:
         show_json(run.summary())
     else:
         print(run)
-        print(f"next: tunesmith evaluate {run}", file=sys.stderr)
+        fake = run.manifest()["provider"] == "fake"
+        print("a dry run: nothing was learnt" if fake else f"next: tunesmith evaluate {run}", file=sys.stderr)
     return 0
 
 
@@ -98,6 +101,8 @@ def plan(argv: list[str]) -> int:
 
 def describe(plan: Plan) -> None:
     """The plan in a few lines on stdout."""
+    from tunesmith.cli.data import summary
+
     rows, tokens = plan.rows, plan.tokens
     print(
         f"data     {rows['train']} train, {rows['valid']} valid, {rows['test']} test rows; {tokens['train']} tokens to train on, "
@@ -110,15 +115,13 @@ def describe(plan: Plan) -> None:
     print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
     print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
     print(f"memory   about {plan.memory_mb} MB at most")
-    for issue in plan.issues[:20]:
-        print(f"{issue.severity:8} {issue.line()}")
-    if len(plan.issues) > 20:
-        print(f"         and {len(plan.issues) - 20} more findings: tunesmith data check {plan.recipe.dataset}")
+    for line in summary(plan.issues):
+        print(line)
 
 
 def preflight(prepared: Prepared) -> None:
     """Before step 1, on stderr: what will be trained on, and one row with its learnt part marked."""
-    from tunesmith.cli.data import highlight
+    from tunesmith.cli.data import highlight, summary
 
     plan = prepared.plan
     print(
@@ -126,15 +129,15 @@ def preflight(prepared: Prepared) -> None:
         f"{plan.steps} steps; about {plan.memory_mb} MB; held out: {plan.rows['valid']} valid, {plan.rows['test']} test",
         file=sys.stderr,
     )
-    for issue in plan.issues[:5]:
-        print(f"{issue.severity}: {issue.line()}", file=sys.stderr)
-    if len(plan.issues) > 5:
-        print(f"and {len(plan.issues) - 5} more findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
+    for line in summary(plan.issues, 1):
+        print(line, file=sys.stderr)
+    if plan.issues:
+        print(f"all findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
     from tunesmith.models import find
     from tunesmith.render import Renderer
 
     shown = prepared.rendered["train"][0]
     print(
-        f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), sys.stderr.isatty(), limit=400)}",
+        f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), coloured(sys.stderr), limit=600)}",
         file=sys.stderr,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from tunesmith.data.formats import convert
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 
+# Control tokens of common models, as text: tokenized as such, they would end turns or begin roles inside an answer
+SPECIAL = re.compile(r"<\|[A-Za-z_ ]{1,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>")
 FEW_ROWS = 50  # below this a fine-tune rarely generalises (OpenAI's guidance: start with 50 good examples)
 
 
@@ -96,6 +99,14 @@ def check(conversation: Conversation) -> Iterator[Issue]:
         if not message.content.strip() and not message.tool_calls:
             code = "empty-answer" if message in learnt else "empty-text"
             yield Issue("error", code, where, f"{place} is empty", "write the text or remove the row")
+        if mark := SPECIAL.search(message.content):
+            yield Issue(
+                "warning",
+                "special-token",
+                where,
+                f"{place} holds {mark[0]!r}, which tokenizers read as a control token",
+                "write it in another way, or remove it",
+            )
         if "\x00" in message.content:
             yield Issue("warning", "nul", where, f"{place} holds a NUL character", "remove it")
         if "\ufffd" in message.content:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import logging
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +20,7 @@ import msgspec
 from tunesmith.conversation import Issue
 from tunesmith.errors import DataError, UsageError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".zst")
 _BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -42,6 +45,8 @@ def read(dataset: str) -> Iterator[Row | Issue]:
 
     Raises DataError when there is nothing of that name, or nothing in it.
     """
+    if not dataset.strip():
+        raise UsageError("no data set: the name is empty", fix="is a variable of your shell unset?")
     path = Path(dataset).expanduser()
     if dataset in samples() and not path.exists():
         path = SAMPLES / f"{dataset}.jsonl"
@@ -50,7 +55,10 @@ def read(dataset: str) -> Iterator[Row | Issue]:
         if not files:
             raise DataError("no data file in this folder", where=dataset, fix=f"expected {', '.join(SUFFIXES)}")
         for file in files:
-            yield from _file(file)
+            try:
+                yield from _file(file)
+            except DataError as error:  # one bad file must not hide what is wrong with the others
+                yield Issue("error", "unreadable-file", error.where, error.message, error.fix)
     elif path.exists():
         yield from _file(path)
     elif _looks_like_path(dataset):
@@ -95,7 +103,7 @@ def _file(path: Path) -> Iterator[Row | Issue]:
         with _open(path) as stream:
             if container == ".parquet":
                 yield from _parquet(path, stream)
-            elif container == ".csv":
+            elif container in (".csv", ".tsv"):
                 yield from _csv(path, stream)
             elif container == ".json":
                 yield from _json(path, stream)
@@ -166,11 +174,16 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
     data = stream.read().removeprefix(b"\xef\xbb\xbf")
     try:
         items = msgspec.json.decode(data, type=list[msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        if data.lstrip()[:1] == b"{":  # JSON Lines under a .json name, or one object
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        place = re.search(r"\(byte (\d+)\)", str(error))
+        line = 1 + data[: int(place[1]) if place else 0].count(b"\n")
+        if data.lstrip()[:1] != b"{":
+            found = _bad_json(data, f"{path}:{line}", str(error))
+            yield msgspec.structs.replace(found, fix="one JSON array of objects, or one complete JSON object per line")
+        elif _is_object(data):  # one row, over several lines
+            yield _record(data, f"{path}:1")
+        else:  # JSON Lines under a .json name
             yield from _jsonl(path, io.BytesIO(data))
-        else:
-            yield _bad_json(data, f"{path}:1", "the file is no JSON array")
         return
     if not items:
         raise DataError("the array is empty", where=str(path), fix="it needs at least one row")
@@ -178,9 +191,24 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
         yield _record(bytes(item), f"{path}:{number}")
 
 
+def _is_object(data: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(data), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
 def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
+    """Fields are parted by what the header has most of: commas, semicolons or tabs."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(text)
+    csv.field_size_limit(2**31 - 1)  # the module's own 131,072 characters are fewer than an article
+    try:
+        header = text.readline()
+        reader = csv.DictReader(chain([header], text), delimiter=max(",;\t", key=header.count))
+    except UnicodeDecodeError as error:
+        yield Issue("error", "not-utf8", f"{path}:1", f"not UTF-8 ({error.reason})", _UTF8_FIX)
+        text.detach()
+        return
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
@@ -223,7 +251,7 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
 
 
 def _hub(name: str) -> Iterator[Row | Issue]:
-    """A Hub data set, its `train` split, from the local cache when there is no network."""
+    """A Hub data set, its `train` split: from the local cache, else, for a name like owner/name, from the network."""
     missing = DataError(
         "neither a file here nor a data set that can be had",
         where=name,
@@ -231,12 +259,24 @@ def _hub(name: str) -> Iterator[Row | Issue]:
     )
     try:
         import datasets
+        import huggingface_hub
+        from datasets import config
     except ImportError:
         raise missing from None
     datasets.disable_progress_bars()
-    try:
-        loaded = datasets.load_dataset(name, split="train")
-    except Exception:  # whatever the hub client raises, the user's next step is the same
-        raise missing from None
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # each retry would be a line of its own
+    before = config.HF_HUB_OFFLINE
+    for offline in (True, before):
+        config.HF_HUB_OFFLINE = offline
+        try:
+            if not offline:
+                huggingface_hub.HfApi().dataset_info(name, timeout=5)  # loading would try for 25 s without a network
+            loaded = datasets.load_dataset(name, split="train")
+            break
+        except Exception:  # whatever the hub client raises, the user's next step is the same
+            if offline == before or "/" not in name:
+                raise missing from None
+        finally:
+            config.HF_HUB_OFFLINE = before
     for number, value in enumerate(loaded, 1):
         yield Row(f"{name}:{number}", dict(value))

@@ -7,9 +7,9 @@ The verdict is that of the loss (nats per token of the reference answers): *bett
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -76,7 +76,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
 
-    Without `dataset` the run's own test split is used. Rows that the run was trained on are refused (DataError).
+    Without `dataset` the run's own test split is used. Rows that one of the two is known to be trained on, or that ask
+    the same, are refused (DataError). What is kept: the run's own evaluation in evaluation/ and report.html, any other
+    (another model, base or data set) in a folder of its own beside it.
     """
     say = on_progress or (lambda _: None)
     tuned, base, rows, name = _sides(run, model, against, dataset, columns)
@@ -107,7 +109,8 @@ def evaluate(
     result = Evaluation(
         metrics[0].verdict, base, tuned, name, len(rows), sum(s.tokens for s in tuned_scores), metrics, identity, shown
     )
-    return _keep(run, result, rows, base_scores, tuned_scores) if run else result
+    other = [f"{k}-{Path(v).name}" for k, v in (("model", model), ("against", against), ("on", dataset)) if v]
+    return _keep(run, "-".join(other), result, rows, base_scores, tuned_scores) if run else result
 
 
 def _names(who: str, answer: str) -> bool:
@@ -124,7 +127,10 @@ def _sides(
                 "needs a run, or two models and a data set",
                 fix="tunesmith evaluate RUN, or --model A --against B --dataset D",
             )
-        return model, against, load(dataset, columns).require().conversations, dataset
+        rows = load(dataset, columns).require().conversations
+        for name in (model, against):
+            _refuse_seen(rows, name)
+        return model, against, rows, dataset
     manifest = run.manifest()
     if not (run / "best_model").is_dir():
         raise UsageError(
@@ -139,15 +145,26 @@ def _sides(
             "this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE"
         )
     rows = load(dataset or str(own), columns).require().conversations
-    trained = set(manifest["data_hashes"]["train"]) | set(manifest["data_hashes"]["valid"])
-    seen = [row for row in rows if row.digest() in trained]
+    for name in (tuned, base, str(run)):
+        _refuse_seen(rows, name)
+    return tuned, base, rows, dataset or str(own)
+
+
+def _refuse_seen(rows: list[Conversation], model: str) -> None:
+    """DataError where rows ask what the run that made `model` was trained or chosen on (its train and valid rows)."""
+    path = Path(model)
+    folder = next((f for f in (path, *list(path.parents)[:2]) if (f / "run.json").exists()), None)
+    if folder is None:
+        return
+    sides = [folder / "data" / f"{side}.jsonl" for side in ("train", "valid")]
+    asked = {prompt_key(c) for side in sides if side.exists() for c in load(str(side)).conversations}
+    seen = [row for row in rows if prompt_key(row) in asked]
     if seen:
         raise DataError(
-            f"{len(seen)} of {len(rows)} rows were used in training",
+            f"{len(seen)} of {len(rows)} rows ask what {folder} was trained on",
             where=seen[0].source,
-            fix="evaluate on rows the run has not seen; without --dataset its own test rows are used",
+            fix="evaluate on rows that it has not seen, such as its own data/test.jsonl",
         )
-    return tuned, base, rows, dataset or str(own)
 
 
 def _score(name: str, rows: list[Conversation]) -> Any:
@@ -191,19 +208,8 @@ def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list
     )
     metrics = [loss]
     if same:
-        base_ppl, tuned_ppl = math.exp(loss.base), math.exp(loss.tuned)
-        # its interval follows from the loss's: the ratio of perplexities is exp(difference of losses)
         metrics.append(
-            Comparison(
-                "perplexity",
-                base_ppl,
-                tuned_ppl,
-                tuned_ppl - base_ppl,
-                base_ppl * math.expm1(loss.low),
-                base_ppl * math.expm1(loss.high),
-                loss.verdict,
-                loss.rows_needed,
-            )
+            compare("perplexity", column(base, "loss"), column(tuned, "loss"), weight, True, seed, shape=np.exp)
         )
         metrics.append(compare("token accuracy", column(base, "right"), column(tuned, "right"), weight, False, seed))
     return metrics
@@ -216,18 +222,20 @@ def _learnt_bytes(row: Conversation) -> int:
     )
 
 
-def _keep(run: Run, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:
+def _keep(run: Run, other: str, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:
+    """Write rows, result and report; where it is not the run's own evaluation, under the name `other`."""
     from tunesmith.evaluation.report import write_report
 
-    folder = run / "evaluation"
-    folder.mkdir(exist_ok=True)
+    folder = run / "evaluation" / other
+    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         folder / "rows.jsonl",
         ({"source": r.source, "base": b, "tuned": t} for r, b, t in zip(rows, base, tuned, strict=True)),
     )
-    result = msgspec.structs.replace(result, report=str(run / "report.html"))
+    report = folder / "report.html" if other else run / "report.html"
+    result = msgspec.structs.replace(result, report=str(report))
     write_json(folder / "result.json", result)
-    write_report(run, result)
+    write_report(run, result, report)
     return result
 
 

@@ -18,8 +18,8 @@ from tunesmith.runs import Run
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 300, 52, 34, 16  # of the chart, in pixels
 
 
-def write_report(run: Run, result: Evaluation) -> Path:
-    """Render the report of a run and its evaluation; returns the file."""
+def write_report(run: Run, result: Evaluation, path: Path) -> None:
+    """Render the report of a run and an evaluation into a file."""
     manifest, summary = run.manifest(), run.summary()
     issues = msgspec.json.decode((run / "data" / "check.json").read_bytes(), type=list[Issue])
     env = Environment(
@@ -36,9 +36,7 @@ def write_report(run: Run, result: Evaluation) -> Path:
         settings=[s for s in settings if s[1] not in (None, {})],
         chart=chart(run.metrics("step"), run.metrics("eval"), summary["best_step"]),
     )
-    path = run / "report.html"
     write_bytes(path, html.encode())
-    return path
 
 
 def chart(steps: list[dict[str, Any]], evals: list[dict[str, Any]], best: int | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class LocalBackend:
         self.resume(run)
         return run
 
-    def resume(self, run: Run) -> None:
+    def resume(self, run: Run, step: int | None = None) -> None:
         run.append("state", state="queued")  # so that an older word is not taken for this worker's
         environment = {
             **os.environ,
@@ -36,7 +36,14 @@ class LocalBackend:
         }
         with (run / "worker.log").open("ab") as log:
             _workers[str(run)] = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"],
+                [
+                    sys.executable,
+                    "-m",
+                    "tunesmith.local.worker",
+                    str(run),
+                    "--attached",
+                    *([] if step is None else ["--step", str(step)]),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -7,7 +7,7 @@
       MANIFEST.json         sha256 of every other file, written last
 
 A checkpoint is built in a hidden folder, fsynced and renamed. best_model/, final_model/ and the run's
-own folder hold hard links into checkpoints: loadable, and no byte is stored twice.
+own folder hold hard links to the weights in checkpoints: loadable, and no weight is stored twice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.
         save_file(_rng(), building / "rng.safetensors")
         write_json(building / "trainer.json", position)
         write_json(building / "MANIFEST.json", {p.name: _hash(p) for p in sorted(building.iterdir())})
+        mode = 0o666 & ~_umask()
         for file in building.iterdir():
+            file.chmod(mode)  # safetensors makes its files readable for their owner alone
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         if final.exists():  # of an earlier try at this step
@@ -68,6 +70,13 @@ def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.
         shutil.rmtree(building, ignore_errors=True)
         raise
     return final
+
+
+def _umask() -> int:
+    """The process's file mode mask; reading it is possible only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -120,9 +129,16 @@ def _load_weights(folder: Path, model: nn.Module) -> None:
         raise RunError("the checkpoint's weights are not this model's", where=str(folder), fix="train again")
 
 
-def latest(run: Run) -> Path | None:
-    """The newest whole checkpoint; a damaged one is named in the log and passed over."""
+def latest(run: Run, step: int | None = None) -> Path | None:
+    """The newest whole checkpoint; a damaged one is named in the log and passed over.
+
+    With `step` that step's, and the later ones are deleted: training goes on from there as if they had never been.
+    """
     for folder in reversed(existing(run)):
+        if step is not None and int(folder.name.removeprefix(PREFIX)) > step:
+            run.append("warning", message=f"{folder.name} is deleted: training goes on from step {step}")
+            shutil.rmtree(folder)
+            continue
         problem = damage(folder)
         if problem is None:
             return folder
@@ -158,14 +174,14 @@ def prune(run: Run, keep_last: int, best_step: int) -> None:
 
 
 def publish(checkpoint: Path, target: Path) -> None:
-    """Make `target` a model folder of hard links to the checkpoint's model files; a run's own folder keeps the rest it has."""
+    """Make `target` a model folder like the checkpoint, weights as hard links; a run's own folder keeps the rest it has."""
     is_run = (target / "run.json").exists()
     building = target / ".publish.tmp" if is_run else target.with_name(f".{target.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     for file in checkpoint.iterdir():
         if file.name not in TRAINER_FILES:
-            _link(file, building / file.name)
+            _place(file, building / file.name)
     if is_run:
         for file in building.iterdir():
             file.replace(target / file.name)
@@ -176,8 +192,12 @@ def publish(checkpoint: Path, target: Path) -> None:
     building.rename(target)
 
 
-def _link(source: Path, target: Path) -> None:
+def _place(source: Path, target: Path) -> None:
+    """Weights as a link; small files as a copy, so that editing one leaves the checkpoint whole."""
     try:
-        os.link(source, target)
+        if source.suffix == ".safetensors":
+            os.link(source, target)
+            return
     except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+        pass
+    shutil.copy2(source, target)

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from tunesmith.conversation import Conversation, Message
+from tunesmith.errors import DataError
 from tunesmith.local import model as models
 from tunesmith.models import find
 from tunesmith.render import Renderer
@@ -32,27 +33,28 @@ class Chat:
     def __call__(
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """One answer for each conversation, which ends with what the user said. In order."""
-        ids = [self.renderer.prompt_ids(p.messages, p.tools) for p in prompts]
+        """One answer for each conversation, which ends with what the user said. In order.
+
+        Of a prompt that leaves less than max_tokens (at most half the context) for its answer, the beginning is cut.
+        """
+        room = min(max_tokens, self.context // 2)
+        ids = [self.renderer.prompt_ids(p.messages, p.tools)[room - self.context :] for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         answers = [""] * len(ids)
         torch.manual_seed(seed)
         for start in range(0, len(order), BATCH):
             group = order[start : start + BATCH]
-            for i, answer in zip(group, self._batch([ids[i] for i in group], max_tokens, temperature), strict=True):
+            for i, answer in zip(group, self._batch([ids[i] for i in group], room, temperature), strict=True):
                 answers[i] = answer
         return answers
 
     @torch.inference_mode()
     def _batch(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
-        prompts = [p[-(self.context - 1) :] for p in prompts]
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
         ids = torch.tensor([[self.renderer.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = self.model.generate(
-            ids, attention_mask=mask, **self._how(min(max_tokens, self.context - width), temperature)
-        )
+        out = self.model.generate(ids, attention_mask=mask, **self._how(max_tokens, temperature))
         return [self._text(row[width:].tolist()) for row in out]
 
     def _how(self, max_tokens: int, temperature: float) -> dict[str, Any]:
@@ -62,7 +64,7 @@ class Chat:
             else {"do_sample": False}
         )
         return {
-            "max_new_tokens": max(1, max_tokens),
+            "max_new_tokens": max_tokens,
             "eos_token_id": self.renderer.stop_ids,
             "pad_token_id": self.renderer.pad_id,
             **sampling,
@@ -72,19 +74,26 @@ class Chat:
         end = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), len(ids))
         return self.renderer.decode(ids[:end]).strip()
 
+    def room(self, messages: tuple[Message, ...]) -> int:
+        """Tokens that the context leaves for an answer."""
+        return int(self.context - len(self.renderer.prompt_ids(messages)))
+
     def stream(
         self, messages: tuple[Message, ...], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[str]:
-        """The answer piece by piece, as it is written."""
+        """The answer piece by piece, as it is written. Raises DataError where the context leaves no room for one."""
+        left = self.room(messages)
+        if left < 1:
+            raise DataError(
+                f"the prompt is {self.context - left} tokens, the model's context {self.context}", fix="shorten it"
+            )
         torch.manual_seed(seed)
-        ids = torch.tensor(
-            [self.renderer.prompt_ids(messages)[-(self.context - 1) :]], device=next(self.model.parameters()).device
-        )
+        ids = torch.tensor([self.renderer.prompt_ids(messages)], device=next(self.model.parameters()).device)
         streamer = TextIteratorStreamer(_Decoder(self.renderer))
         arguments = {
             "attention_mask": torch.ones_like(ids),
             "streamer": _NewOnly(streamer, ids.shape[1]),
-            **self._how(min(max_tokens, self.context - ids.shape[1]), temperature),
+            **self._how(min(max_tokens, left), temperature),
         }
         failures: list[BaseException] = []
 

@@ -31,10 +31,11 @@ from tunesmith.runs import Run
 EVAL_TOKENS = (
     8192  # tokens scored at a time in validation; logits exist only chunk by chunk, so this bounds activations
 )
+SAVE_SECONDS, SAVE_SHARE = 60, 0.03  # a kill costs a minute at most, unless saving would then take over 3 % of the time
 
 
-def train(run: Run, stop: Callable[[], bool]) -> None:
-    """Train a run to its end from wherever it stands. `stop()` is asked after every step.
+def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
+    """Train a run to its end from wherever it stands, or from its checkpoint of `step`. `stop()` is asked after every step.
 
     Raises Interrupted after a checkpoint when asked to stop; TunesmithError when training cannot go on.
     """
@@ -58,7 +59,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
     optimizer = make_optimizer(model, recipe)
 
     position = Position()
-    start = checkpoint.latest(run)
+    start = checkpoint.latest(run, step)
     if start:
         position = checkpoint.restore(start, model, optimizer)
         run.append("resumed", step=position.step)
@@ -74,6 +75,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
     began, before = time.perf_counter(), position.seconds
     per_epoch = steps_per_epoch(len(train_set), recipe)
     stopped_early = 0 < recipe.patience <= position.since_best
+    saved_at, saving = time.monotonic(), 0.0
 
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
         base = validate(loss_module, valid_set)
@@ -106,7 +108,7 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
         position.supervised_tokens += supervised
         position.seconds = before + time.perf_counter() - began
         took = time.perf_counter() - clock
-        step = {"loss": total / supervised, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / took}
+        seen = {"loss": total / supervised, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / took}
         run.append(
             "step",
             step=position.step,
@@ -116,9 +118,9 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
             total_supervised_tokens=position.supervised_tokens,
             seconds=position.seconds,
             memory_mb=peak_memory_mb(),
-            **step,
+            **seen,
         )
-        tracker.scalars(position.step, {f"train/{k}": v for k, v in step.items()})
+        tracker.scalars(position.step, {f"train/{k}": v for k, v in seen.items()})
 
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
@@ -143,12 +145,15 @@ def train(run: Run, stop: Callable[[], bool]) -> None:
             improved = False
 
         asked = stop()
-        if improved or stopped_early or last or asked or position.step % int(recipe.save_steps) == 0:
+        due = time.monotonic() - saved_at > max(SAVE_SECONDS, saving / SAVE_SHARE)
+        if improved or stopped_early or last or asked or due or position.step % int(recipe.save_steps) == 0:
+            saved_at = time.monotonic()
             if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
                 raise diverged(run, math.nan, position.step)
             saved = checkpoint.save(run, model, renderer, optimizer, position)
             run.append("checkpoint", step=position.step, path=saved.name)
             checkpoint.prune(run, recipe.save_total_limit, position.best_step)
+            saving, saved_at = time.monotonic() - saved_at, time.monotonic()
         if asked and not last:
             tracker.close()
             run.append("state", state="paused")

@@ -1,4 +1,4 @@
-"""The process that trains one run: `python -m tunesmith.local.worker RUN`.
+"""The process that trains one run: `python -m tunesmith.local.worker RUN [--attached] [--step N]`.
 
 It takes the run's lock, trains, and writes all it has to say into the run's event log. SIGINT or SIGTERM:
 a checkpoint, then exit 130. With --attached it ends at once when its parent does (its standard input closes),
@@ -19,7 +19,7 @@ from tunesmith.runs import Run
 LOCKED = 75  # exit status when another worker holds the run (EX_TEMPFAIL of sysexits.h)
 
 
-def main(path: str, attached: bool) -> int:
+def main(path: str, attached: bool, step: int | None = None) -> int:
     run = Run(path)
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -35,7 +35,7 @@ def main(path: str, attached: bool) -> int:
         run.mend_log()
         from tunesmith.local.loop import train
 
-        train(run, stopping.is_set)
+        train(run, stopping.is_set, step)
     except Interrupted as error:
         return error.exit_status
     except TunesmithError as error:
@@ -84,4 +84,5 @@ def _end_with_parent(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], "--attached" in sys.argv[2:]))
+    words = sys.argv[2:]
+    sys.exit(main(sys.argv[1], "--attached" in words, int(words[-1]) if "--step" in words else None))
