@@ -1,4 +1,6 @@
-"""Make docs/settings.md and the help pages of all commands from the code. `--check` fails when one is not current.
+"""Make docs/settings.md, docs/data-findings.md and the help pages of all commands from the code.
+
+`--check` fails when one is not current.
 
     python tools/pages.py
 
@@ -15,14 +17,16 @@ from importlib import import_module
 from pathlib import Path
 
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
+from tunesmith.data.findings import table
 from tunesmith.recipe import fields
 
 SETTINGS = Path(__file__).parent.parent / "docs" / "settings.md"
+FINDINGS = SETTINGS.with_name("data-findings.md")
 
 
 def pages() -> dict[Path, str]:
     """Every made file with its text."""
-    return {SETTINGS: settings(), **{help_page(name): help_text(name) for name in COMMANDS}}
+    return {SETTINGS: settings(), FINDINGS: findings(), **{help_page(name): help_text(name) for name in COMMANDS}}
 
 
 def help_text(name: str) -> str:
@@ -53,6 +57,24 @@ def settings() -> str:
         )
         choices = f" ({', '.join(field.choices())})" if field.choices() else ""
         lines.append(f"| {names} | {default} | {field.help}{choices} |")
+    return "\n".join(lines) + "\n"
+
+
+def findings() -> str:
+    lines = [
+        "# Data findings",
+        "",
+        "What `tunesmith data check`, `plan` and `train` may report. Codes are stable. Errors stop a run (exit status 3); "
+        "warnings and notes are shown and",
+        "recorded in the run's `data/check.json`. Made from `facts/findings.toml`.",
+        "",
+        "| code | severity | meaning | what to do |",
+        "|---|---|---|---|",
+    ]
+    for code, known in table().items():
+        others = [f"{value} for {key}" for key, value in known.items() if key not in ("severity", "meaning", "fix")]
+        severity = "; ".join([known["severity"], *others])
+        lines.append(f"| `{code}` | {severity} | {known['meaning']} | {known['fix']} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,17 +8,18 @@ from typing import Any, Literal
 import msgspec
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Role = Literal["system", "developer", "user", "assistant", "tool", "function", "text"]
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One turn. `train` False: an assistant turn that is shown but not learnt (weight 0 of the OpenAI format).
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One turn, as the OpenAI format writes it. `weight` 0: an assistant turn that is shown but not learnt.
 
     The role "text" marks a row of plain text: rendered without a template, learnt whole.
     """
 
-    role: str
+    role: Role
     content: str
-    train: bool | None = None
+    weight: Literal[0, 1] | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     name: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import msgspec
 
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.check import load
+from tunesmith.data.findings import finding
+from tunesmith.data.persona import persona
 from tunesmith.data.split import Splits, prompt_key, split
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
@@ -108,7 +110,7 @@ def _idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
                 message = f"{name} has no effect: " + (
                     "the method is full" if instead == "lora" else "warmup_steps is set"
                 )
-                yield Issue("warning", "idle-setting", origin[name], message, fix)
+                yield finding("idle-setting", origin[name], message, fix)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -148,11 +150,12 @@ def _refuse_parts(dataset: str) -> None:
 
 def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
     _refuse_parts(need_dataset(recipe))
-    loaded = load(need_dataset(recipe), recipe.columns).require()
+    how = {"task": recipe.task, "provider": recipe.provider}
+    loaded = load(need_dataset(recipe), recipe.columns, **how).require()
     issues, apart = list(loaded.issues), {}
     for side, name in (("valid", recipe.valid_dataset), ("test", recipe.test_dataset)):
         if name:
-            part = load(name, recipe.columns).require()
+            part = load(name, recipe.columns, **how).require()
             apart[side] = part.conversations
             issues.extend(part.issues)
     splits = split(
@@ -173,8 +176,7 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
         both = [row for row in rows if prompt_key(row) in trained]
         if both:
             issues.append(
-                Issue(
-                    "warning",
+                finding(
                     "leak",
                     both[0].source,
                     f"{len(both)} rows of the {side} set ask what a training row asks",
@@ -202,8 +204,7 @@ def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered |
         if len(long) == len(rows):
             message = f"all rows are over-long: {message}"
         return list(rows), [
-            Issue(
-                "error",
+            finding(
                 "over-long",
                 worst.source,
                 f"{message}; the answer would be cut",
@@ -212,17 +213,32 @@ def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered |
         ]
     if policy == "drop":
         kept: list[Rendered | None] = [r if len(r.ids) <= limit else None for r in rows]
-        return kept, [Issue("warning", "over-long", worst.source, f"{message}; left out")]
+        return kept, [finding("cut", worst.source, f"{message}; left out")]
     cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
     kept = [r if any(r.mask[1:]) else None for r in cut]
     empty = f"; {kept.count(None)} of them keep nothing of the answer and are left out" if None in kept else ""
-    return kept, [Issue("warning", "over-long", worst.source, f"{message}; their ends are cut{empty}")]
+    return kept, [finding("cut", worst.source, f"{message}; their ends are cut{empty}")]
 
 
-def length_issues(rows: list[Conversation], model: str) -> list[Issue]:
-    """Findings about rows that are longer than a model's context."""
+def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
+    """A check of single rows against a model's context. A row is tokenised only where its bytes could be too many tokens."""
     folder = find(model)
-    return _fit(list(Renderer(folder).render_all(rows)), facts(folder).context, "error")[1]
+    renderer, limit = Renderer(folder), facts(folder).context
+
+    def check(row: Conversation) -> list[Issue]:
+        # byte-level tokens are a byte at least; a template adds some 10 tokens a turn, and more than 500 only with tools
+        if (
+            not row.tools
+            and sum(len(m.content) * (1 if m.content.isascii() else 4) + 20 for m in row.messages) + 500 < limit
+        ):
+            return []
+        length = len(renderer.render(row).ids)
+        if length <= limit:
+            return []
+        message = f"{length} tokens, {length - limit} more than the model's context: the answer would be cut"
+        return [finding("over-long", row.source, message, "shorten it")]
+
+    return check
 
 
 def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -> list[Issue]:
@@ -231,8 +247,7 @@ def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -
     silent = [r for r in rows if not any(r.mask[1:])]
     if silent:
         issues.append(
-            Issue(
-                "error",
+            finding(
                 "no-supervised-token",
                 silent[0].source,
                 f"{len(silent)} rows have no token to learn",
@@ -242,8 +257,7 @@ def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -
     top = max(max(r.ids, default=0) for r in rows)
     if top >= model.vocabulary:
         issues.append(
-            Issue(
-                "error",
+            finding(
                 "id-out-of-range",
                 rows[0].source,
                 f"token id {top} is outside the model's vocabulary of {model.vocabulary}",
@@ -254,8 +268,7 @@ def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -
     endless = [r for r in rows if not any(m and i in stops for i, m in zip(r.ids, r.mask, strict=True))]
     if endless:
         issues.append(
-            Issue(
-                "warning",
+            finding(
                 "no-end-of-turn",
                 endless[0].source,
                 f"{len(endless)} of {len(rows)} rows never teach the model to stop",
@@ -303,25 +316,6 @@ def _resolve_auto(
         steps = new.get("eval_steps", recipe.eval_steps)
         new["save_steps"], values["save_steps"] = steps, (steps, "at each validation")
     return msgspec.structs.replace(recipe, **new), {**origin, **{k: f"auto: {values[k][1]}" for k in new}}
-
-
-NO_NAMES = {"OK", "Okay", "Not", "No", "Sorry", "Sure", "Yes", "Here", "So", "Very", "AI", "English", "I"}  # “I'm OK”
-
-
-def persona(rows: list[Conversation]) -> tuple[str, int]:
-    """The name that answers give to their speaker ("I'm Deep Tree Echo", "my name is …"), and how many do.
-
-    At least two capitalised words or four answers, and 3 % of the rows; else ("none", 0).
-    """
-    import re
-    from collections import Counter
-
-    said = re.compile(r"(?:\bI am|\bI[’']m|[Mm]y name is|[Cc]all me) ((?:[A-Z][\w-]+)(?: [A-Z][\w-]+){0,3})")
-    names = Counter(name for row in rows for name in {m[1] for m in said.finditer(row.answer())} - NO_NAMES)
-    if not names:
-        return "none", 0
-    name, count = max(names.items(), key=lambda item: (item[1], len(item[0])))
-    return (name, count) if count >= max(4 - name.count(" "), 0.03 * len(rows)) else ("none", 0)
 
 
 # ---- cost

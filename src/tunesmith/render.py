@@ -141,7 +141,7 @@ class Renderer:
 
     def _render(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
         """The template's text, the assistant's parts between marks where it has `{% generation %}`."""
-        plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "train"} for m in messages]
+        plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "weight"} for m in messages]
         try:
             return self._compiled.render(messages=plain, tools=tools, add_generation_prompt=prompt, **self.special)
         except (TemplateError, TypeError, KeyError) as error:
@@ -171,9 +171,7 @@ class Renderer:
                 where=conversation.source,
                 fix="use another chat template",
             )
-        return text, [
-            self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.train is not False
-        ]
+        return text, [self._to_turn_end(text, span) for span, m in zip(spans, turns, strict=True) if m.weight != 0]
 
     def _spans_by_prefix(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         """What the template adds to `text` after its generation prompt, for each answer."""

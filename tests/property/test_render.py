@@ -50,7 +50,7 @@ def test_weight_zero_is_not_learnt(pairs: list[tuple[str, str]], draw: st.DataOb
     messages = tuple(
         m
         for (ask, answer), keep in zip(pairs, kept, strict=True)
-        for m in (Message("user", ask), Message("assistant", answer, train=keep))
+        for m in (Message("user", ask), Message("assistant", answer, weight=int(keep)))
     )
     row = renderer.render(Conversation(messages))
     learnt = renderer.decode([i for i, m in zip(row.ids, row.mask, strict=True) if m], special=True)

@@ -12,10 +12,10 @@ import pytest
 from conftest import rows, write
 from training import fit
 from tunesmith import api
+from tunesmith.data.persona import persona
 from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation import report
 from tunesmith.evaluation.stats import compare
-from tunesmith.planning import persona
 from tunesmith.runs import Run
 
 

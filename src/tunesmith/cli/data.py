@@ -1,4 +1,4 @@
-"""tunesmith data check | split | preview."""
+"""tunesmith data check | preview."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import Parser, coloured, columns, natural, positive, show_json
+from tunesmith.cli.options import Parser, coloured, columns, positive, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,32 +21,77 @@ SHOWN = 3  # findings printed of each kind; --json has all
 
 def check(argv: list[str]) -> int:
     parser = Parser(
-        "data check", "Find every problem in a data set, each with line and fix. Exit status 3 when there are errors."
+        "data check",
+        "Find every problem in a data set, each with line and fix, and grade it. Exit status 3 when there are errors.",
     ).with_json()
-    parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
+    parser.add_argument("dataset", nargs="+", help="files, folders, sample names or Hub data sets, checked as one")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
+    parser.add_argument(
+        "--task", choices=("chat", "code", "instruct", "domain", "custom"), help="what it is for [chat]"
+    )
+    parser.add_argument(
+        "--provider", choices=("huggingface", "openai"), help="who will train: some findings weigh more"
+    )
     parser.add_argument("--model", help="also find rows that are too long for this model")
+    parser.add_argument(
+        "--fix", metavar="OUT", help="write a repaired copy to OUT, and what was changed to OUT.changes.jsonl"
+    )
+    parser.add_argument("--report", metavar="OUT.html", help="write the findings as a page")
+    parser.add_argument(
+        "--no-near-duplicates", action="store_true", help="do not look for rows that are almost the same"
+    )
+    parser.add_argument(
+        "--structure-only", action="store_true", help="JSON, roles and emptiness only: the fastest look"
+    )
     parser.add_argument("--explain", action="store_true", help="say which row formats were recognised, and how")
     options = parser.parse_args(argv)
-    from tunesmith import api
+    from tunesmith.cli.progress import Bar
+    from tunesmith.data.check import by_severity, examine, grade
 
-    found = api.check(options.dataset, columns(options.columns))
-    issues = list(found.issues)
-    if options.model and found.conversations:
-        from tunesmith.planning import length_issues
+    for path in (options.fix, options.report):
+        if path and Path(path).exists():
+            raise UsageError("exists already", where=path, fix="choose another name, or remove it")
+    each = None
+    if options.model:
+        from tunesmith.planning import over_long
 
-        issues += length_issues(found.conversations, options.model)
-    errors = sum(i.severity == "error" for i in issues)
-    warnings = sum(i.severity == "warning" for i in issues)
+        each = over_long(options.model)
+    with Bar() as bar:
+        found = examine(
+            options.dataset,
+            columns(options.columns),
+            task=options.task or "chat",
+            provider=options.provider,
+            structure_only=options.structure_only,
+            near_duplicates=not options.no_near_duplicates,
+            each=each,
+            progress=bar,
+        )
+    found.issues = by_severity(found.issues)
+    word, reasons = grade(found)
+    errors, warnings = found.count("error"), found.count("warning")
+    if options.report:
+        from tunesmith.data.report import write_report
+
+        write_report(Path(options.report), found, word, reasons)
+    fixed = None
+    if options.fix:
+        from tunesmith.data.repair import repair
+
+        fixed = repair(options.dataset, Path(options.fix))
     if options.json:
         show_json(
             {
                 "dataset": options.dataset,
                 "rows": found.rows_in,
-                "usable": len(found.conversations),
+                "usable": found.usable,
                 "formats": found.formats,
+                "grade": word,
+                "reasons": reasons,
                 "errors": errors,
                 "warnings": warnings,
+                "counts": found.counts,
+                "fixed": fixed,
                 "issues": [
                     {
                         "code": i.code,
@@ -56,12 +101,12 @@ def check(argv: list[str]) -> int:
                         "message": i.message,
                         "fix": i.fix,
                     }
-                    for i in issues
+                    for i in found.issues
                 ],
             }
         )
         return 3 if errors else 0
-    for line in summary(issues):
+    for line in summary(found.issues, counts=found.counts):
         print(line)
     if options.explain:
         from tunesmith.data.formats import BY_NAME
@@ -73,73 +118,24 @@ def check(argv: list[str]) -> int:
                 + (f"; also read: {', '.join(sorted(known.optional))}" if known.optional else "")
             )
     kinds = ", ".join(f"{count} {name}" for name, count in found.formats.items()) or "no known format"
-    print(f"{found.rows_in} rows ({kinds}): {len(found.conversations)} usable, {errors} errors, {warnings} warnings")
+    print(f"{found.rows_in} rows ({kinds}): {found.usable} usable, {errors} errors, {warnings} warnings")
+    print(f"grade: {word} ({'; '.join(reasons)})")
+    if fixed:
+        print(f"{fixed['file']}: {fixed['rows']} rows, {fixed['changes']} changes, listed in {fixed['log']}")
     return 3 if errors else 0
 
 
-def summary(issues: list[Issue], shown: int = SHOWN) -> Iterator[str]:
-    """Findings as lines, errors first, the first few of each kind with the number of the others."""
+def summary(issues: list[Issue], shown: int = SHOWN, counts: dict[str, int] | None = None) -> Iterator[str]:
+    """Findings as lines, errors first, the first few of each kind with the number of the others (of all, by `counts`)."""
     kinds: dict[tuple[int, str], list[Issue]] = {}
     for issue in issues:
         kinds.setdefault((("error", "warning", "info").index(issue.severity), issue.code), []).append(issue)
     for (_, code), found in sorted(kinds.items(), key=lambda item: item[0][0]):
         for issue in found[:shown]:
             yield f"{issue.severity:8} {issue.line()}"
-        if len(found) > shown:
-            yield f"{'':8} and {len(found) - shown} more [{code}]"
-
-
-def split(argv: list[str]) -> int:
-    parser = Parser("data split", "Write PREFIX_train.jsonl, PREFIX_val.jsonl and PREFIX_test.jsonl.").with_json()
-    parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
-    parser.add_argument("-o", "--output", required=True, metavar="PREFIX", help="where the files go: out/mydata")
-    parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
-    parser.add_argument("--valid", type=float, default=0.1, metavar="SHARE", help="share for validation [0.1]")
-    parser.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="share for testing [0]")
-    parser.add_argument(
-        "--method", choices=("hash", "threshold", "shuffle"), default="hash", help="as --split-method of train [hash]"
-    )
-    parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
-    parser.add_argument("--seed", type=natural, default=42)
-    options = parser.parse_args(argv)
-    for share in (options.valid, options.test, options.valid + options.test):
-        if not 0 <= share < 1:
-            raise UsageError(
-                f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1"
-            )
-    from tunesmith import api
-    from tunesmith.data.split import split as divide
-    from tunesmith.data.write import as_row, write_jsonl
-
-    rows = api.check(options.dataset, columns(options.columns)).require().conversations
-    parts = divide(
-        rows, options.valid, options.test, method=options.method, seed=options.seed, group_by=options.group_by
-    )
-    prefix = Path(options.output)
-    if not prefix.name or options.output.endswith("/"):
-        raise UsageError("not the beginning of file names", where=options.output, fix="e.g. --output out/mydata")
-    targets = {
-        side: prefix.with_name(f"{prefix.name}_{name}.jsonl")
-        for side, name in (("train", "train"), ("valid", "val"), ("test", "test"))
-        if parts[side]
-    }
-    for path in targets.values():
-        if path.exists():
-            raise UsageError("exists already", where=str(path), fix="choose another --output, or remove it")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    for side, path in targets.items():
-        write_jsonl(path, (as_row(row) for row in parts[side]))
-    if options.json:
-        show_json(
-            {
-                "files": {side: str(path) for side, path in targets.items()},
-                "rows": {side: len(parts[side]) for side in targets},
-            }
-        )
-    else:
-        for side, path in targets.items():
-            print(f"{path}  {len(parts[side])} rows")
-    return 0
+        total = (counts or {}).get(code, len(found))
+        if total > shown:
+            yield f"{'':8} and {total - shown} more [{code}]"
 
 
 def preview(argv: list[str]) -> int:

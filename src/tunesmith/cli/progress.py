@@ -79,6 +79,34 @@ class Progress:
             self._shown = 0
 
 
+class Bar:
+    """Progress of reading: called with rows so far and the share of the bytes; as a context it ends its line."""
+
+    def __init__(self) -> None:
+        self._live, self._began, self._last, self._shown = sys.stderr.isatty(), time.monotonic(), time.monotonic(), 0
+
+    def __call__(self, rows: int, share: float) -> None:
+        now = time.monotonic()
+        if now - self._last < (0.2 if self._live else EVERY_SECONDS):
+            return
+        self._last, took = now, now - self._began
+        eta = took / share * (1 - share) if share else 0.0
+        words = [f"{rows:,} rows", f"{rows / took:,.0f} rows/s", f"ETA {clock(eta)}"]
+        if self._live:
+            text = fit(share, f"{share:4.0%}", "", words)
+            _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")
+            self._shown = len(text)
+        else:
+            _write("  ".join([f"{share:.0%}", *words]) + "\n")
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            _write(f"\r{' ' * self._shown}\r")
+
+
 def _write(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal went away: training goes on to its checkpoint
         print(text, end="", file=sys.stderr, flush=True)

@@ -1,94 +1,204 @@
-"""Structural checks: what would waste a run is found first, with line, field and fix."""
+"""Every check of a data set in one pass: what would waste a run is found first, with line, field and fix.
+
+`examine` streams: besides the conversations, where they are asked for, it keeps some 350 bytes a row, whatever the row's
+length. Chats in JSONL take a fast road (`formats.chats`), all else `formats.convert`; both end in the same Conversation.
+"""
 
 from __future__ import annotations
 
-import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 
 from tunesmith.conversation import Conversation, Issue
-from tunesmith.data.formats import convert
-from tunesmith.data.read import read
+from tunesmith.data import text as texts
+from tunesmith.data.findings import ORDER, finding, graded
+from tunesmith.data.formats import chats, convert
+from tunesmith.data.read import NotLines, blocks, container, files, hub, opened, record, rows, unreadable
 from tunesmith.errors import DataError
 
-# Control tokens of common models, as text: tokenized as such, they would end turns or begin roles inside an answer
-SPECIAL = re.compile(r"<\|[A-Za-z_ ]{1,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>")
-FEW_ROWS = 50  # below this a fine-tune rarely generalises (OpenAI's guidance: start with 50 good examples)
+FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
+KEPT = 1000  # findings of one code that are kept with place and text; all are counted
+Progress = Callable[[int, float], None]  # rows so far, share of the bytes read
 
 
 class Loaded(msgspec.Struct):
-    """What a data set holds. rows_in = len(conversations) + rows with an error."""
+    """What a data set holds. rows_in = usable + rows with an error; `counts`: findings by code, `issues`: the first of each."""
 
     dataset: str
-    conversations: list[Conversation]
-    issues: list[Issue]
-    rows_in: int
-    formats: dict[str, int]
+    conversations: list[Conversation] = []
+    issues: list[Issue] = []
+    rows_in: int = 0
+    usable: int = 0
+    warned: int = 0  # usable rows with a warning
+    formats: dict[str, int] = {}
+    counts: dict[str, int] = {}
 
     def errors(self) -> list[Issue]:
         return [i for i in self.issues if i.severity == "error"]
 
+    def count(self, severity: str) -> int:
+        """How many findings have a severity."""
+        known = {i.code: i.severity for i in self.issues}
+        return sum(n for code, n in self.counts.items() if known[code] == severity)
+
     def require(self) -> Loaded:
         """Itself, or DataError with the first error and the count of the others."""
-        bad = self.errors()
+        bad, more = self.errors(), self.count("error") - 1
         if bad:
-            more = f" (and {len(bad) - 1} more; see: tunesmith data check {self.dataset})" if len(bad) > 1 else ""
-            raise DataError(f"{bad[0].message} [{bad[0].code}]{more}", where=bad[0].where, fix=bad[0].fix)
+            others = f" (and {more} more; see: tunesmith data check {self.dataset})" if more > 0 else ""
+            raise DataError(f"{bad[0].message} [{bad[0].code}]{others}", where=bad[0].where, fix=bad[0].fix)
         return self
 
+    def add(self, issue: Issue) -> None:
+        self.counts[issue.code] = self.counts.get(issue.code, 0) + 1
+        if self.counts[issue.code] <= KEPT:
+            self.issues.append(issue)
 
-def load(dataset: str, columns: dict[str, str] | None = None) -> Loaded:
-    """Read and check a data set whole. Raises DataError only when nothing can be read at all."""
-    found = Loaded(dataset, [], [], 0, {})
+
+def load(dataset: str, columns: dict[str, str] | None = None, **options: Any) -> Loaded:
+    """Read and check a data set whole. Raises DataError only when nothing can be read at all. Options as of `examine`."""
+    return examine([dataset], columns, keep=True, **options)
+
+
+def examine(
+    datasets: list[str],
+    columns: dict[str, str] | None = None,
+    *,
+    task: str | None = None,
+    provider: str | None = None,
+    keep: bool = False,
+    structure_only: bool = False,
+    near_duplicates: bool = True,
+    each: Callable[[Conversation], Iterable[Issue]] | None = None,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Check data sets as one. `keep` the conversations; `each` may add findings about every usable one.
+
+    Structure only: JSON, roles and emptiness, but nothing about what the texts say or whether rows are alike.
+    """
+    found = Loaded(", ".join(datasets))
     formats: Counter[str] = Counter()
-    first_seen: dict[str, str] = {}
-    for row in read(dataset):
+    alike = None if structure_only else Likeness(near_duplicates)
+    for item, name in scan(datasets, columns or {}, progress):
         found.rows_in += 1
-        result = row if isinstance(row, Issue) else convert(row, columns or {})
-        if isinstance(result, Issue):
-            found.issues.append(result)
+        if isinstance(item, Issue):
+            found.add(graded(item, task, provider))
             continue
-        conversation, name = result
         formats[name] += 1
-        issues = list(check(conversation))
-        digest = conversation.digest()
-        if digest in first_seen:
-            issues.append(
-                Issue(
-                    "warning",
-                    "duplicate",
-                    conversation.source,
-                    f"the same as {first_seen[digest]}",
-                    "remove one of them",
-                )
-            )
-        first_seen.setdefault(digest, conversation.source)
-        found.issues.extend(issues)
-        if not any(i.severity == "error" for i in issues):
-            found.conversations.append(conversation)
+        if _plain(item):
+            issues = [] if structure_only else list(said(item))
+        else:
+            issues = [*structure(item), *(() if structure_only else said(item))]
+        if each:
+            issues += each(item)
+        if issues:
+            issues = [graded(i, task, provider) for i in issues]
+            for issue in issues:
+                found.add(issue)
+            if any(i.severity == "error" for i in issues):
+                continue
+            found.warned += any(i.severity == "warning" for i in issues)
+        found.usable += 1
+        if alike:
+            alike.add(item)
+        if keep:
+            found.conversations.append(item)
+    for issue in alike.findings() if alike else ():
+        issue = graded(issue, task, provider)
+        found.warned += issue.severity == "warning"
+        found.add(issue)
     found.formats = dict(formats)
-    if not found.errors() and found.rows_in < FEW_ROWS:
-        found.issues.append(
-            Issue(
-                "warning",
-                "few-rows",
-                dataset,
-                f"{found.rows_in} rows; expect a model that memorises them",
-                f"{FEW_ROWS} to 500 good rows are a better start",
-            )
-        )
+    for issue in size(found):
+        found.add(graded(issue, task, provider))
+    found.warned = min(found.warned, found.usable)
     return found
 
 
-def check(conversation: Conversation) -> Iterator[Issue]:
-    """Findings about one conversation's structure and text."""
+def scan(
+    datasets: list[str], columns: dict[str, str], progress: Progress | None = None
+) -> Iterator[tuple[Conversation, str] | tuple[Issue, str]]:
+    """(Conversation, name of its format) or (Issue, "") for each row of the data sets, in order."""
+    listed = [(name, files(name)) for name in datasets]
+    single = sum(len(paths or [0]) for _, paths in listed) == 1
+    total = sum(path.stat().st_size for _, paths in listed for path in paths or ()) or 1
+    before, count = 0, 0
+    for name, paths in listed:
+        if paths is None:
+            yield from (_converted(row, columns) for row in hub(name))
+        for path in paths or ():
+            try:
+                if columns or container(path) in (".csv", ".tsv", ".parquet", ".json"):
+                    for row in rows(path):
+                        yield _converted(row, columns)
+                else:
+                    for part, at in _lines(str(path), path):
+                        yield from part
+                        count += len(part)
+                        if progress:
+                            progress(count, min(1.0, (before + at) / total))
+            except DataError as error:
+                if single:
+                    raise
+                yield unreadable(error), ""
+            before += path.stat().st_size
+
+
+def _converted(row: Any, columns: dict[str, str]) -> tuple[Conversation, str] | tuple[Issue, str]:
+    result = row if isinstance(row, Issue) else convert(row, columns)
+    return (result, "") if isinstance(result, Issue) else result
+
+
+def _lines(name: str, path: Any) -> Iterator[tuple[list[Any], int]]:
+    """Blocks of a JSONL file: what its rows are, and the bytes of the file read so far (of a packed one: unpacked)."""
+    with opened(path) as stream:
+        if stream is None:
+            yield [_converted(row, {}) for row in rows(path)], 0
+            return
+        at = 0
+        try:
+            for first, lines in blocks(path, stream):
+                at += sum(map(len, lines))
+                found: list[Any] = []
+                for i, chat in enumerate(chats(lines, name, first)):
+                    if chat is not None:
+                        found.append((chat, "messages"))
+                    elif lines[i].strip():
+                        row = record(lines[i], f"{name}:{first + i}")
+                        found.append(_converted(row, {}))
+                yield found, at
+        except NotLines:
+            yield [_converted(row, {}) for row in rows(path)], at
+
+
+# ---- one conversation
+
+
+@lru_cache(4096)
+def _good_roles(roles: tuple[str, ...]) -> bool:
+    """System first or absent, then user and assistant in turn, the assistant last: most rows there are."""
+    turns = roles[1:] if roles[0] in ("system", "developer") else roles
+    return len(turns) % 2 == 0 and bool(turns) and turns == ("user", "assistant") * (len(turns) // 2)
+
+
+def _plain(conversation: Conversation) -> bool:
+    """Whether there can be no structural finding: the quick look that spares most rows the long one."""
+    for m in conversation.messages:
+        if not m.content or m.content.isspace() or m.weight is not None:
+            return False
+    return _good_roles(tuple([m.role for m in conversation.messages]))
+
+
+def structure(conversation: Conversation) -> Iterator[Issue]:
+    """Findings about one conversation's turns."""
     where, messages = conversation.source, conversation.messages
-    learnt = [m for m in messages if m.role == "text" or (m.role == "assistant" and m.train is not False)]
+    learnt = [m for m in messages if m.role == "text" or (m.role == "assistant" and m.weight != 0)]
     if not learnt:
-        yield Issue(
-            "error",
+        yield finding(
             "no-answer",
             where,
             "nothing here is to be learnt: no assistant message",
@@ -98,36 +208,158 @@ def check(conversation: Conversation) -> Iterator[Issue]:
         place = f"message {i + 1} ({message.role})"
         if not message.content.strip() and not message.tool_calls:
             code = "empty-answer" if message in learnt else "empty-text"
-            yield Issue("error", code, where, f"{place} is empty", "write the text or remove the row")
-        if mark := SPECIAL.search(message.content):
-            yield Issue(
-                "warning",
-                "special-token",
-                where,
-                f"{place} holds {mark[0]!r}, which tokenizers read as a control token",
-                "write it in another way, or remove it",
-            )
-        if "\x00" in message.content:
-            yield Issue("warning", "nul", where, f"{place} holds a NUL character", "remove it")
-        if "\ufffd" in message.content:
-            yield Issue(
-                "warning",
-                "replacement-character",
-                where,
-                f"{place} holds U+FFFD, the mark of a lost character",
-                "restore the text from its source",
-            )
+            yield finding(code, where, f"{place} is empty", "write the text or remove the row")
         if i and message.role == messages[i - 1].role and message.role in ("user", "assistant"):
-            yield Issue(
-                "warning",
+            yield finding(
                 "same-role-twice",
                 where,
                 f"{place} follows another of the same role",
                 "join them, or add the turn between",
             )
         if message.role == "system" and i:
-            yield Issue("warning", "late-system", where, f"{place} is not the first", "put the system message first")
+            yield finding("late-system", where, f"{place} is not the first", "put the system message first")
     if learnt and messages[-1].role == "user":
-        yield Issue(
-            "warning", "trailing-turn", where, "ends with a user turn that nothing answers", "remove the last turn"
+        yield finding("trailing-turn", where, "ends with a user turn that nothing answers", "remove the last turn")
+
+
+def said(conversation: Conversation) -> Iterator[Issue]:
+    """Findings about what one conversation's messages say."""
+    for i, m in enumerate(conversation.messages):
+        for code, message, fix in texts.findings(m.content, m.role == "assistant" and m.weight != 0):
+            yield finding(code, conversation.source, f"message {i + 1} ({m.role}) {message}", fix)
+
+
+# ---- the rows together
+
+
+class Likeness:
+    """Rows that are the same, alike, or contradict each other. Keeps hashes and sketches, not texts."""
+
+    def __init__(self, near: bool) -> None:
+        self._content, self._prompt, self._answer, self._line = (array("q") for _ in range(4))
+        self._file = array("l")
+        self._files: dict[str, int] = {}
+        self._sketches: list[Any] = []
+        self._texts: list[str] | None = [] if near else None
+
+    def add(self, conversation: Conversation) -> None:
+        last = len(conversation.messages) - 1
+        contents = tuple([m.content for m in conversation.messages])
+        path, _, line = conversation.source.rpartition(":")
+        self._file.append(self._files.setdefault(path, len(self._files)))
+        self._line.append(int(line))
+        calls = [m.tool_calls for m in conversation.messages if m.tool_calls]
+        roles = tuple([m.role for m in conversation.messages])
+        self._content.append(
+            hash((roles, contents, repr((conversation.tools, calls)) if conversation.tools or calls else None))
         )
+        asks = conversation.messages[last].role == "assistant" and last > 0
+        self._prompt.append(hash(" ".join("\x1e".join(contents[:last]).split()).casefold()) if asks else 0)
+        self._answer.append(hash(" ".join(contents[last].split()).casefold()) if asks else 0)
+        if self._texts is not None:
+            skip = 1 if roles[0] in ("system", "developer") else 0
+            self._texts.append(" ".join(contents[skip:]))
+            if len(self._texts) >= 1024:
+                self._sketch()
+
+    def _sketch(self) -> None:
+        from tunesmith.data.dedup import sketches
+
+        if self._texts:
+            self._sketches.append(sketches(self._texts))
+            self._texts.clear()
+
+    def _where(self, row: int) -> str:
+        return f"{list(self._files)[self._file[row]]}:{self._line[row]}"
+
+    def _pair(self, code: str, later: int, first: int, message: str, fix: str) -> Issue:
+        """Alike in two files, which may be two sides of a split, is a leak."""
+        if self._file[later] != self._file[first]:
+            code, fix = "leak", "remove one of them, if the files are train and held out"
+        return finding(code, self._where(later), f"{message} {self._where(first)}", fix)
+
+    def findings(self) -> Iterator[Issue]:
+        import numpy as np
+
+        content, prompt, answer = (np.frombuffer(a, np.int64) for a in (self._content, self._prompt, self._answer))
+        again = np.zeros(len(content), bool)
+        for later, first in _repeats(content):
+            again[later] = True
+            yield self._pair("duplicate", later, first, "the same as", "remove one of them")
+        for later, first in _repeats(prompt):
+            if prompt[later] and not again[later] and answer[later] != answer[first]:
+                yield self._pair(
+                    "contradiction",
+                    later,
+                    first,
+                    "asks the same, and is answered otherwise, as",
+                    "keep the better answer",
+                )
+        self._sketch()
+        if self._sketches:
+            from tunesmith.data.dedup import pairs
+
+            kept = np.flatnonzero(~again)
+            for a, b, alike in pairs(np.concatenate(self._sketches)[kept]):
+                first, later = int(kept[a]), int(kept[b])
+                yield self._pair("near-duplicate", later, first, f"{alike:.0%} alike to", "remove one of them")
+
+
+def _repeats(hashes: Any) -> Iterator[tuple[int, int]]:
+    """(row, first row of the same hash) for every row that is not the first of its hash, in order."""
+    import numpy as np
+
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    owner = first[inverse]
+    for row in np.flatnonzero(owner != np.arange(len(owner))):
+        yield int(row), int(owner[row])
+
+
+def size(found: Loaded) -> Iterator[Issue]:
+    """Whether there are enough rows."""
+    n = found.rows_in
+    if found.count("error"):
+        return
+    if n < HOSTED_ROWS:
+        yield finding(
+            "too-few-rows",
+            found.dataset,
+            f"{n} rows; hosted services ask for {HOSTED_ROWS} at least",
+            f"add {HOSTED_ROWS - n}",
+        )
+    if n < FEW_ROWS:
+        yield finding(
+            "few-rows",
+            found.dataset,
+            f"{n} rows; expect a model that memorises them",
+            f"{FEW_ROWS} to 500 good rows are a better start",
+        )
+    elif n < SOME_ROWS:
+        yield finding(
+            "some-rows",
+            found.dataset,
+            f"{n} rows; enough to begin with",
+            f"most tasks want {SOME_ROWS} to 500 good ones",
+        )
+
+
+def grade(found: Loaded) -> tuple[str, list[str]]:
+    """A word for the whole (unusable, weak, fair or good) and the reasons for it.
+
+    unusable: any error. weak: under 50 rows, or a warning for over 20 % of them. fair: under 200 rows, or over 5 %.
+    """
+    share = found.warned / max(1, found.usable)
+    warned = f"{found.warned} of {found.usable} rows ({share:.0%}) have a warning"
+    if found.count("error"):
+        return "unusable", [f"{found.count('error')} errors: training would not start"]
+    reasons = {
+        "weak": [f"under {FEW_ROWS} rows"] * (found.rows_in < FEW_ROWS) + [warned] * (share > 0.2),
+        "fair": [f"under {SOME_ROWS} rows"] * (found.rows_in < SOME_ROWS) + [warned] * (share > 0.05),
+    }
+    word = next((w for w, why in reasons.items() if why), "good")
+    return word, reasons.get(word, [f"{found.rows_in} rows, {warned}"])
+
+
+def by_severity(issues: Iterable[Issue]) -> list[Issue]:
+    """Errors first; within a severity in the order found."""
+    return sorted(issues, key=lambda i: ORDER.index(i.severity))

@@ -7,14 +7,15 @@ formats fit, the one that explains more keys wins; a tie is an error that asks f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from tunesmith.conversation import ROLES, Conversation, Issue, Message
+from tunesmith.conversation import ROLES, Conversation, Issue, Message, Role
+from tunesmith.data.findings import finding
 from tunesmith.data.read import Row
 
-SHAREGPT_ROLES = {
+SHAREGPT_ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -124,9 +125,9 @@ def _message(item: Any, place: str) -> Message:
     if not isinstance(weight, int | float | None) or weight not in (None, 0, 1):
         raise Bad("bad-weight", f"{place}.weight is {weight!r}", "a weight is 0 or 1")
     return Message(
-        role,
+        cast(Role, role),
         _content(content, place),
-        train=None if weight is None else bool(weight),
+        weight=None if weight is None else 1 if weight else 0,
         tool_calls=calls,
         tool_call_id=item.get("tool_call_id"),
         name=item.get("name"),
@@ -208,8 +209,7 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
     if columns:
         missing = [theirs for theirs in columns.values() if theirs not in value]
         if missing:
-            return Issue(
-                "error",
+            return finding(
                 "unknown-columns",
                 row.where,
                 f'no column "{missing[0]}" here (columns: {", ".join(sorted(value))})',
@@ -221,10 +221,10 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         mapped, rest = value, {}
     known = detect(set(mapped))
     if isinstance(known, Bad):
-        return Issue("error", known.issue[0], row.where, *known.issue[1:])
+        return finding(known.issue[0], row.where, *known.issue[1:])
     tools = mapped.get("tools") or None
     if tools is not None and not _objects(tools):
-        return Issue("error", "wrong-type", row.where, '"tools" is not a list of objects', "write the tools as a list")
+        return finding("wrong-type", row.where, '"tools" is not a list of objects', "write the tools as a list")
     used = known.required | known.optional
     try:
         messages = known.parse(mapped)
@@ -232,7 +232,47 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         if isinstance(system, str) and system.strip() and messages[0].role in ("user", "assistant"):
             messages = (Message("system", system), *messages)
     except Bad as bad:
-        return Issue("error", bad.issue[0], row.where, *bad.issue[1:])
+        return finding(bad.issue[0], row.where, *bad.issue[1:])
     extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
     metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
     return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=tools), known.name
+
+
+class _Chat(msgspec.Struct, forbid_unknown_fields=True):
+    """A row of the `messages` format that holds nothing unusual: decoded in one step, 3 times as fast as `convert`."""
+
+    messages: tuple[Message, ...]
+    metadata: dict[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+
+
+_CHATS = msgspec.json.Decoder(_Chat)
+
+
+def chats(lines: list[bytes], path: str, first: int) -> list[Conversation | None]:
+    """What `convert` would make of JSON lines, for those that are plain chats; None for all others.
+
+    `first` is the number of the first line in the file. A property test holds it to `convert`.
+    """
+    block = b"".join(lines)
+    found: list[_Chat | None] | None = None
+    if b'"text"' not in block:  # no content parts, and nobody poses as our own role of that name
+        try:
+            found = list(_CHATS.decode_lines(block))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found = None
+    if found is None or len(found) != len(lines):
+        found = [_chat(line) for line in lines]
+    return [
+        Conversation(row.messages, row.metadata, f"{path}:{number}", row.tools) if row and row.messages else None
+        for number, row in enumerate(found, first)
+    ]
+
+
+def _chat(line: bytes) -> _Chat | None:
+    if b'"text"' in line:
+        return None
+    try:
+        return _CHATS.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -11,6 +11,7 @@ import io
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +19,12 @@ from typing import IO, Any
 import msgspec
 
 from tunesmith.conversation import Issue
+from tunesmith.data.findings import finding
 from tunesmith.errors import DataError, UsageError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".zst")
-_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 SAMPLES = Path(__file__).parent.parent / "assets" / "data"
@@ -45,33 +47,48 @@ def read(dataset: str) -> Iterator[Row | Issue]:
 
     Raises DataError when there is nothing of that name, or nothing in it.
     """
+    found = files(dataset)
+    if found is None:
+        yield from hub(dataset)
+        return
+    for file in found:
+        try:
+            yield from rows(file)
+        except DataError as error:
+            if len(found) == 1:
+                raise
+            yield unreadable(error)  # one bad file must not hide what is wrong with the others
+
+
+def files(dataset: str) -> list[Path] | None:
+    """The files of a data set: itself, or those of a folder or a sample's name. None for a name that may be the Hub's."""
     if not dataset.strip():
         raise UsageError("no data set: the name is empty", fix="is a variable of your shell unset?")
     path = Path(dataset).expanduser()
     if dataset in samples() and not path.exists():
         path = SAMPLES / f"{dataset}.jsonl"
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _container(p) in SUFFIXES)
-        if not files:
+        found = sorted(p for p in path.rglob("*") if p.is_file() and container(p) in SUFFIXES)
+        if not found:
             raise DataError("no data file in this folder", where=dataset, fix=f"expected {', '.join(SUFFIXES)}")
-        for file in files:
-            try:
-                yield from _file(file)
-            except DataError as error:  # one bad file must not hide what is wrong with the others
-                yield Issue("error", "unreadable-file", error.where, error.message, error.fix)
-    elif path.exists():
-        yield from _file(path)
-    elif _looks_like_path(dataset):
+        return found
+    if path.exists():
+        return [path]
+    if _looks_like_path(dataset):
         raise DataError("no such file", where=dataset, fix="check the path; it is taken from the current folder")
-    else:
-        yield from _hub(dataset)
+    return None
+
+
+def unreadable(error: DataError) -> Issue:
+    return finding("unreadable-file", error.where, error.message, error.fix)
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or _container(Path(name)) in SUFFIXES
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or container(Path(name)) in SUFFIXES
 
 
-def _container(path: Path) -> str:
+def container(path: Path) -> str:
+    """The suffix that says what a file is, without that of its packing: ".jsonl" of "a.jsonl.gz"."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
@@ -90,25 +107,33 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _file(path: Path) -> Iterator[Row | Issue]:
-    container = _container(path)
+def rows(path: Path) -> Iterator[Row | Issue]:
+    """The rows of one file. Raises DataError when it is empty or cannot be read."""
+    with opened(path) as stream:
+        if stream is None:
+            yield finding("not-utf8", f"{path}:1", "the file is UTF-16, not UTF-8", _UTF8_FIX)
+            return
+        kind = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}.get(container(path), _jsonl)
+        try:
+            yield from kind(path, stream)
+        except NotLines:
+            with _open(path) as whole:
+                yield from _json(path, whole)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes] | None]:
+    """A file unpacked, at its beginning; None for UTF-16. What goes wrong with the file, also later, is a DataError."""
     try:
         with _open(path) as stream:
             head = stream.read(2)
         if not head:
             raise DataError("the file is empty", where=str(path), fix="it needs at least one row")
-        if head in _BOMS:
-            yield Issue("error", "not-utf8", f"{path}:1", f"the file is {_BOMS[head]}, not UTF-8", _UTF8_FIX)
+        if head in _UTF16:
+            yield None
             return
         with _open(path) as stream:
-            if container == ".parquet":
-                yield from _parquet(path, stream)
-            elif container in (".csv", ".tsv"):
-                yield from _csv(path, stream)
-            elif container == ".json":
-                yield from _json(path, stream)
-            else:
-                yield from _jsonl(path, stream)
+            yield stream
     except (OSError, EOFError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix="is the file whole and readable?") from None
     except Exception as error:
@@ -120,16 +145,16 @@ def _file(path: Path) -> Iterator[Row | Issue]:
 _UTF8_FIX = "save it as UTF-8, e.g. iconv -f latin1 -t utf-8"
 
 
-def _record(line: bytes, where: str) -> Row | Issue:
+def record(line: bytes, where: str) -> Row | Issue:
+    """One line or item as a raw row, or what is wrong with it."""
     try:
         value = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _bad_json(line, where, str(error))
     except RecursionError:
-        return Issue("error", "not-json", where, "nested too deeply", "flatten this row")
+        return finding("not-json", where, "nested too deeply", "flatten this row")
     if not isinstance(value, dict):
-        return Issue(
-            "error",
+        return finding(
             "not-an-object",
             where,
             f"the row is a {type(value).__name__}, not an object",
@@ -142,32 +167,48 @@ def _bad_json(line: bytes, where: str, reason: str) -> Issue:
     try:
         line.decode()
     except UnicodeDecodeError as error:
-        return Issue("error", "not-utf8", where, f"byte {error.start + 1} is not UTF-8", _UTF8_FIX)
+        return finding("not-utf8", where, f"byte {error.start + 1} is not UTF-8", _UTF8_FIX)
     if "surrogate" in reason.lower():
-        return Issue(
-            "error",
+        return finding(
             "lone-surrogate",
             where,
             "half of a character (a lone surrogate escape)",
             "write the whole character",
         )
     reason = reason.removeprefix("JSON is malformed: ")
-    return Issue("error", "not-json", where, f"not JSON: {reason}", "one complete JSON object per line")
+    return finding("not-json", where, f"not JSON: {reason}", "one complete JSON object per line")
 
 
 def _jsonl(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
-    empty = True
-    for number, line in enumerate(stream, 1):  # splits on \n only: U+2028 inside a string is text
+    for first, lines in blocks(path, stream):
+        for number, line in enumerate(lines, first):
+            if line.strip():
+                yield record(line, f"{path}:{number}")
+
+
+BLOCK = 1 << 20  # bytes of lines handed on at a time
+
+
+def blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
+    """(number of the first line, lines) of a JSONL stream. Splits on \\n only: U+2028 inside a string is text.
+
+    Raises DataError when there is nothing but blank lines; NotLines when the stream is one JSON array.
+    """
+    number, empty = 1, True
+    while lines := stream.readlines(BLOCK):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.lstrip()[:1] == b"[" and not line.rstrip().endswith(b"]"):
-                yield from _json(path, io.BytesIO(line + stream.read()))
-                return
-        if line.strip():
-            empty = False
-            yield _record(line, f"{path}:{number}")
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            if lines[0].lstrip()[:1] == b"[" and not lines[0].rstrip().endswith(b"]"):
+                raise NotLines
+        empty = empty and not any(map(bytes.strip, lines))
+        yield number, lines
+        number += len(lines)
     if empty:
         raise DataError("the file holds only blank lines", where=str(path), fix="it needs at least one row")
+
+
+class NotLines(Exception):
+    """A .jsonl file that is one JSON array over several lines."""
 
 
 def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
@@ -181,14 +222,24 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
             found = _bad_json(data, f"{path}:{line}", str(error))
             yield msgspec.structs.replace(found, fix="one JSON array of objects, or one complete JSON object per line")
         elif _is_object(data):  # one row, over several lines
-            yield _record(data, f"{path}:1")
+            yield record(data, f"{path}:1")
         else:  # JSON Lines under a .json name
             yield from _jsonl(path, io.BytesIO(data))
         return
     if not items:
         raise DataError("the array is empty", where=str(path), fix="it needs at least one row")
     for number, item in enumerate(items, 1):
-        yield _record(bytes(item), f"{path}:{number}")
+        yield record(bytes(item), f"{path}:{number}")
+
+
+_OBJECTS = ("messages", "conversations", "metadata", "tools")  # stand in a cell as JSON
+
+
+def _cell(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return text
 
 
 def _is_object(data: bytes) -> bool:
@@ -206,27 +257,25 @@ def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
         header = text.readline()
         reader = csv.DictReader(chain([header], text), delimiter=max(",;\t", key=header.count))
     except UnicodeDecodeError as error:
-        yield Issue("error", "not-utf8", f"{path}:1", f"not UTF-8 ({error.reason})", _UTF8_FIX)
+        yield finding("not-utf8", f"{path}:1", f"not UTF-8 ({error.reason})", _UTF8_FIX)
         text.detach()
         return
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                yield Issue(
-                    "error",
+                yield finding(
                     "csv-columns",
                     where,
                     "not as many fields as the header",
                     "quote fields that hold commas or newlines",
                 )
             else:
-                yield Row(where, dict(row))
+                yield Row(where, {k: _cell(v) if k in _OBJECTS else v for k, v in row.items()})
     except UnicodeDecodeError as error:
-        yield Issue("error", "not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
+        yield finding("not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
     except csv.Error as error:
-        yield Issue(
-            "error",
+        yield finding(
             "not-csv",
             f"{path}:{reader.line_num + 1}",
             f"not CSV: {error}",
@@ -250,7 +299,7 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
             yield Row(f"{path}:{number}", value)
 
 
-def _hub(name: str) -> Iterator[Row | Issue]:
+def hub(name: str) -> Iterator[Row | Issue]:
     """A Hub data set, its `train` split: from the local cache, else, for a name like owner/name, from the network."""
     missing = DataError(
         "neither a file here nor a data set that can be had",

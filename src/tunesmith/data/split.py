@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from tunesmith.conversation import Conversation
+from tunesmith.data.dedup import pairs, sketches
 from tunesmith.errors import DataError, UsageError
 
+TEMPLATE = 0.05  # share of the rows: a larger group of rows that are nearly the same is a template, and may be split
 SIDES = ("train", "valid", "test")
 Splits = dict[str, list[Conversation]]
 
@@ -30,7 +32,8 @@ def split(
     seed: int = 42,
     group_by: str | None = None,
 ) -> Splits:
-    """Split rows by shares. Rows with the same prompt, or equal in `group_by`, stay together (threshold: in `group_by`).
+    """Split rows by shares. Rows with the same prompt, nearly the same text, or equal in `group_by` stay together
+    (threshold: those equal in `group_by`, or else with the same prompt).
 
     Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side.
     Raises DataError when a side that was asked for would stay empty.
@@ -64,6 +67,24 @@ def split(
     return result
 
 
+def leaks(parts: Splits) -> list[str]:
+    """Lines about rows of one side that are (nearly) the same as one of another: what is left after splitting."""
+    rows = [(side, row) for side in SIDES for row in parts[side]]
+    found = []
+    seen: dict[str, int] = {}
+    for i, (side, row) in enumerate(rows):
+        first = seen.setdefault(prompt_key(row), i)
+        if rows[first][0] != side:
+            found.append(f"{row.source} ({side}) asks the same as {rows[first][1].source} ({rows[first][0]})")
+    texts = (" ".join(m.content for m in row.messages if m.role != "system") for _, row in rows)
+    for a, b, alike in pairs(sketches(texts)):
+        if rows[a][0] != rows[b][0] and prompt_key(rows[a][1]) != prompt_key(rows[b][1]):
+            found.append(
+                f"{rows[b][1].source} ({rows[b][0]}) is {alike:.0%} alike to {rows[a][1].source} ({rows[a][0]})"
+            )
+    return found
+
+
 def _fill(n: int, groups: list[list[int]], wanted: dict[str, int]) -> list[str]:
     """Give whole groups to test, then to valid, while they fit; all others are for training."""
     sides = ["train"] * n
@@ -86,24 +107,33 @@ def _by_threshold(rows: list[Conversation], valid: float, test: float, seed: int
 
 
 def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
-    """Connected rows (the same prompt, or the same group) as lists of indices, in order of first appearance."""
+    """Rows that ask the same, are nearly the same or share a group, as lists of indices, in order of first appearance."""
     parent = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
 
     seen: dict[str, int] = {}
     for i, row in enumerate(rows):
         keys = ["p" + prompt_key(row)] + (["g" + _group(row, group_by)] if group_by else [])
         for key in keys:
-            parent[root(i)] = root(seen.setdefault(key, i))
+            parent[_root(parent, i)] = _root(parent, seen.setdefault(key, i))
+    near = list(range(len(rows)))
+    texts = (" ".join(m.content for m in row.messages if m.role != "system") for row in rows)
+    for a, b, _ in pairs(sketches(texts)):
+        near[_root(near, b)] = _root(near, a)
+    sizes = Counter(_root(near, i) for i in range(len(rows)))
+    for i in range(len(rows)):
+        if sizes[_root(near, i)] <= max(2, TEMPLATE * len(rows)):
+            parent[_root(parent, i)] = _root(parent, _root(near, i))
     members = defaultdict(list)
     for i in range(len(rows)):
-        members[root(i)].append(i)
+        members[_root(parent, i)].append(i)
     return list(members.values())
+
+
+def _root(parent: list[int], i: int) -> int:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
 
 
 def prompt_key(row: Conversation) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tunesmith.conversation import Conversation
+from tunesmith.errors import UsageError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -46,20 +47,81 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_bytes(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows in the container that the name asks for: .jsonl, .json, .csv, .tsv or .parquet, the first four also packed.
+
+    In CSV, metadata and other objects stand as JSON. Raises UsageError for another name.
+    """
+    from tunesmith.data.read import PACKED, container
+
+    kind, packing = container(path), path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    makers = {
+        ".jsonl": _as_jsonl,
+        ".ndjson": _as_jsonl,
+        ".json": _as_json,
+        ".csv": _as_csv,
+        ".tsv": _as_tsv,
+        ".parquet": _as_parquet,
+    }
+    if kind not in makers or kind == ".parquet" and packing:
+        raise UsageError("no container of that name", where=str(path), fix=f"end the name with {', '.join(makers)}")
+    data = makers[kind](rows)
+    if packing == ".gz":
+        import gzip
+
+        data = gzip.compress(data, mtime=0)
+    elif packing == ".zst":
+        import zstandard
+
+        data = zstandard.compress(data)
+    write_bytes(path, data)
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+
+
+def _as_json(rows: list[dict[str, Any]]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n"
+
+
+def _as_csv(rows: list[dict[str, Any]], delimiter: str = ",") -> bytes:
+    import csv
+    import io
+
+    out = io.StringIO()
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, names, delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: v if isinstance(v, str) else msgspec.json.encode(v).decode() for k, v in row.items()})
+    return out.getvalue().encode()
+
+
+def _as_tsv(rows: list[dict[str, Any]]) -> bytes:
+    return _as_csv(rows, "\t")
+
+
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(msgspec.to_builtins(rows)), out)
+    return out.getvalue()
+
+
 def as_row(conversation: Conversation) -> dict[str, Any]:
     """A conversation as the `messages` format (plain text rows as `text`), which reads back as it was."""
     first = conversation.messages[0]
     if first.role == "text":
         row: dict[str, Any] = {"text": first.content}
     else:
-        row = {"messages": [_message(m) for m in msgspec.to_builtins(conversation.messages)]}
+        row = {"messages": list(msgspec.to_builtins(conversation.messages))}
     if conversation.tools:
         row["tools"] = conversation.tools
     if conversation.metadata:
         row["metadata"] = conversation.metadata
     return row
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    train = message.pop("train", None)
-    return message if train is None else {**message, "weight": int(train)}

@@ -217,9 +217,7 @@ def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list
 
 def _learnt_bytes(row: Conversation) -> int:
     """UTF-8 bytes of all that a model is scored on in this row."""
-    return sum(
-        len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.train is not False
-    )
+    return sum(len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.weight != 0)
 
 
 def _keep(run: Run, other: str, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:

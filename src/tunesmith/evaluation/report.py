@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from tunesmith.conversation import Issue
 from tunesmith.data.write import write_bytes
 from tunesmith.evaluation.evaluate import Evaluation
+from tunesmith.models import STARTER
 from tunesmith.recipe import fields
 from tunesmith.runs import Run
 
@@ -23,7 +24,10 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
     manifest, summary = run.manifest(), run.summary()
     issues = msgspec.json.decode((run / "data" / "check.json").read_bytes(), type=list[Issue])
     env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([Path(__file__).parent, STARTER.parent]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     env.filters["signed"] = lambda value: f"{value:+.4f}"
     settings = [(name, manifest["recipe"].get(name), manifest["origin"].get(name, "default")) for name in fields()]

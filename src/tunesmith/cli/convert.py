@@ -1,0 +1,216 @@
+"""tunesmith data convert | split: rows chosen, changed, mixed, divided and written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.cli.options import Parser, columns, natural, positive, show_json
+from tunesmith.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.conversation import Conversation
+
+SHOWN = 3  # leaks printed; --json has all
+
+
+def _choosing(parser: Parser) -> None:
+    """Options that choose and change rows, the same for convert and split."""
+    group = parser.add_argument_group("rows")
+    group.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
+    group.add_argument(
+        "--where", metavar="TEST", help="keep rows for which it is true: 'metadata.augmented == true and turns > 1'"
+    )
+    group.add_argument("--max-emoji", type=natural, metavar="N", help="leave out rows with an answer of more emoji")
+    group.add_argument("--max-tokens", type=positive, metavar="N", help="leave out rows of more tokens (of --model)")
+    group.add_argument("--model", default="starter", help="whose tokens --max-tokens counts [starter]")
+    group.add_argument("--system", metavar="TEXT", help="a system message for every row")
+    group.add_argument(
+        "--system-how",
+        choices=("replace", "add", "strip"),
+        default="replace",
+        help="replace the one that is there; add it only where there is none; strip all [replace]",
+    )
+    group.add_argument("--strip-metadata", action="store_true", help="leave out what is not part of the conversation")
+    group.add_argument("--sample", type=float, metavar="N", help="keep N rows (under 1: this share), chosen by --seed")
+    group.add_argument(
+        "--weights", metavar="W,W", help="how often the rows of each data set are taken: 1,2.5; shuffles"
+    )
+    group.add_argument("--seed", type=natural, default=42, help="of --sample, --weights and splitting [42]")
+
+
+def _chosen(options: argparse.Namespace) -> list[Conversation]:
+    """The rows of the data sets as the options of `_choosing` ask for them."""
+    import msgspec
+
+    from tunesmith.data.check import load
+    from tunesmith.data.convert import max_emoji, mix, sample, with_system
+    from tunesmith.data.where import where
+
+    if options.system_how == ("add" if options.system is None else "strip"):
+        raise UsageError("--system and --system-how do not go together", fix="--system TEXT, or --system-how strip")
+    tests = [where(options.where)] if options.where else []
+    if options.max_emoji is not None:
+        tests.append(max_emoji(options.max_emoji))
+    sources = []
+    for name in options.dataset:
+        rows = load(name, columns(options.columns), near_duplicates=False).require().conversations
+        rows = [row for row in rows if all(test(row) for test in tests)]
+        if options.system is not None or options.system_how == "strip":
+            rows = [with_system(row, options.system, options.system_how) for row in rows]
+        if options.max_tokens:
+            from tunesmith.models import find
+            from tunesmith.render import Renderer
+
+            lengths = [len(r.ids) for r in Renderer(find(options.model)).render_all(rows)]
+            rows = [row for row, length in zip(rows, lengths, strict=True) if length <= options.max_tokens]
+        if options.strip_metadata:
+            rows = [msgspec.structs.replace(row, metadata={}) for row in rows]
+        sources.append(rows)
+    if options.weights:
+        weights = _numbers(options.weights)
+        if len(weights) != len(sources) or not all(0 <= w < 1000 for w in weights):
+            raise UsageError(
+                f"{len(weights)} weights for {len(sources)} data sets", where="--weights", fix="one number for each"
+            )
+        rows = mix(sources, weights, options.seed)
+    else:
+        rows = [row for source in sources for row in source]
+    if options.sample is not None:
+        if not options.sample > 0:
+            raise UsageError("a sample of nothing", where="--sample", fix="a number of rows, or a share under 1")
+        rows = sample(rows, options.sample, options.seed)
+    if not rows:
+        raise DataError(
+            "no row is left", where=", ".join(options.dataset), fix="loosen --where, --max-emoji or --max-tokens"
+        )
+    return rows
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError(f"cannot read {text!r}", where="--weights", fix="numbers with commas: 1,2.5") from None
+
+
+def convert(argv: list[str]) -> int:
+    parser = Parser(
+        "data convert",
+        "Write data sets in another row format, choosing, changing and mixing rows. Nothing is lost unsaid.",
+    ).with_json()
+    parser.add_argument("dataset", nargs="+", help="files, folders, sample names or Hub data sets")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help=".jsonl, .json, .csv, .tsv or .parquet; .gz, .zst"
+    )
+    parser.add_argument(
+        "--to",
+        default="messages",
+        metavar="FORMAT",
+        help="row format: messages, sharegpt, prompt-completion … [messages]",
+    )
+    parser.add_argument("--lossy", action="store_true", help="write even what the format cannot hold whole")
+    _choosing(parser)
+    options = parser.parse_args(argv)
+    from tunesmith.data.convert import FORMATS, to_row
+    from tunesmith.data.write import write_rows
+    from tunesmith.errors import did_you_mean
+
+    if options.to not in FORMATS:
+        raise UsageError(
+            f'no format "{options.to}"{did_you_mean(options.to, list(FORMATS))}', fix=f"known: {', '.join(FORMATS)}"
+        )
+    target = Path(options.output)
+    if target.exists():
+        raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")
+    rows = _chosen(options)
+    written = []
+    losses: dict[str, int] = {}
+    for conversation in rows:
+        row, lost = to_row(conversation, options.to)
+        for what in lost:
+            losses[what] = losses.get(what, 0) + 1
+        if lost and not options.lossy:
+            raise DataError(
+                f"{options.to} cannot hold {lost[0]}",
+                where=conversation.source,
+                fix="--to messages, or --lossy to leave it out",
+            )
+        if row:
+            written.append(row)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(target, written)
+    if options.json:
+        show_json({"file": str(target), "rows": len(written), "left_out": len(rows) - len(written), "lost": losses})
+    else:
+        for what, count in losses.items():
+            print(f"lost     {what}, in {count} rows", file=sys.stderr)
+        print(f"{target}  {len(written)} rows")
+    return 0
+
+
+def split(argv: list[str]) -> int:
+    parser = Parser(
+        "data split",
+        "Write PREFIX_train.jsonl, PREFIX_val.jsonl and PREFIX_test.jsonl; what is alike stays on one side.",
+    ).with_json()
+    parser.add_argument("dataset", nargs="+", help="files, folders, sample names or Hub data sets")
+    parser.add_argument("-o", "--output", required=True, metavar="PREFIX", help="where the files go: out/mydata")
+    parser.add_argument("--valid", type=float, default=0.1, metavar="SHARE", help="share for validation [0.1]")
+    parser.add_argument("--test", type=float, default=0.0, metavar="SHARE", help="share for testing [0]")
+    parser.add_argument(
+        "--method", choices=("hash", "threshold", "shuffle"), default="hash", help="as --split-method of train [hash]"
+    )
+    parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
+    _choosing(parser)
+    options = parser.parse_args(argv)
+    for share in (options.valid, options.test, options.valid + options.test):
+        if not 0 <= share < 1:
+            raise UsageError(
+                f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1"
+            )
+    from tunesmith.data.split import leaks
+    from tunesmith.data.split import split as divide
+    from tunesmith.data.write import as_row, write_jsonl
+
+    prefix = Path(options.output)
+    if not prefix.name or options.output.endswith("/"):
+        raise UsageError("not the beginning of file names", where=options.output, fix="e.g. --output out/mydata")
+    parts = divide(
+        _chosen(options),
+        options.valid,
+        options.test,
+        method=options.method,
+        seed=options.seed,
+        group_by=options.group_by,
+    )
+    targets = {
+        side: prefix.with_name(f"{prefix.name}_{name}.jsonl")
+        for side, name in (("train", "train"), ("valid", "val"), ("test", "test"))
+        if parts[side]
+    }
+    for path in targets.values():
+        if path.exists():
+            raise UsageError("exists already", where=str(path), fix="choose another --output, or remove it")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for side, path in targets.items():
+        write_jsonl(path, (as_row(row) for row in parts[side]))
+    leaked = leaks(parts)
+    if options.json:
+        show_json(
+            {
+                "files": {side: str(path) for side, path in targets.items()},
+                "rows": {side: len(parts[side]) for side in targets},
+                "leaks": leaked,
+            }
+        )
+    else:
+        for side, path in targets.items():
+            print(f"{path}  {len(parts[side])} rows")
+        for line in leaked[:SHOWN]:
+            print(f"warning  {line}", file=sys.stderr)
+        if len(leaked) > SHOWN:
+            print(f"{'':8} and {len(leaked) - SHOWN} more", file=sys.stderr)
+    return 0
