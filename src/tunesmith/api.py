@@ -27,9 +27,12 @@ def load(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None)
     return load_checked(str(dataset), columns).require().conversations
 
 
-def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None) -> Loaded:
-    """A data set with every finding about it: `.conversations`, `.issues`, `.rows_in`, `.formats`."""
-    return load_checked(str(dataset), columns)
+def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None, **options: Any) -> Loaded:
+    """A data set with every finding about it: `.conversations`, `.issues`, `.rows_in`, `.counts`, `.formats`.
+
+    Options: `task`, `provider`, `structure_only`, `near_duplicates`, as of `tunesmith data check`.
+    """
+    return load_checked(str(dataset), columns, **options)
 
 
 def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Plan:

@@ -21,6 +21,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     ),
     "init": ("init:init", "write a commented config.toml for your data"),
     "data check": ("data:check", "find every problem in a data set, with line and fix"),
+    "data stats": ("stats:stats", "lengths, turns, variety, emoji, languages; what a service would bill"),
     "data convert": ("convert:convert", "write rows in another format, chosen, changed and mixed"),
     "data split": ("convert:split", "write train, valid and test files"),
     "data preview": ("data:preview", "show rows as the model sees them, with what is learnt highlighted"),

@@ -138,6 +138,13 @@ def summary(issues: list[Issue], shown: int = SHOWN, counts: dict[str, int] | No
             yield f"{'':8} and {total - shown} more [{code}]"
 
 
+WORST = {  # --worst: what comes first
+    "long": lambda row: -len(row.ids),
+    "short": lambda row: len(row.ids),
+    "no-label": lambda row: sum(row.mask[1:]) / len(row.ids),
+}
+
+
 def preview(argv: list[str]) -> int:
     parser = Parser(
         "data preview", "Show rows as the model sees them; what is learnt is highlighted (or between ⟦ and ⟧)."
@@ -146,6 +153,9 @@ def preview(argv: list[str]) -> int:
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--model", default="starter", help="whose tokenizer and template [starter]")
     parser.add_argument(
+        "--max-length", type=positive, metavar="N", help="where rows would be cut [the model's context]"
+    )
+    parser.add_argument(
         "--row",
         type=positive,
         action="append",
@@ -153,18 +163,32 @@ def preview(argv: list[str]) -> int:
         help="show the N-th row (from 1); may be given several times",
     )
     parser.add_argument("--rows", type=positive, default=3, metavar="N", help="show the first N [3]")
+    parser.add_argument(
+        "--worst", choices=tuple(WORST), help="the first are the longest, the shortest, or those with least to learn"
+    )
+    parser.add_argument("--html", metavar="OUT.html", help="write the rows as a page")
     options = parser.parse_args(argv)
     from tunesmith import api
-    from tunesmith.models import find
+    from tunesmith.models import facts, find
     from tunesmith.render import Renderer
 
-    rows = api.check(options.dataset, columns(options.columns)).require().conversations
-    wanted = options.row or range(1, min(options.rows, len(rows)) + 1)
-    for number in wanted:
-        if not 1 <= number <= len(rows):
+    if options.html and Path(options.html).exists():
+        raise UsageError("exists already", where=options.html, fix="choose another name, or remove it")
+    rows = api.check(options.dataset, columns(options.columns), near_duplicates=False).require().conversations
+    folder = find(options.model)
+    renderer, limit = Renderer(folder), options.max_length or facts(folder).context
+    for number in options.row or ():
+        if number > len(rows):
             raise UsageError(f"no row {number}", where=options.dataset, fix=f"rows are 1 to {len(rows)}")
-    renderer = Renderer(find(options.model))
-    shown = [renderer.render(rows[n - 1]) for n in wanted]
+    if options.worst:
+        shown = sorted(renderer.render_all(rows), key=WORST[options.worst])[: options.rows]
+    else:
+        wanted = options.row or range(1, min(options.rows, len(rows)) + 1)
+        shown = [renderer.render(rows[n - 1]) for n in wanted]
+    if options.html:
+        from tunesmith.data.report import write_preview
+
+        write_preview(Path(options.html), [(r, segments(r, renderer, limit)) for r in shown], limit)
     if options.json:
         show_json(
             [
@@ -173,6 +197,7 @@ def preview(argv: list[str]) -> int:
                     "text": r.text,
                     "ids": r.ids,
                     "mask": r.mask,
+                    "cut": limit if len(r.ids) > limit else None,
                     "tokens": [renderer.tokenizer.id_to_token(i) for i in r.ids],
                 }
                 for r in shown
@@ -180,29 +205,41 @@ def preview(argv: list[str]) -> int:
         )
         return 0
     for r in shown:
-        print(
-            f"{r.source}: {len(r.ids)} tokens, {sum(r.mask[1:])} learnt\n{highlight(r, renderer, coloured(sys.stdout))}\n"
-        )
+        cut = f", cut after {limit}" if len(r.ids) > limit else ""
+        text = highlight(r, renderer, coloured(sys.stdout), cut_at=limit)
+        print(f"{r.source}: {len(r.ids)} tokens{cut}, {sum(r.mask[1:])} learnt\n{text}\n")
     return 0
 
 
-def highlight(row: Rendered, renderer: Renderer, colour: bool, limit: int | None = None) -> str:
+def segments(row: Rendered, renderer: Renderer, cut_at: int | None = None) -> list[tuple[bool, bool, str]]:
+    """(learnt, beyond the cut, text) for each stretch of a row's tokens, special tokens and control characters visible."""
+    marks = [(bool(learnt), cut_at is not None and i >= cut_at) for i, learnt in enumerate(row.mask)]
+    return [
+        (*mark, renderer.decode([token for token, _ in run], special=True).translate(_VISIBLE))
+        for mark, run in groupby(zip(row.ids, marks, strict=True), key=lambda pair: pair[1])
+    ]
+
+
+def highlight(
+    row: Rendered, renderer: Renderer, colour: bool, limit: int | None = None, cut_at: int | None = None
+) -> str:
     """The row's tokens as text, special tokens visible, the learnt part green (or between ⟦ and ⟧).
 
-    With a `limit` about so many characters: of each part its beginning and end, of many turns the last.
+    With a `limit` about so many characters: of each part its beginning and end, of many turns the last. ✂ marks where
+    a model's context ends.
     """
     on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    parts = [
-        (learnt, renderer.decode([token for token, _ in run], special=True).translate(_VISIBLE))
-        for learnt, run in groupby(zip(row.ids, row.mask, strict=True), key=lambda pair: pair[1])
-    ]
-    if limit and sum(len(text) for _, text in parts) > limit:
+    parts = segments(row, renderer, cut_at)
+    if limit and sum(len(text) for *_, text in parts) > limit:
         left_out = len(parts) > 4
         parts = parts[-4:]
         each = max(40, limit // len(parts))
-        parts = [(learnt, _middle_out(text, each)) for learnt, text in parts]
-        parts = [(0, "… ")] * left_out + parts
-    out = "".join(f"{on}{text}{off}" if learnt else text for learnt, text in parts)
+        parts = [(learnt, beyond, _middle_out(text, each)) for learnt, beyond, text in parts]
+        parts = [(False, False, "… ")] * left_out + parts
+    out, inside = "", True
+    for learnt, beyond, text in parts:
+        out += ("✂" if beyond and inside else "") + (f"{on}{text}{off}" if learnt else text)
+        inside = not beyond
     return "\n".join(f"  | {line}" for line in out.rstrip("\n").split("\n"))
 
 

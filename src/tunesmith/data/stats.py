@@ -1,0 +1,239 @@
+"""What a data set looks like: counts, lengths, turns, variety, emoji, languages, near duplicates; what a service would bill."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from datetime import date
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import Conversation
+from tunesmith.data.convert import emoji_in
+from tunesmith.data.dedup import pairs, sketches
+from tunesmith.data.language import SAMPLE, languages
+from tunesmith.errors import DataError, UsageError, did_you_mean
+from tunesmith.recipe import FACTS
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+BINS = 12
+_WORD = re.compile(r"\w+")
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Of some numbers: how many, mean, quantiles (as in QUANTILES), and a histogram of BINS equal steps up to the greatest."""
+
+    count: int
+    mean: float
+    quantiles: list[float]
+    edges: list[float]
+    bars: list[int]
+
+
+class Bill(msgspec.Struct, frozen=True):
+    """An estimate by the rules of OpenAI's cookbook. `price`: dollars for a million tokens; cost None where it is not known."""
+
+    model: str
+    epochs: int
+    batch_size: int
+    steps: int
+    tokens_per_epoch: int
+    billed_tokens: int
+    over_long: int
+    price: float | None
+    cost: float | None
+    note: str
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """The figures. Lengths in characters (prompt: all before the last answer) and, of whole rows, in tokens of `model`."""
+
+    dataset: str
+    rows: int
+    model: str
+    roles: dict[str, int]
+    turns: Spread
+    prompt_characters: Spread
+    answer_characters: Spread
+    tokens: Spread
+    vocabulary: dict[str, float]
+    emoji: dict[str, float]
+    languages: dict[str, int]
+    near_duplicates: dict[str, int]
+    bill: Bill | None = None
+
+
+def describe(rows: list[Conversation], dataset: str, model: str, lengths: list[int], bill: Bill | None = None) -> Stats:
+    """Figures of conversations whose whole rows are so many tokens long. Raises DataError where there are none."""
+    if not rows:
+        raise DataError("no usable row", where=dataset, fix="see: tunesmith data check")
+    step = max(1, len(rows) // SAMPLE)
+    return Stats(
+        dataset,
+        len(rows),
+        model,
+        roles=dict(Counter(m.role for row in rows for m in row.messages)),
+        turns=spread([sum(m.role in ("assistant", "text") for m in row.messages) for row in rows]),
+        prompt_characters=spread([sum(len(m.content) for m in row.prompt()) for row in rows]),
+        answer_characters=spread(
+            [len(m.content) for row in rows for m in row.messages if m.role in ("assistant", "text")]
+        ),
+        tokens=spread(lengths),
+        vocabulary=variety(rows),
+        emoji=emoji(rows),
+        languages=dict(languages([_said(row) for row in rows[::step]]).most_common()),
+        near_duplicates=clusters(rows),
+        bill=bill,
+    )
+
+
+def spread(numbers: list[int]) -> Spread:
+    import numpy as np
+
+    values = np.array(numbers, np.float64)
+    top = max(1.0, float(values.max()))
+    bars, edges = np.histogram(values, bins=BINS, range=(0.0, top))
+    quantiles = [float(q) for q in np.quantile(values, QUANTILES)]
+    return Spread(len(numbers), float(values.mean()), quantiles, edges.tolist(), bars.tolist())
+
+
+def _said(row: Conversation) -> str:
+    return " ".join(m.content for m in row.messages if m.role != "system")
+
+
+def variety(rows: list[Conversation]) -> dict[str, float]:
+    """Words and how varied they are; how varied the prompts are.
+
+    distinct_1 and distinct_2: different words, and pairs of words, of all in the answers (Li et al. 2016, "distinct-n").
+    distinct_prompts and distinct_openings: different prompts, and first three words of prompts, of all.
+    """
+    words: Counter[str] = Counter()
+    twos: set[tuple[str, str]] = set()
+    count_twos = 0
+    for row in rows:
+        for m in row.messages:
+            if m.role in ("assistant", "text"):
+                found = _WORD.findall(m.content.casefold())
+                words.update(found)
+                twos.update(pairwise(found))
+                count_twos += max(0, len(found) - 1)
+    asked = [
+        " ".join(_WORD.findall(" ".join(m.content for m in r.prompt() if m.role == "user").casefold())) for r in rows
+    ]
+    openings = {" ".join(text.split()[:3]) for text in asked}
+    return {
+        "words": words.total(),
+        "different_words": len(words),
+        "distinct_1": len(words) / max(1, words.total()),
+        "distinct_2": len(twos) / max(1, count_twos),
+        "distinct_prompts": len(set(asked)) / len(asked),
+        "distinct_openings": len(openings) / len(asked),
+    }
+
+
+def emoji(rows: list[Conversation]) -> dict[str, float]:
+    """Emoji in answers: all, a mean for each answer, the shares of answers with one at least and with more than five."""
+    counts = [emoji_in(m.content) for row in rows for m in row.messages if m.role == "assistant"]
+    n = max(1, len(counts))
+    return {
+        "emoji": sum(counts),
+        "per_answer": sum(counts) / n,
+        "answers_with": sum(c > 0 for c in counts) / n,
+        "answers_with_over_5": sum(c > 5 for c in counts) / n,
+    }
+
+
+def clusters(rows: list[Conversation]) -> dict[str, int]:
+    """Groups of rows that are nearly the same: how many, how many rows they hold, and the size of the largest."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for a, b, _ in pairs(sketches(map(_said, rows))):
+        parent[root(b)] = root(a)
+    sizes = [size for size in Counter(map(root, range(len(rows)))).values() if size > 1]
+    return {"clusters": len(sizes), "rows": sum(sizes), "largest": max(sizes, default=1)}
+
+
+# ---- the hosted service
+
+
+@cache
+def hosted() -> dict[str, Any]:
+    """Models, prices and their date: facts/openai.toml."""
+    with (FACTS / "openai.toml").open("rb") as stream:
+        return tomllib.load(stream)
+
+
+def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
+    """(full name, facts) of a hosted model, also from the beginning of its name ("gpt-4o-mini"); None for no such."""
+    models = hosted()["models"]
+    found = name if name in models else max((m for m in models if m.rpartition("-20")[0] == name), default=None)
+    return (found, models[found]) if found else None
+
+
+def openai_lengths(rows: list[Conversation], model: str) -> list[int]:
+    """Tokens of each row by the cookbook's rule: 3 a message, its texts (role included), 1 more a name, 3 a row.
+
+    Tools and tool calls, which that rule leaves out, are counted as their JSON.
+    """
+    known = hosted_model(model)
+    if not known:
+        raise UsageError(f'no hosted model "{model}"{did_you_mean(model, list(hosted()["models"]))}', where="--model")
+    from rs_bpe.bpe import openai
+
+    tokens = getattr(openai, known[1]["encoding"])().count
+
+    def length(row: Conversation) -> int:
+        total = 3 + (tokens(msgspec.json.encode(row.tools).decode()) if row.tools else 0)
+        for m in row.messages:
+            total += 3 + tokens(m.role) + tokens(m.content)
+            total += 1 + tokens(m.name) if m.name else 0
+            total += tokens(msgspec.json.encode(m.tool_calls).decode()) if m.tool_calls else 0
+        return total
+
+    return [length(row) for row in rows]
+
+
+def epochs(rows: int) -> int:
+    """The cookbook's estimate: 3, more where 3 passes are under 100 rows, fewer where they are over 25,000."""
+    if 3 * rows < 100:
+        return min(25, max(1, 100 // max(1, rows)))
+    if 3 * rows > 25_000:
+        return max(1, 25_000 // rows)
+    return 3
+
+
+def bill(lengths: list[int], model: str, price: float | None = None, today: date | None = None) -> Bill:
+    """What training on rows of so many tokens would be billed as; a price that is too old is not quoted."""
+    known = hosted_model(model)
+    assert known
+    name, facts = known
+    limit, n, batch = facts["training_context"], epochs(len(lengths)), max(1, round(0.002 * len(lengths)))
+    once = sum(min(length, limit) for length in lengths)
+    age = ((today or date.today()) - hosted()["as_of"]).days
+    note = f"prices of {hosted()['as_of']}; the service ends this model on {facts['ends']}"
+    if price is None and age > hosted()["stale_after_days"]:
+        note = f"the prices known are of {hosted()['as_of']}, {age} days old: give today's with --price"
+    elif price is None:
+        price = facts["train"]
+    return Bill(
+        name,
+        n,
+        batch,
+        n * -(-len(lengths) // batch),
+        once,
+        once * n,
+        sum(length > limit for length in lengths),
+        price,
+        None if price is None else once * n / 1e6 * price,
+        note,
+    )
