@@ -123,7 +123,7 @@ def test_convert(tmp_path: Path, cli: Cli) -> None:
     mixed = cli("data", "convert", data, "echo", "--weights", "0.1,2", "--sample", 100, "-o", "m.jsonl", "--json")
     assert mixed.json()["rows"] == 100
     short = cli(
-        "data", "convert", data, "--max-tokens", 20, "--where", "metadata.tree_id == '3'", "-o", "t.jsonl", "--json"
+        "data", "convert", data, "--max-tokens", 60, "--where", "metadata.tree_id == '3'", "-o", "t.jsonl", "--json"
     )
     assert short.code == 0 and short.json()["rows"] == 1
 
