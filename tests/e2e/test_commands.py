@@ -146,10 +146,46 @@ def test_the_road(tiny: Path, tmp_path: Path, data: Path, cli: Cli) -> None:
     assert once["prompt"] == "Hi" and isinstance(once["answer"], str)
     talk = cli("chat", "out", "--max-tokens", 5, stdin="Hello\n/reset\nAgain\n\n")
     assert talk.code == 0
+    piped = cli("chat", "out", "--max-tokens", 5, "--json", stdin="Hello\nAgain\n").out.splitlines()
+    assert [json.loads(line)["prompt"] for line in piped] == ["Hello", "Again"]
+    assert cli("chat", "out", "--max-tokens", 5, "--prompt", "caf\udce9").code == 0  # a byte that is not UTF-8
+    long = cli("chat", "out", "--prompt", "word " * 600)
+    assert long.code == 3 and "the model's context 512" in long.err and not long.out.strip()
+    lines = "\n".join("word " * 100 for _ in range(6))
+    assert "the oldest turn no longer fits" in cli("chat", "out", "--max-tokens", 5, stdin=lines).err
+    assert cli("chat", "out", "--max-tokens", 0).code == 2 and cli("evaluate", "out", "--seed", -1).code == 2
     assert (
         cli("chat", "out", "--max-tokens", 5, "--seed", 1, "--temperature", 1, stdin="Hello\n").out
         != cli("chat", "out", "--max-tokens", 5, "--temperature", 1, "--seed", 2, stdin="Hello\n").out
     )
+
+
+def test_a_damaged_run_hides_no_other(tmp_path: Path, data: Path, cli: Cli) -> None:
+    assert cli("train", "--provider", "fake", "--dataset", data, "--output-dir", "whole").code == 0
+    for name, content in (("cut", "{"), ("bare", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(content)
+        assert "run.json is damaged" in cli("runs", "show", name).err
+        assert cli("train", "--resume", name).code == 2
+    found = cli("runs", "list", "--runs-dir", ".", "--json")
+    assert [r["run"] for r in found.json()] == ["whole"] and found.err.count("run.json is damaged") == 2
+    assert (
+        cli("train", "--resume", "").code == 2
+        and cli("train", "--resume", "whole/checkpoints/checkpoint-step-9").code == 2
+    )
+
+
+def test_the_live_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import shutil
+
+    from tunesmith.cli.progress import fit
+
+    for width in range(20, 200):
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda width=width: os.terminal_size((width, 24)))
+        text = fit(0.5, "step 500/1000", "epoch 1.50", ["loss 4.1234  valid 4.5678", "4100 tokens/s", "ETA 1:15"])
+        assert len(text) < width and text.startswith(("[█", "step 500/1000"))
+        assert ("ETA 1:15" in text) == (width > 66) and ("[" in text) == (width >= 76)
 
 
 def test_tensorboard_files_hold_the_curves(tiny: Path, tmp_path: Path, data: Path) -> None:

@@ -90,6 +90,47 @@ def test_resume_from_every_checkpoint_gives_the_same_bytes(finished: Run, tmp_pa
         shutil.rmtree(run.path)
 
 
+def test_resume_from_a_named_checkpoint(finished: Run, tmp_path: Path) -> None:
+    """Training goes on from that step; what came later is deleted, and said to be."""
+    run, want = copy(finished, tmp_path), weights(finished / "final_model")
+    first, *later = checkpoint.existing(run)
+    assert len(later) >= 2
+    train(run, lambda: False, int(first.name.removeprefix(checkpoint.PREFIX)))
+    said = [e["message"] for e in run.events() if e["type"] == "warning"]
+    assert all(any(f"{folder.name} is deleted" in text for text in said) for folder in later)
+    resumed = [e["step"] for e in run.events() if e["type"] == "resumed"]
+    assert resumed == [int(first.name.removeprefix(checkpoint.PREFIX))] and weights(run / "final_model") == want
+
+
+def test_a_checkpoint_is_made_by_the_clock_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rare validations and --save-steps are; but not while saving would take much of the time."""
+    from conftest import rows, write
+    from tunesmith.local import loop
+
+    data = write(tmp_path / "d.jsonl", rows(60))
+    counts = {}
+    for share in (1e9, 1e-9):
+        monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(loop, "SAVE_SHARE", share)
+        run = fit(tmp_path / f"run{share}", data, tiny, save_steps=999, eval_steps=999)
+        counts[share] = [e["step"] for e in run.events() if e["type"] == "checkpoint"]
+    assert counts == {1e9: list(range(1, 13)), 1e-9: [1, 12]}
+
+
+def test_files_can_be_read_by_others_and_edited_without_harm(finished: Run, tmp_path: Path) -> None:
+    import os
+
+    run = copy(finished, tmp_path)
+    shutil.rmtree(run / "best_model")
+    last = checkpoint.existing(run)[-1]
+    checkpoint.publish(last, run / "best_model")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {p.stat().st_mode & 0o777 for p in (finished / "final_model").iterdir()} == {0o666 & ~mask}
+    (run / "best_model" / "generation_config.json").write_text("{}")
+    assert checkpoint.damage(last) is None
+
+
 def test_a_save_that_fails_leaves_nothing_behind(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

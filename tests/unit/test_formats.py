@@ -16,7 +16,7 @@ from tunesmith.data.check import load
 from tunesmith.data.formats import FORMATS, convert
 from tunesmith.data.read import Row, samples
 from tunesmith.data.write import as_row
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, UsageError
 
 PAIR = (Message("user", "q"), Message("assistant", "a"))
 GOOD: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
@@ -149,6 +149,8 @@ def parquet() -> bytes:
         (".jsonl", ARRAY.replace(b"[{", b"[\n{")),
         (".csv", b"prompt,completion\nq1,a1\nq2,a2\n"),
         (".csv", b'\xef\xbb\xbfprompt,completion\r\n"q1","a1"\r\n"q2","a2"\r\n'),
+        (".csv", b'prompt;completion\n"q1";a1\nq2;a2\n'),
+        (".tsv", b"prompt\tcompletion\nq1\ta1\nq2\ta2\n"),
         (".parquet", None),
     ],
 )
@@ -166,6 +168,26 @@ def test_folder_reads_every_file_in_order(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"prompt": "1", "completion": "x"}])
     (tmp_path / "notes.md").write_text("not data")
     assert [c.messages[0].content for c in load(str(tmp_path)).conversations] == ["1", "2"]
+    (tmp_path / "c.jsonl").write_text("\n")
+    (tmp_path / "d.jsonl").write_text("oops\n")
+    assert [i.code for i in load(str(tmp_path)).errors()] == ["unreadable-file", "not-json"]  # one hides no other
+
+
+def test_one_object_or_an_array_over_several_lines(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('{\n "prompt": "q",\n "completion": "a"\n}\n')
+    assert load(str(tmp_path / "one.json")).conversations[0].answer() == "a"
+    (tmp_path / "bad.json").write_text('[\n{"prompt": "q", "completion": "a"},\n{"prompt": "q" "completion": "a"}\n]\n')
+    assert load(str(tmp_path / "bad.json")).errors()[0].where.endswith("bad.json:3")
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"prompt,completion\nq,{'x' * 200_000}\n")
+    assert len(load(str(tmp_path / "d.csv")).conversations[0].answer()) == 200_000
+
+
+def test_an_empty_name_is_not_this_folder() -> None:
+    with pytest.raises(UsageError, match="the name is empty"):
+        load("")
 
 
 def test_line_separator_inside_a_string_is_text(tmp_path: Path) -> None:
@@ -225,7 +247,7 @@ def test_warnings_and_nothing_lost(tmp_path: Path) -> None:
     items = [
         {"prompt": "q", "completion": "a"},
         {"prompt": "q", "completion": "a"},
-        {"prompt": "n\x00", "completion": "b\ufffd"},
+        {"prompt": "n\x00", "completion": "b\ufffd <|im_end|>"},
         {
             "messages": [
                 {"role": "user", "content": "1"},
@@ -246,6 +268,7 @@ def test_warnings_and_nothing_lost(tmp_path: Path) -> None:
     found = load(str(write(tmp_path / "d.jsonl", items)))
     assert {i.code for i in found.issues} == {
         "duplicate",
+        "special-token",
         "nul",
         "replacement-character",
         "same-role-twice",

@@ -298,3 +298,24 @@ def test_no_setting_lacks_a_proof() -> None:
 )
 def test_setting_acts(proof: Callable[[Bench], None], tiny: Path, tmp_path: Path) -> None:
     proof(Bench(tiny, tmp_path))
+
+
+def test_what_does_nothing_is_said(tiny: Path, tmp_path: Path) -> None:
+    b = Bench(tiny, tmp_path)
+    said = {i.message for i in b.plan(lora_rank=8, warmup_steps=2, warmup_ratio=0.5).issues if i.code == "idle-setting"}
+    assert said == {"lora_rank has no effect: the method is full", "warmup_ratio has no effect: warmup_steps is set"}
+    assert not [i for i in b.plan(lora_rank=8, method="lora").issues if i.code == "idle-setting"]
+
+
+def test_adapters_stand_on_linear_layers_only(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"):
+        Bench(tiny, tmp_path).plan(method="lora", lora_targets="embed_tokens")
+
+
+def test_a_folder_with_a_split_is_not_mixed_again(tiny: Path, tmp_path: Path) -> None:
+    b = Bench(tiny, tmp_path)
+    (tmp_path / "parts").mkdir()
+    for side in ("my_train", "my_val"):
+        write(tmp_path / "parts" / f"{side}.jsonl", rows(20))
+    with pytest.raises(UsageError, match=r"--dataset .*my_train.jsonl --valid-dataset .*my_val.jsonl"):
+        b.plan(dataset=tmp_path / "parts")
