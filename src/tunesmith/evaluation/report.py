@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from tunesmith.conversation import Issue
 from tunesmith.data.write import write_bytes
 from tunesmith.evaluation.evaluate import Evaluation
+from tunesmith.evaluation.stats import FEWEST
 from tunesmith.models import STARTER
 from tunesmith.recipe import fields
 from tunesmith.runs import Run
@@ -34,6 +35,7 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
     html = env.get_template("report.html.jinja").render(
         run=str(run),
         result=result,
+        fewest=FEWEST,
         summary=summary,
         manifest=manifest,
         issues=issues,
