@@ -229,6 +229,8 @@ def structure(conversation: Conversation) -> Iterator[Issue]:
 
 def said(conversation: Conversation) -> Iterator[Issue]:
     """Findings about what one conversation's messages say."""
+    if texts.innocent([m.content for m in conversation.messages]):
+        return
     for i, m in enumerate(conversation.messages):
         for code, message, fix in texts.findings(m.content, m.role == "assistant" and m.weight != 0):
             yield finding(code, conversation.source, f"message {i + 1} ({m.role}) {message}", fix)
@@ -248,19 +250,18 @@ class Likeness:
         self._texts: list[str] | None = [] if near else None
 
     def add(self, conversation: Conversation) -> None:
-        last = len(conversation.messages) - 1
-        contents = tuple([m.content for m in conversation.messages])
+        messages = conversation.messages
+        last = len(messages) - 1
+        contents = tuple([m.content for m in messages])
+        roles = tuple([m.role for m in messages])
         path, _, line = conversation.source.rpartition(":")
         self._file.append(self._files.setdefault(path, len(self._files)))
         self._line.append(int(line))
-        calls = [m.tool_calls for m in conversation.messages if m.tool_calls]
-        roles = tuple([m.role for m in conversation.messages])
-        self._content.append(
-            hash((roles, contents, repr((conversation.tools, calls)) if conversation.tools or calls else None))
-        )
-        asks = conversation.messages[last].role == "assistant" and last > 0
-        self._prompt.append(hash(" ".join("\x1e".join(contents[:last]).split()).casefold()) if asks else 0)
-        self._answer.append(hash(" ".join(contents[last].split()).casefold()) if asks else 0)
+        calls = None if _good_roles(roles) and all(contents) else repr([m.tool_calls for m in messages])
+        self._content.append(hash((roles, contents, calls, repr(conversation.tools) if conversation.tools else None)))
+        asks = roles[last] == "assistant" and last > 0
+        self._prompt.append(_folded("\x1e".join(contents[:last])) if asks else 0)
+        self._answer.append(hash(contents[last]) if asks else 0)
         if self._texts is not None:
             skip = 1 if roles[0] in ("system", "developer") else 0
             self._texts.append(" ".join(contents[skip:]))
@@ -310,6 +311,13 @@ class Likeness:
                 yield self._pair("near-duplicate", later, first, f"{alike:.0%} alike to", "remove one of them")
 
 
+def _folded(text: str) -> int:
+    """Hash of a text, blind to case and spacing."""
+    if "  " in text or "\n" in text or "\t" in text:
+        text = " ".join(text.split())
+    return hash(text.strip().casefold())
+
+
 def _repeats(hashes: Any) -> Iterator[tuple[int, int]]:
     """(row, first row of the same hash) for every row that is not the first of its hash, in order."""
     import numpy as np
@@ -329,7 +337,7 @@ class Sample:
 
     def add(self, conversation: Conversation) -> None:
         self._seen += 1
-        at = len(self._texts) if len(self._texts) < SAMPLE else self._rng.randrange(self._seen)
+        at = len(self._texts) if len(self._texts) < SAMPLE else int(self._rng.random() * self._seen)
         if at < SAMPLE:
             said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
             self._texts[at : at + 1] = [(conversation.source, said)]
