@@ -137,7 +137,7 @@ def semantics() -> Iterator[Case]:
         yield "special-token", "d.jsonl", lines({"prompt": "a", "completion": f"b {token} c"})
     secrets = (
         "sk-proj-abcdefghijklmnopqrstuvwx", "AKIAABCDEFGHIJKLMNOP", "ghp_" + "a1" * 18, "github_pat_" + "a" * 30,
-        "glpat-" + "a" * 20, "hf_" + "a" * 34, "xoxb-123456789012-abc", "AIza" + "a" * 35, "https://bob:hunter22@host/x",
+        "glpat-" + "a" * 20, "hf_" + "a" * 34, "xoxb-123456789012-abc", "AIza" + "aB3" * 11 + "xy", "https://bob:hunter22@host/x",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijk", "-----BEGIN RSA PRIVATE KEY-----",
     )  # fmt: skip
     for secret in secrets:

@@ -42,7 +42,7 @@ _REFUSAL = re.compile(
     re.I,
 )
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
-_HARMLESS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,!?;'\"()"  # no secret is made of these alone
+_HARMLESS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,!?;'\"()"  # of all secrets only AKIA… may be made of these alone
 _NOT_DIGITS = bytes(b for b in range(256) if not 48 <= b <= 57)
 INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
 
@@ -52,7 +52,7 @@ Finding = tuple[str, str, str]  # code, message, fix
 def innocent(contents: list[str]) -> bool:
     """Whether `findings` can have nothing to say about these texts of one row: 4 to 12 us for 1 KB, and true of most rows."""
     text = "\n".join(contents)
-    if not text.isascii():
+    if not text.isascii() or "AKIA" in text:
         return False
     rest = text.encode("ascii").translate(None, _HARMLESS)
     if rest:
@@ -63,7 +63,7 @@ def innocent(contents: list[str]) -> bool:
         for beginning in SECRETS:
             if beginning in text:
                 return False
-    return not any([c[:1].isspace() or c[-1:].isspace() or _REFUSAL.match(c) for c in contents])
+    return not any(c[:1].isspace() or c[-1:].isspace() or _REFUSAL.match(c) for c in contents)
 
 
 def findings(text: str, answer: bool) -> Iterator[Finding]:
