@@ -42,7 +42,8 @@ _REFUSAL = re.compile(
     re.I,
 )
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
-_HARMLESS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,!?;'\"()"  # of all secrets only AKIA… may be made of these alone
+# Of all secrets only AKIA… may be made of these alone
+_HARMLESS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,!?;'\"()"
 _NOT_DIGITS = bytes(b for b in range(256) if not 48 <= b <= 57)
 INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
 
