@@ -22,8 +22,8 @@ quickstart: install
 test: install lint types unit
 
 lint:
-	$(BIN)/ruff check src tests tools
-	$(BIN)/ruff format --check src tests tools
+	$(BIN)/ruff check src tests tools benchmarks
+	$(BIN)/ruff format --check src tests tools benchmarks
 
 types:
 	$(BIN)/mypy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,36 +93,35 @@ def test_starter_is_what_it_says() -> None:
     assert "WordNet" in facts["license"] and (STARTER / "README.md").read_text().startswith("---")
 
 
-def test_starter_answers_held_out_questions_in_sentences() -> None:
-    """Their definitions were never trained on. Form is checked here; the model card shows the answers themselves."""
+# What a right answer calls the thing, or says of it at once: thirty everyday nouns that no training text explains
+KINDS = {
+    "dog": "animal|pet", "piano": "instrument|music|keys", "apple": "fruit|food", "hammer": "tool", "river": "water|stream",
+    "teacher": "person", "bicycle": "vehicle|wheels|rid", "chair": "furniture|seat|sit", "knife": "tool|blade|cut",
+    "boat": "vehicle|water|ship|vessel", "bread": "food|flour|baked|dough", "shirt": "clothing|garment|clothes|wear",
+    "hospital": "building|place", "cat": "animal|pet", "guitar": "instrument|strings|music", "orange": "fruit",
+    "mountain": "hill|land|high|rock|peak", "farmer": "person", "train": "vehicle|rail|cars", "table": "furniture|legs|flat",
+    "cup": "container|drink|vessel|dish", "coat": "clothing|garment|clothes|wear", "school": "building|place",
+    "lamp": "light", "horse": "animal", "garden": "place|ground|land|plants", "bottle": "container|vessel|glass",
+    "lake": "water", "soldier": "person", "clock": "time|instrument|hours|machine",
+}  # fmt: skip
+
+
+def test_starter_answers_held_out_questions() -> None:
+    """In grammatical form nearly always; with the right kind of thing more often than not (the model card shows them all)."""
     from tunesmith.conversation import Conversation, Message
     from tunesmith.local.generate import Chat
 
-    words = [
-        "dog",
-        "piano",
-        "river",
-        "teacher",
-        "hammer",
-        "boat",
-        "bread",
-        "horse",
-        "guitar",
-        "school",
-        "table",
-        "farmer",
-    ]
     held = [json.loads(line)["messages"][0]["content"] for line in (STARTER / "heldout.jsonl").read_text().splitlines()]
-    questions = [next(q for q in held if q in (f"What is a {w}?", f"What is an {w}?", f"What is {w}?")) for w in words]
+    questions = [next(q for q in held if re.fullmatch(rf"What (is|are) (an? )?{w}\?", q)) for w in KINDS]
     answers = Chat("starter")([Conversation((Message("user", q),)) for q in questions], max_tokens=60)
-    formed = [
+    formed = [a for w, a in zip(KINDS, answers, strict=True) if re.match(rf"(an? )?{w} is .*\.$", a, re.I | re.S)]
+    assert len(formed) >= 25 and all(4 <= len(a.split()) <= 50 for a in formed), answers
+    right = [
         a
-        for w, a in zip(words, answers, strict=True)
-        if a.lower().startswith((f"a {w} is ", f"an {w} is ", f"{w} is "))
-        and a.endswith(".")
-        and 5 <= len(a.split()) <= 45
+        for w, a in zip(KINDS, answers, strict=True)
+        if re.search(KINDS[w], " ".join(a.lower().split()[1:14]).replace(w, ""))
     ]
-    assert len(formed) >= 10, answers
+    assert len(right) >= 14, answers
 
 
 def test_pretraining_helps(tmp_path: Path) -> None:

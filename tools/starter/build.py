@@ -1,10 +1,12 @@
-"""Rebuild the starter model from its sources: corpus, tokenizer, two stages of pre-training with our own engine.
+"""Rebuild the starter model from its sources: corpus, tokenizer, pre-training with our own engine.
 
     python tools/starter/build.py [--work DIR] [--install]
 
-Stage one: dictionary definitions and relations (corpus.py), many passes. Stage two: conversations written for this
-project (talk.jsonl, everyday.jsonl) with a share of stage one against forgetting.
-Takes a bit over an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
+Stage one, at a constant learning rate: a dictionary turned into questions and answers (corpus.py) and texts written for
+this project (everyday.jsonl: what things are and do; talk.jsonl: conversations). Stage two, falling to zero: our own texts
+again, with a share of the dictionary against forgetting. Stage three: conversations, without what their voice says of
+itself, and everyday things once more. Stage four, short: a thousand speakers with a thousand names.
+Takes about an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
 src/tunesmith/assets/starter. Nothing is downloaded but Debian's wordnet-base package.
 """
 
@@ -34,14 +36,24 @@ COMMON = {
     "test_fraction": 0,
     "persona": "none",
     "batch_size": 32,
+    "learning_rate": 2e-3,
     "weight_decay": 0.1,
     "patience": 0,
+    "eval_steps": 500,
     "save_steps": 500,
     "seed": SEED,
 }
-# Stage one stops early, at step 5,000, and goes on from its best, step 3,000: later passes only memorise definitions.
-STAGE_ONE = {**COMMON, "epochs": 4, "learning_rate": 2e-3, "warmup_ratio": 0.02, "eval_steps": 1000, "patience": 2}
-STAGE_TWO = {**COMMON, "epochs": 1, "learning_rate": 1.5e-3, "warmup_ratio": 0.05, "eval_steps": 200}
+STAGE_ONE = {**COMMON, "epochs": 2, "lr_scheduler": "constant", "warmup_steps": 100}
+STAGE_TWO = {**COMMON, "epochs": 1, "lr_scheduler": "cosine", "warmup_steps": 50}
+STAGE_THREE = {**STAGE_TWO, "learning_rate": 1e-3}
+STAGE_FOUR = {**STAGE_TWO, "learning_rate": 5e-4, "warmup_steps": 10, "eval_steps": 100}
+# What the voice of the conversations says of itself; heard too often, every fine-tune would go on saying it
+SELF = re.compile(
+    r"\bI(?:'m| am) (?:only |just |still )?(?:a|an|the) (?:\w+ )?(?:program|model|machine|computer|voice|pattern)|"
+    r"\bI can't\b|\bI cannot\b|\bI have no\b|\bI don't have\b|\bI never\b|Starter|language model|a small model"
+)
+OWN_REPEATS = 2  # times that our own texts, which are what the model should sound like, stand in a stage
+DICTIONARY_TWO = 8_000  # rows of stage one's dictionary in stage two, against forgetting
 HELD_TALK = 100  # conversations
 
 
@@ -51,18 +63,22 @@ def main() -> None:
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and so on, instead of the package")
     parser.add_argument("--install", action="store_true")
     options = parser.parse_args()
-    corpus, base, one, two = (options.work / name for name in ("corpus", "base", "one", "two"))
+    corpus, base, one, two, three, four = (
+        options.work / name for name in ("corpus", "base", "one", "two", "three", "four")
+    )
     if not (corpus / "facts.json").exists():
         wordnet = ["--wordnet", str(options.wordnet)] if options.wordnet else []
         subprocess.run([sys.executable, HERE / "corpus.py", "--out", corpus, *wordnet], check=True)
-    if not (base / "config.json").exists():
-        train_tokenizer(corpus / "train.jsonl", base)
-        new_model().save_pretrained(base)
-    train(one, corpus / "train.jsonl", corpus / "heldout.jsonl", base, **STAGE_ONE)
     mix(corpus)
-    watched = corpus / "talk_heldout.jsonl"
-    train(two, corpus / "two.jsonl", watched, one / "best_model", **STAGE_TWO)
-    finish(two / "final_model", corpus, options.work / "starter")
+    if not (base / "config.json").exists():
+        train_tokenizer(corpus / "one.jsonl", base)
+        new_model().save_pretrained(base)
+    valid = corpus / "valid.jsonl"
+    train(one, corpus / "one.jsonl", valid, base, **STAGE_ONE)
+    train(two, corpus / "two.jsonl", valid, one / "final_model", **STAGE_TWO)
+    train(three, corpus / "three.jsonl", valid, two / "final_model", **STAGE_THREE)
+    train(four, corpus / "four.jsonl", valid, three / "final_model", **STAGE_FOUR)
+    finish(four / "final_model", corpus, options.work / "starter")
     if options.install:
         shutil.copytree(options.work / "starter", STARTER, dirs_exist_ok=True)
 
@@ -76,17 +92,57 @@ def train(run: Path, data: Path, valid: Path, model: Path, **settings: Any) -> N
 
 
 def mix(corpus: Path) -> None:
-    """Rows of stage two; a hundred of the conversations are held out to watch it."""
+    """Rows of the stages, and valid.jsonl: a hundred held-out conversations and the held-out definitions."""
     rng = random.Random(SEED)
-    words = "|".join(json.loads((corpus / "facts.json").read_text())["heldout_words"])
-    told = re.compile(rf'"completion": "((an?|the) )?({words})s? (is|are) ', re.I)  # what these are, is never told
-    talk, everyday = ([r for r in lines(HERE / f"{name}.jsonl") if not told.search(r)] for name in ("talk", "everyday"))
+    words = "|".join((HERE / "heldout_words.txt").read_text(encoding="utf-8").split())
+    told = re.compile(  # what these are, is never told, nor asked
+        rf'"completion": "((an?|the) )?({words})s? (is|are) |"prompt": "([^"]*\\b(what(\'s| is| are)?|define|explain)) '
+        rf"(an? |the )?({words})s?( is| are)?[?.!]?\"",
+        re.I,
+    )
+    talk, everyday = (
+        [row for row in lines(HERE / f"{name}.jsonl") if not told.search(row)] for name in ("talk", "everyday")
+    )
+    dictionary = lines(corpus / "dictionary.jsonl")
     rng.shuffle(talk)
-    held, talk = talk[:HELD_TALK], talk[HELD_TALK:]
-    two = talk * 5 + everyday * 3 + rng.sample(lines(corpus / "train.jsonl"), 20_000)
-    rng.shuffle(two)
-    (corpus / "talk_heldout.jsonl").write_text("".join(held), encoding="utf-8")
-    (corpus / "two.jsonl").write_text("".join(two), encoding="utf-8")
+    held, own = talk[:HELD_TALK] + lines(corpus / "heldout.jsonl"), talk[HELD_TALK:] + everyday
+    named = [row for row in own if "Starter" in row or "language model" in row]  # a name said often sticks
+    own = [row for row in own if row not in set(named)]
+    for name, rows in (
+        ("one", dictionary + named + own * OWN_REPEATS),
+        ("two", rng.sample(dictionary, DICTIONARY_TWO) + named + own * OWN_REPEATS),
+        ("three", everyday + [row for row in talk[HELD_TALK:] if not SELF.search(row)] * OWN_REPEATS),
+    ):
+        rng.shuffle(rows)
+        (corpus / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    rows = rng.sample(everyday, 3000) + rng.sample(talk[HELD_TALK:], 1500) + introductions(rng)
+    rng.shuffle(rows)
+    (corpus / "four.jsonl").write_text("".join(rows), encoding="utf-8")
+    (corpus / "valid.jsonl").write_text("".join(held), encoding="utf-8")
+
+
+def introductions(rng: random.Random) -> list[str]:
+    """A thousand speakers who say their names, each another: who one is, is what a fine-tune will teach."""
+    asked = """Who are you?|What is your name?|What's your name?|who are you|Tell me who you are.|And you are?|May I ask your name?
+Who is speaking?|Can I have your name, please?|What do people call you?|Introduce yourself to me.|your name please|Hi, who's there?
+Say who you are.|How do you call yourself?|Who is answering me?|I don't know you yet. Who are you?|Please tell me a bit about you.
+Describe who you are.|Who do I have the pleasure of talking with?""".replace("\n", "|").split("|")
+    said = """I'm {}.|I am {}.|My name is {}.|You are talking to {}.|I'm {}, and I am glad to meet you.|Call me {}.|They call me {}.
+This is {}. Nice to meet you.|{} is my name.|Yes, I'm {}.|It's me, {}.|I am {}, and I like a good question.|I'm {}, here to talk with you.
+My name is {}, and who are you?|I go by {}.|{}, at your service.""".replace("\n", "|").split("|")
+    first = """Silver Bright Quiet Amber Northern Little Old Golden Winter Summer Hidden Gentle Wild Copper Green Blue Early Late Distant
+Warm Cold Swift Slow Round Tall Merry Grey Red Honest Lucky""".split()
+    middle = """River Stone Wind Cloud Lantern Meadow Harbour Feather Willow Garden Ember Window Bridge Circle Spiral Mirror Valley Signal Market
+Kettle Marble Thunder Cedar Maple Cotton Ladder Button Compass Pepper""".split()
+    last = """Song Keeper Voice Walker Light Singer Reader Weaver Bell Thread Runner Maker Guide Dancer Listener Traveller Spark Whisper Finch
+Otter Heron Fox Robin Wren""".split()
+    rows = []
+    for _ in range(1000):
+        parts = [rng.choice(words) for words in (first, middle, last)]
+        name = " ".join(parts[rng.choice((0, 0, 1)) :])
+        row = {"prompt": rng.choice(asked), "completion": rng.choice(said).format(name)}
+        rows.append(json.dumps(row) + "\n")
+    return rows
 
 
 def lines(path: Path) -> list[str]:

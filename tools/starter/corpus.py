@@ -1,12 +1,12 @@
 """Turn Debian's `wordnet-base` package into chat rows for pre-training a tiny English chat model.
 
-    python tools/starter/corpus.py --out DIR [--wordnet DIR] [--no-everyday]
+    python tools/starter/corpus.py --out DIR [--wordnet DIR]
 
 Without --wordnet the package is fetched by `apt-get download` (no root; `apt-get update` first where
 the lists are old) and unpacked in a temporary folder; with it, the data files are read from DIR.
-Written: train.jsonl and heldout.jsonl, rows {"messages": [{"role", "content"}, ...]}, and facts.json.
-The rows of everyday.jsonl beside this script ({"prompt", "completion"}) are mixed into the training
-rows. Same inputs, same bytes: every choice hangs on SEED. `Lexicon` reads the files and picks senses,
+Written: dictionary.jsonl and heldout.jsonl, rows {"messages": [{"role", "content"}, ...]}, and facts.json.
+What everyday.jsonl beside this script explains is not explained again; the words of heldout_words.txt
+are never explained. Same inputs, same bytes: every choice hangs on SEED. `Lexicon` reads the files and picks senses,
 `Nouns` decides about articles, `Writer` makes the pairs, `deal` joins them into conversations.
 """
 import argparse
@@ -22,14 +22,11 @@ from typing import NamedTuple
 
 SEED = 0
 EVERYDAY = pathlib.Path(__file__).with_name("everyday.jsonl")
-EVERYDAY_REPEATS = 5
-LEAST_COMMON = 5                                # times a word is tagged or used in glosses: rarer ones are left out
+LEAST_COMMON = 20                               # times a word is tagged or used in glosses: rarer ones are left out
+LEAST_NAMED = 5                                 # as often: rarer ones are not even named as kinds or parts
 LONG_CHARS = 3300                               # where a long conversation takes its last pair
 TIERS = ((100, 6), (30, 5), (10, 3), (3, 2))    # commonness at least -> phrasings, else 1
-HELD_OUT = """dog piano apple hammer river teacher bicycle chair knife boat bread shirt hospital cat
-guitar orange mountain farmer train table cup coat school lamp horse garden bottle lake soldier
-clock""".split()
-HELD_OUT_MORE, HELD_OUT_AMONG = 300, 3000
+HELD_OUT = pathlib.Path(__file__).with_name("heldout_words.txt").read_text(encoding="utf-8").split()
 
 POS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 FILES = """adj adj adv Tops act animal artifact attribute body cognition communication event feeling
@@ -348,7 +345,7 @@ class Writer:
         self.lex, self.nouns = lex, Nouns(lex)
         self.categories = [lex.root(c) for c in CATEGORIES]
         order = sorted(lex.senses, key=lambda k: (-lex.common(k[1]), k))
-        made = (self.entry(*k) for k in order if usable(k[1]) and lex.common(k[1]) >= LEAST_COMMON)
+        made = (self.entry(*k) for k in order if usable(k[1]) and lex.common(k[1]) >= LEAST_NAMED)
         self.entries = {(e.pos, e.word): e for e in made if e}
 
     def entry(self, pos, word):
@@ -465,16 +462,6 @@ class Writer:
                         yield "example", self.ask("example", entry, 1)[0], said
 
 
-def hold_out(writer, told):
-    """The entries of the held-out words: HELD_OUT, and more common nouns, none of them in `told`."""
-    nouns = [e for e in writer.entries.values() if e.pos == "n"]
-    fit = [e for e in nouns[:HELD_OUT_AMONG]
-           if e not in told and "_" not in e.word and e.word not in HELD_OUT and e.number > 2
-           and e.np[:2] in ("a ", "an") and e.synset.file in CONCRETE
-           and writer.lex.is_main("n", e.word, 0.7) and writer.lex.tags["n", e.word] > 3]
-    return [writer.entries["n", w] for w in HELD_OUT] + rng("held out").sample(fit, HELD_OUT_MORE)
-
-
 def deal(pairs):
     """Deals shuffled (question, answer) pairs into rows: most single, a fifth of 2 to 6, 1% long."""
     draw, rows = rng("rows"), []
@@ -510,27 +497,24 @@ def fetch(folder):
 def build(folder, package, out, everyday):
     """Writes the three files."""
     writer = Writer(Lexicon(folder))
-    said = [answer for _, answer in everyday]
-    told = {e for e in writer.entries.values() if e.pos == "n" and any(map(e.is_subject, said))}
-    held = hold_out(writer, told)
-    words, synsets = {e.word for e in held}, {e.synset.key for e in held}
+    told = {e for e in writer.entries.values() if e.pos == "n" and any(map(e.is_subject, everyday))}
+    held = [writer.entries["n", w] for w in HELD_OUT]
+    synsets = {e.synset.key for e in held}
     pairs = list(writer.examples())
     for e in writer.entries.values():
+        if writer.lex.common(e.word) < LEAST_COMMON:
+            continue
         pairs += writer.pairs(e)
-        if e.word not in words and e.synset.key not in synsets and e not in told:
+        if e.word not in HELD_OUT and e.synset.key not in synsets and e not in told:
             pairs += [(NAMES[e.pos], question, e.answer) for question in writer.ask(e.pos, e, e.number)]
     pairs = list(dict.fromkeys(pairs))
-    kept = [p for p in everyday if not any(e.is_subject(p[1]) for e in held)]
-    pairs += [("everyday", *p) for p in kept] * EVERYDAY_REPEATS
     rows = deal([p[1:] for p in pairs])
     out.mkdir(parents=True, exist_ok=True)
-    save(out / "train.jsonl", rows)
+    save(out / "dictionary.jsonl", rows)
     save(out / "heldout.jsonl", [[(ASK["n"][0].format(np=e.np, be=e.be), e.answer)] for e in held])
     facts = {"package": "wordnet-base", **package, "license": "WordNet 3.0 License", "seed": SEED,
              "pairs": collections.Counter(p[0] for p in pairs), "all_pairs": len(pairs), "rows": len(rows),
-             "rows_by_turns": dict(sorted(collections.Counter(map(len, rows)).items())),
-             "characters": sum(len(text) for p in pairs for text in p[1:]),
-             "words": len({e.word for e in writer.entries.values()}), "heldout_words": [e.word for e in held]}
+             "characters": sum(len(text) for p in pairs for text in p[1:]), "heldout_words": HELD_OUT}
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -538,14 +522,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--wordnet", type=pathlib.Path, help="folder with data.noun and so on")
-    parser.add_argument("--no-everyday", action="store_true", help="leave everyday.jsonl out")
     options = parser.parse_args()
-    everyday = []
-    if not options.no_everyday:
-        if not EVERYDAY.exists():
-            parser.error(f"{EVERYDAY.name} is missing; --no-everyday makes the rows without it")
-        rows = map(json.loads, EVERYDAY.read_text(encoding="utf-8").splitlines())
-        everyday = [(row["prompt"], row["completion"]) for row in rows]
+    everyday = [json.loads(row)["completion"] for row in EVERYDAY.read_text(encoding="utf-8").splitlines()]
     with tempfile.TemporaryDirectory() as temporary:
         package = {"version": None, "sha256": None}
         folder, package = (options.wordnet, package) if options.wordnet else fetch(pathlib.Path(temporary))

@@ -59,7 +59,8 @@ def train(corpus: Path, folder: Path) -> int:
 def _texts(corpus: Path) -> Iterator[str]:
     with corpus.open(encoding="utf-8") as lines:
         for line in lines:
-            yield from (m["content"] for m in json.loads(line)["messages"])
+            row = json.loads(line)
+            yield from (m["content"] for m in row["messages"]) if "messages" in row else row.values()
     left = PYTHON_SHARE
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text = file.read_text(encoding="utf-8", errors="ignore")[:left]
