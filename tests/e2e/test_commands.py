@@ -185,7 +185,7 @@ def test_the_live_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(shutil, "get_terminal_size", lambda width=width: os.terminal_size((width, 24)))
         text = fit(0.5, "step 500/1000", "epoch 1.50", ["loss 4.1234  valid 4.5678", "4100 tokens/s", "ETA 1:15"])
         assert len(text) < width and text.startswith(("[█", "step 500/1000"))
-        assert ("ETA 1:15" in text) == (width > 66) and ("[" in text) == (width >= 76)
+        assert ("ETA 1:15" in text) == (width > 65) and ("[" in text) == (width >= 74)
 
 
 def test_tensorboard_files_hold_the_curves(tiny: Path, tmp_path: Path, data: Path) -> None:
