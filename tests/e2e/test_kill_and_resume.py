@@ -118,6 +118,7 @@ def test_interrupt_checkpoints_and_says_how_to_go_on(number: int, tiny: Path, tm
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs us may have it ignored
     )
     wait_for(lambda: steps(run) >= 5, process)  # type: ignore[arg-type]
     process.send_signal(number)
