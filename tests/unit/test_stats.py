@@ -77,7 +77,7 @@ def test_language(text: str, want: str | None) -> None:
 
 
 def test_a_few_rows_of_another_language_are_said() -> None:
-    from tunesmith.data.check import Sample
+    from tunesmith.data.language import Sample
 
     english = "The lamp stood by the window and the light of it fell on the table where the letters were."
     german = "Die Lampe stand am Fenster, und ihr Licht fiel auf den Tisch, auf dem die Briefe lagen."

@@ -6,7 +6,6 @@ length. Chats in JSONL take a fast road (`formats.chats`), all else `formats.con
 
 from __future__ import annotations
 
-import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +18,11 @@ from tunesmith.conversation import Conversation, Issue
 from tunesmith.data import text as texts
 from tunesmith.data.findings import ORDER, finding, graded
 from tunesmith.data.formats import chats, convert
-from tunesmith.data.language import SAMPLE, language
+from tunesmith.data.language import Sample
 from tunesmith.data.read import NotLines, blocks, container, files, hub, opened, record, rows, unreadable
 from tunesmith.errors import DataError
 
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
-LOOK = 400  # characters of a message that its language is told from
 KEPT = 1000  # findings of one code that are kept with place and text; all are counted
 Progress = Callable[[int, float], None]  # rows so far, share of the bytes read
 
@@ -326,36 +324,6 @@ def _repeats(hashes: Any) -> Iterator[tuple[int, int]]:
     owner = first[inverse]
     for row in np.flatnonzero(owner != np.arange(len(owner))):
         yield int(row), int(owner[row])
-
-
-class Sample:
-    """Texts of some rows, whose languages are looked at in the end: reservoir sampling (Vitter 1985), always the same."""
-
-    def __init__(self) -> None:
-        self._rng, self._seen = random.Random(0), 0
-        self._texts: list[tuple[str, str]] = []
-
-    def add(self, conversation: Conversation) -> None:
-        self._seen += 1
-        at = len(self._texts) if len(self._texts) < SAMPLE else int(self._rng.random() * self._seen)
-        if at < SAMPLE:
-            said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
-            self._texts[at : at + 1] = [(conversation.source, said)]
-
-    def findings(self) -> Iterator[Issue]:
-        named = [(language(text), where) for where, text in self._texts]
-        counts = Counter(name for name, _ in named if name)
-        most = max(counts, key=lambda name: counts[name], default=None)
-        for name, count in counts.items():
-            if name != most and count >= max(3, 0.02 * counts.total()):
-                where = next(place for found, place in named if found == name)
-                share = count / counts.total()
-                yield finding(
-                    "language-mix",
-                    where,
-                    f'about {share:.0%} of the rows are in "{name}", most are in "{most}"',
-                    "is it meant?",
-                )
 
 
 def size(found: Loaded) -> Iterator[Issue]:
