@@ -31,7 +31,7 @@ types:
 unit:
 	$(BIN)/pytest
 
-# rebuild the starter model from its sources (about an hour on two cores)
+# rebuild the starter model from its sources (about 80 minutes on two cores)
 starter: install
 	$(BIN)/python tools/starter/build.py
 

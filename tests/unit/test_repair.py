@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT, write
 from tunesmith.data.check import load
-from tunesmith.data.repair import changes, repair
+from tunesmith.data.repair import repair
 from tunesmith.data.text import unmangle
 from tunesmith.errors import UsageError
 
@@ -46,7 +46,7 @@ def test_everything_that_can_be_repaired_is(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"prompt": "same", "completion": "same"},
     ]
-    listed = list(changes(Path(done["log"])))
+    listed = [json.loads(line) for line in Path(done["log"]).read_text(encoding="utf-8").splitlines()]
     assert done == {"file": str(out), "log": f"{out}.changes.jsonl", "rows": 4, "changes": len(listed)}
     assert {(c["row"].rpartition(":")[2], c["code"]) for c in listed} == {
         ("1", "mojibake"), ("1", "control-character"), ("1", "outer-space"), ("1", "invisible-character"),

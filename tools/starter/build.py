@@ -6,7 +6,7 @@ Stage one, at a constant learning rate: a dictionary turned into questions and a
 this project (everyday.jsonl: what things are and do; talk.jsonl: conversations). Stage two, falling to zero: our own texts
 again, with a share of the dictionary against forgetting. Stage three: conversations, without what their voice says of
 itself, and everyday things once more. Stage four, short: a thousand speakers with a thousand names.
-Takes about an hour on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
+Takes about 80 minutes on two cores; interrupted, it goes on where it stopped. --install puts the result in place of
 src/tunesmith/assets/starter. Nothing is downloaded but Debian's wordnet-base package.
 """
 

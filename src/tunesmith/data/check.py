@@ -246,6 +246,7 @@ class Likeness:
         self._files: dict[str, int] = {}
         self._sketches: list[Any] = []
         self._texts: list[str] | None = [] if near else None
+        self._held = 0
 
     def add(self, conversation: Conversation) -> None:
         messages = conversation.messages
@@ -263,7 +264,8 @@ class Likeness:
         if self._texts is not None:
             skip = 1 if roles[0] in ("system", "developer") else 0
             self._texts.append(" ".join(contents[skip:]))
-            if len(self._texts) >= 1024:
+            self._held += len(self._texts[-1])
+            if self._held > 1 << 20:  # characters: what waits must not grow with the rows' length
                 self._sketch()
 
     def _sketch(self) -> None:
@@ -272,6 +274,7 @@ class Likeness:
         if self._texts:
             self._sketches.append(sketches(self._texts))
             self._texts.clear()
+            self._held = 0
 
     def _where(self, row: int) -> str:
         return f"{list(self._files)[self._file[row]]}:{self._line[row]}"

@@ -10,9 +10,12 @@ hashing), which find 99 % of the pairs that are 0.6 alike. Everything is seeded:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tunesmith.conversation import Conversation
 
 THRESHOLD = 0.55  # 5 % of the letters edited leaves 0.59 to 0.72; unrelated rows stay under 0.2
 SHORTEST = 40  # bytes: in a shorter text one word is the whole difference
@@ -25,6 +28,11 @@ _FOLD = np.array([b | 32 if 65 <= b <= 90 else b if chr(b).isalnum() or b > 127 
 _FOLD[0] = 0  # stands between two texts
 _SEED = np.random.default_rng(0)
 _BORROW = [_SEED.permutation(BINS) for _ in range(64)]  # where an empty bin looks, one try after the other
+
+
+def body(row: Conversation) -> str:
+    """The text that rows are compared by: all that is said, without instructions to the model."""
+    return " ".join([m.content for m in row.messages if m.role not in ("system", "developer")])
 
 
 def sketches(texts: Iterable[str]) -> NDArray[np.uint8]:
@@ -135,7 +143,8 @@ def _join(
                 yield min(int(i), int(j)), max(int(i), int(j)), float(share)
 
 
-def root(group: NDArray[np.int64], i: int) -> int:
+def root(group: Any, i: int) -> int:
+    """The representative of i's group in a forest of parents (a list or an array), whose paths are halved on the way."""
     while group[i] != i:
         group[i] = group[group[i]]
         i = group[i]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,3 @@ MENDERS: dict[str, Callable[[str], str]] = {
     "invisible-character": lambda text: text if text.isascii() else texts.INVISIBLE.sub("", text),
     "outer-space": str.strip,
 }
-
-
-def changes(path: Path) -> Iterator[Change]:
-    """The changes of a log, in order."""
-    with path.open("rb") as stream:
-        yield from map(msgspec.json.decode, stream)

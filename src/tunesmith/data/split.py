@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from tunesmith.conversation import Conversation
-from tunesmith.data.dedup import pairs, sketches
+from tunesmith.data.dedup import body, pairs, root, sketches
 from tunesmith.errors import DataError, UsageError
 
 TEMPLATE = 0.05  # share of the rows: a larger group of rows that are nearly the same is a template, and may be split
@@ -76,8 +76,7 @@ def leaks(parts: Splits) -> list[str]:
         first = seen.setdefault(prompt_key(row), i)
         if rows[first][0] != side:
             found.append(f"{row.source} ({side}) asks the same as {rows[first][1].source} ({rows[first][0]})")
-    texts = (" ".join(m.content for m in row.messages if m.role != "system") for _, row in rows)
-    for a, b, alike in pairs(sketches(texts)):
+    for a, b, alike in pairs(sketches(body(row) for _, row in rows)):
         if rows[a][0] != rows[b][0] and prompt_key(rows[a][1]) != prompt_key(rows[b][1]):
             found.append(
                 f"{rows[b][1].source} ({rows[b][0]}) is {alike:.0%} alike to {rows[a][1].source} ({rows[a][0]})"
@@ -114,26 +113,19 @@ def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
     for i, row in enumerate(rows):
         keys = ["p" + prompt_key(row)] + (["g" + _group(row, group_by)] if group_by else [])
         for key in keys:
-            parent[_root(parent, i)] = _root(parent, seen.setdefault(key, i))
+            parent[root(parent, i)] = root(parent, seen.setdefault(key, i))
     near = list(range(len(rows)))
-    texts = (" ".join(m.content for m in row.messages if m.role != "system") for row in rows)
-    for a, b, _ in pairs(sketches(texts)):
-        near[_root(near, b)] = _root(near, a)
-    sizes = Counter(_root(near, i) for i in range(len(rows)))
+    order = sorted(near, key=lambda i: rows[i].digest())  # the pairs found must not depend on the file's order
+    for a, b, _ in pairs(sketches(body(rows[i]) for i in order)):
+        near[root(near, order[b])] = root(near, order[a])
+    sizes = Counter(root(near, i) for i in range(len(rows)))
     for i in range(len(rows)):
-        if sizes[_root(near, i)] <= max(2, TEMPLATE * len(rows)):
-            parent[_root(parent, i)] = _root(parent, _root(near, i))
+        if sizes[root(near, i)] <= max(2, TEMPLATE * len(rows)):
+            parent[root(parent, i)] = root(parent, root(near, i))
     members = defaultdict(list)
     for i in range(len(rows)):
-        members[_root(parent, i)].append(i)
+        members[root(parent, i)].append(i)
     return list(members.values())
-
-
-def _root(parent: list[int], i: int) -> int:
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
 
 
 def prompt_key(row: Conversation) -> str:

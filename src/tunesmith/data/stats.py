@@ -14,7 +14,7 @@ import msgspec
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
-from tunesmith.data.dedup import pairs, sketches
+from tunesmith.data.dedup import body, pairs, root, sketches
 from tunesmith.data.language import SAMPLE, languages
 from tunesmith.errors import DataError, UsageError, did_you_mean
 from tunesmith.recipe import FACTS
@@ -85,7 +85,7 @@ def describe(rows: list[Conversation], dataset: str, model: str, lengths: list[i
         tokens=spread(lengths),
         vocabulary=variety(rows),
         emoji=emoji(rows),
-        languages=dict(languages([_said(row) for row in rows[::step]]).most_common()),
+        languages=dict(languages([body(row) for row in rows[::step]]).most_common()),
         near_duplicates=clusters(rows),
         bill=bill,
     )
@@ -99,10 +99,6 @@ def spread(numbers: list[int]) -> Spread:
     bars, edges = np.histogram(values, bins=BINS, range=(0.0, top))
     quantiles = [float(q) for q in np.quantile(values, QUANTILES)]
     return Spread(len(numbers), float(values.mean()), quantiles, edges.tolist(), bars.tolist())
-
-
-def _said(row: Conversation) -> str:
-    return " ".join(m.content for m in row.messages if m.role != "system")
 
 
 def variety(rows: list[Conversation]) -> dict[str, float]:
@@ -150,16 +146,9 @@ def emoji(rows: list[Conversation]) -> dict[str, float]:
 def clusters(rows: list[Conversation]) -> dict[str, int]:
     """Groups of rows that are nearly the same: how many, how many rows they hold, and the size of the largest."""
     parent = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b, _ in pairs(sketches(map(_said, rows))):
-        parent[root(b)] = root(a)
-    sizes = [size for size in Counter(map(root, range(len(rows)))).values() if size > 1]
+    for a, b, _ in pairs(sketches(map(body, rows))):
+        parent[root(parent, b)] = root(parent, a)
+    sizes = [size for size in Counter(root(parent, i) for i in range(len(rows))).values() if size > 1]
     return {"clusters": len(sizes), "rows": sum(sizes), "largest": max(sizes, default=1)}
 
 
