@@ -1,9 +1,9 @@
 """How fast a large data file is checked, beside a plain validator and `datasets`, in one run.
 
-    python benchmarks/data.py [--rows 1000000] [--folder DIR]
+    python benchmarks/data.py [--rows 1000000] [--repeat 3] [--folder DIR]
 
 Writes a chat file of about 1.2 KB a row (kept in DIR for the next run) and prints rows a second and peak memory of each
-contender, each in a process of its own. Needs 1.2 GB of disk, and as much again for what `datasets` makes of it.
+contender, medians, each run in a process of its own. Needs 1.2 GB of disk, and as much again for what `datasets` makes of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,27 +25,40 @@ CONTENDERS = ("plain validator", "datasets load + map", "structure only", "full,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="rounds; each contender once in each, medians are printed"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith_bench")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    path = options.folder / f"chat_{options.rows}.jsonl"
+    path = options.folder / f"chat_{options.rows}x{options.longer}.jsonl"
     if options.one:
         run_one(options.one, path)
         return
     if not path.exists():
         options.folder.mkdir(parents=True, exist_ok=True)
-        generate(path, options.rows)
+        generate(path, options.rows, options.longer)
     print(f"{path}: {options.rows:,} rows, {path.stat().st_size / 1e9:.2f} GB")
-    for name in CONTENDERS:
-        done = subprocess.run(
-            [sys.executable, __file__, "--rows", str(options.rows), "--folder", str(options.folder), "--one", name],
-            capture_output=True,
-            text=True,
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    notes = dict.fromkeys(CONTENDERS, "")
+    command = [sys.executable, __file__, *sys.argv[1:], "--one"]
+    for _ in range(options.repeat):
+        for name in CONTENDERS:
+            done = subprocess.run([*command, name], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr}")
+            speed, peak, notes[name] = json.loads(done.stdout)
+            seen[name].append((speed, peak))
+    plain = statistics.median(speed for speed, _ in seen[CONTENDERS[0]])
+    for name, runs in seen.items():
+        speed, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        low, high = min(runs)[0], max(runs)[0]
+        print(
+            f"{speed:10,.0f} rows/s ({low:,.0f} to {high:,.0f})  {speed / plain:5.2f}x  {peak:6.0f} MB  {name}{notes[name]}"
         )
-        print(done.stdout.strip() or f"{name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
 
 
-def generate(path: Path, rows: int) -> None:
+def generate(path: Path, rows: int, longer: int) -> None:
     """Chats of random words: no two rows alike but for chance, one in a hundred repeated with two words swapped."""
     rng = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
@@ -63,10 +77,10 @@ def generate(path: Path, rows: int) -> None:
                 said[a], said[b] = said[b], said[a]
                 answer = " ".join(said)
             else:
-                answer = text(rng.randint(60, 220)) + (" 🎯 done — naïvely" if i % 10 == 0 else "")
+                answer = text(longer * rng.randint(60, 220)) + (" 🎯 done — naïvely" if i % 10 == 0 else "")
             messages = [
                 {"role": "system", "content": "You are a helpful assistant."},
-                {"role": "user", "content": text(rng.randint(8, 50))},
+                {"role": "user", "content": text(longer * rng.randint(8, 50))},
                 {"role": "assistant", "content": answer},
             ]
             out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
@@ -74,6 +88,7 @@ def generate(path: Path, rows: int) -> None:
 
 
 def run_one(name: str, path: Path) -> None:
+    note = ""
     begun = time.perf_counter()
     if name == "plain validator":
         rows = plain(path)
@@ -84,10 +99,9 @@ def run_one(name: str, path: Path) -> None:
 
         found = examine([str(path)], structure_only=name == "structure only", near_duplicates=name == "full")
         rows = found.rows_in
-        name += f" {found.counts}" if found.counts else ""
-    seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"{rows / seconds:10,.0f} rows/s  {seconds:7.1f} s  {peak:6.0f} MB  {name}")
+        note = f": {found.counts}" if found.counts else ""
+    speed = rows / (time.perf_counter() - begun)
+    print(json.dumps((speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, note)))
 
 
 def plain(path: Path) -> int:

@@ -11,7 +11,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Role = Literal["system", "developer", "user", "assistant", "tool", "function", "text"]
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """One turn, as the OpenAI format writes it. `weight` 0: an assistant turn that is shown but not learnt.
 
     The role "text" marks a row of plain text: rendered without a template, learnt whole.
@@ -25,7 +25,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     name: str | None = None
 
 
-class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
+class Conversation(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A tuple of messages with the place they came from ("file:line") and what else the row held."""
 
     messages: tuple[Message, ...]

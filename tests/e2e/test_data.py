@@ -52,6 +52,25 @@ def test_check_in_words_and_json(tmp_path: Path, cli: Cli) -> None:
     assert cli("data", "check", data, data, "--json").json()["rows"] == 124
 
 
+def test_a_hub_data_set_from_the_cache(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache as `datasets` leaves it; what is not in it is said with the command that fetches it."""
+    import datasets
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "made" / "numbers").mkdir(parents=True)
+    write(tmp_path / "made" / "numbers" / "data.jsonl", rows(60))
+    cache = tmp_path / "home" / "datasets"
+    datasets.load_dataset(str(tmp_path / "made" / "numbers"), cache_dir=str(cache))
+    (cache / "numbers").rename(cache / "someone___numbers")
+    found = cli("data", "check", "someone/numbers", "--json")
+    assert (found.json()["rows"], found.json()["errors"], found.err) == (60, 0, "")
+    issues = cli("data", "check", "someone/numbers", "--provider", "openai", "--json").json()["issues"]
+    assert {i["file"] for i in issues if i["line"] is None} == {"someone/numbers"}
+    missing = cli("data", "check", "someone/absent")
+    assert missing.code == 3 and "hf download --repo-type dataset someone/absent" in missing.err
+
+
 def test_severity_depends_on_the_task(tmp_path: Path, cli: Cli) -> None:
     data = write(
         tmp_path / "d.jsonl", [*rows(60), {"prompt": "Question number 1?", "completion": "Something else altogether."}]

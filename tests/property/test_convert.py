@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.conversation import Conversation, Issue, Message
-from tunesmith.data.check import load
+from tunesmith.data.check import load, structure
 from tunesmith.data.convert import FORMATS, PAIRS, mix, sample, to_row, with_system
-from tunesmith.data.formats import chats, convert
+from tunesmith.data.formats import convert, plain_chat
 from tunesmith.data.read import Row, record
 from tunesmith.data.write import write_rows
 
@@ -110,8 +110,13 @@ almost = st.builds(
 )
 
 
+plain = st.tuples(st.text(max_size=5), st.text(max_size=5)).map(
+    lambda pair: [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+)
+
+
 @given(
-    st.lists(almost, max_size=3),
+    st.one_of(st.lists(almost, max_size=3), plain, st.tuples(almost, plain).map(lambda both: [both[0], *both[1]])),
     st.dictionaries(st.sampled_from(["metadata", "tools", "id", "system", "prompt"]), loose, max_size=2),
 )
 def test_the_fast_road_makes_what_the_slow_one_does(messages: list[Any], more: dict[str, Any]) -> None:
@@ -119,10 +124,16 @@ def test_the_fast_road_makes_what_the_slow_one_does(messages: list[Any], more: d
     row = record(line, "f:3")
     assert isinstance(row, Row)
     slow = convert(row, {})
-    for lines in ([line], [line, b"oops\n"], [line, b"\n"]):
-        fast = chats(lines, "f", 3)
-        assert len(fast) == len(lines) and all(other is None for other in fast[1:])
-        assert fast[0] is None or (fast[0], "messages") == slow
+    fast = plain_chat(line)
+    if fast:
+        made = Conversation(fast.messages, fast.metadata, "f:3", fast.tools)
+        assert (made, "messages") == slow and not list(structure(made))
+
+
+def test_a_plain_chat_is_one_whole_row() -> None:
+    row = b'{"messages":[{"role":"user","content":"u"},{"role":"assistant","content":"a"}]}'
+    assert plain_chat(row) and plain_chat(row + b"\r")
+    assert not plain_chat(row + row) and not plain_chat(row[:-1]) and not plain_chat(b"")
 
 
 @given(st.integers(1, 40), st.floats(0.01, 60), st.integers(0, 99))

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.conversation import Conversation, Message
-from tunesmith.data.split import SIDES, prompt_key, split
+from tunesmith.data.split import SIDES, leaks, prompt_key, split
 from tunesmith.errors import DataError, UsageError
+
+WORDS = ("amber", "bridge", "cinder", "dapple", "ember", "fallow", "gusset", "hollow", "inkwell", "juniper")
 
 
 def conversation(prompt: str, answer: str = "a", tree: int = 0) -> Conversation:
@@ -64,6 +66,25 @@ def test_equal_prompts_and_groups_never_straddle(sizes: list[int], method: str, 
     for key in (prompt_key, lambda c: c.metadata["tree_id"]):
         sides = [{key(c) for c in parts[side]} for side in SIDES]
         assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["hash", "shuffle"]), st.integers(0, 2**31))
+def test_near_duplicates_never_straddle(method: str, seed: int) -> None:
+    """Thirty texts, some twice or three times with a word changed, in any order."""
+    rng = random.Random(seed)
+    texts = [[f"{rng.choice(WORDS)}{rng.randrange(999)}" for _ in range(40)] for _ in range(30)]
+    rows = []
+    for i, words in enumerate(texts):
+        for copy in range(rng.choice((1, 1, 2, 3))):
+            rows.append(conversation(f"{copy} {i}?", " ".join([*words[:20], f"new{copy}", *words[21:]]), tree=i))
+    rng.shuffle(rows)
+    parts = split(rows, 0.2, 0.1, method=method, seed=seed)
+    assert leaks(parts) == []
+    sides = [{row.metadata["tree_id"] for row in parts[side]} for side in SIDES]
+    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    if method == "hash":
+        assert digests(split(sorted(rows, key=str), 0.2, 0.1, seed=seed)) == digests(parts)
 
 
 @given(prompts, st.integers(0, 3))

@@ -1,7 +1,7 @@
 """Every check of a data set in one pass: what would waste a run is found first, with line, field and fix.
 
 `examine` streams: besides the conversations, where they are asked for, it keeps some 350 bytes a row, whatever the row's
-length. Chats in JSONL take a fast road (`formats.chats`), all else `formats.convert`; both end in the same Conversation.
+length. Plain chats in JSONL take a fast road (`formats.plain_chat`), all else `formats.convert`; both make the same rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data import text as texts
 from tunesmith.data.findings import ORDER, finding, graded
-from tunesmith.data.formats import chats, convert
+from tunesmith.data.formats import convert, in_turn, plain_chat
 from tunesmith.data.language import Sample
 from tunesmith.data.read import NotLines, blocks, container, files, hub, opened, record, rows, unreadable
 from tunesmith.errors import DataError
@@ -86,114 +86,108 @@ def examine(
     formats: Counter[str] = Counter()
     alike = None if structure_only else Likeness(near_duplicates)
     sample = None if structure_only else Sample()
-    for item, name in scan(datasets, columns or {}, progress):
-        found.rows_in += 1
-        if isinstance(item, Issue):
-            found.add(graded(item, task, provider))
-            continue
-        formats[name] += 1
-        if _plain(item):
-            issues = [] if structure_only else list(said(item))
-        else:
-            issues = [*structure(item), *(() if structure_only else said(item))]
-        if each:
-            issues += each(item)
-        if issues:
-            issues = [graded(i, task, provider) for i in issues]
-            for issue in issues:
-                found.add(issue)
-            if any(i.severity == "error" for i in issues):
+    for batch, plain in scan(datasets, columns or {}, progress, count_plain=structure_only and not keep and not each):
+        found.rows_in += len(batch) + plain
+        found.usable += plain
+        formats["messages"] += plain
+        for item, name, well_formed in batch:
+            if isinstance(item, Issue):
+                found.add(graded(item, task, provider))
                 continue
-            found.warned += any(i.severity == "warning" for i in issues)
-        found.usable += 1
-        if alike and sample:
-            alike.add(item)
-            sample.add(item)
-        if keep:
-            found.conversations.append(item)
+            formats[name] += 1
+            issues = [] if well_formed else list(structure(item))
+            if not structure_only and not texts.innocent([m.content for m in item.messages]):
+                issues += said(item)
+            if each:
+                issues += each(item)
+            if issues:
+                issues = [graded(i, task, provider) for i in issues]
+                for issue in issues:
+                    found.add(issue)
+                if any(i.severity == "error" for i in issues):
+                    continue
+                found.warned += any(i.severity == "warning" for i in issues)
+            found.usable += 1
+            if alike and sample:
+                alike.add(item)
+                sample.add(item)
+            if keep:
+                found.conversations.append(item)
     for issue in alike.findings() if alike else ():
         issue = graded(issue, task, provider)
         found.warned += issue.severity == "warning"
         found.add(issue)
-    found.formats = dict(formats)
+    found.formats = dict(+formats)
     for issue in (*size(found), *(sample.findings() if sample else ())):
         found.add(graded(issue, task, provider))
     found.warned = min(found.warned, found.usable)
     return found
 
 
+# A row, the name of its format ("" of an Issue's), and whether it is already known to have no structural finding
+Item = tuple[Conversation | Issue, str, bool]
+
+
 def scan(
-    datasets: list[str], columns: dict[str, str], progress: Progress | None = None
-) -> Iterator[tuple[Conversation, str] | tuple[Issue, str]]:
-    """(Conversation, name of its format) or (Issue, "") for each row of the data sets, in order."""
+    datasets: list[str], columns: dict[str, str], progress: Progress | None = None, count_plain: bool = False
+) -> Iterator[tuple[list[Item], int]]:
+    """The rows of the data sets in order, some at a time; `count_plain`: those without any structural finding only counted."""
     listed = [(name, files(name)) for name in datasets]
     single = sum(len(paths or [0]) for _, paths in listed) == 1
     total = sum(path.stat().st_size for _, paths in listed for path in paths or ()) or 1
     before, count = 0, 0
     for name, paths in listed:
         if paths is None:
-            yield from (_converted(row, columns) for row in hub(name))
+            yield from (([_converted(row, columns)], 0) for row in hub(name))
         for path in paths or ():
             try:
                 if columns or container(path) in (".csv", ".tsv", ".parquet", ".json"):
-                    for row in rows(path):
-                        yield _converted(row, columns)
+                    yield from (([_converted(row, columns)], 0) for row in rows(path))
                 else:
-                    for part, at in _lines(str(path), path):
-                        yield from part
-                        count += len(part)
+                    for batch, plain, at in _lines(path, count_plain):
+                        yield batch, plain
+                        count += len(batch) + plain
                         if progress:
                             progress(count, min(1.0, (before + at) / total))
             except DataError as error:
                 if single:
                     raise
-                yield unreadable(error), ""
+                yield [(unreadable(error), "", False)], 0
             before += path.stat().st_size
 
 
-def _converted(row: Any, columns: dict[str, str]) -> tuple[Conversation, str] | tuple[Issue, str]:
+def _converted(row: Any, columns: dict[str, str]) -> Item:
     result = row if isinstance(row, Issue) else convert(row, columns)
-    return (result, "") if isinstance(result, Issue) else result
+    return (result, "", False) if isinstance(result, Issue) else (*result, False)
 
 
-def _lines(name: str, path: Any) -> Iterator[tuple[list[Any], int]]:
-    """Blocks of a JSONL file: what its rows are, and the bytes of the file read so far (of a packed one: unpacked)."""
+def _lines(path: Path, count_plain: bool) -> Iterator[tuple[list[Item], int, int]]:
+    """Blocks of a JSONL file as of `scan`, with the bytes of the file read so far (of a packed one: unpacked)."""
     with opened(path) as stream:
         if stream is None:
-            yield [_converted(row, {}) for row in rows(path)], 0
+            yield [_converted(row, {}) for row in rows(path)], 0, 0
             return
         at = 0
         try:
-            for first, lines in blocks(path, stream):
-                at += sum(map(len, lines))
-                found: list[Any] = []
-                for i, chat in enumerate(chats(lines, name, first)):
-                    if chat is not None:
-                        found.append((chat, "messages"))
-                    elif lines[i].strip():
-                        row = record(lines[i], f"{name}:{first + i}")
-                        found.append(_converted(row, {}))
-                yield found, at
+            for first, block in blocks(path, stream):
+                at += len(block)
+                batch: list[Item] = []
+                plain = 0
+                for number, line in enumerate(block.split(b"\n"), first):
+                    if chat := plain_chat(line):
+                        if count_plain:
+                            plain += 1
+                            continue
+                        row = Conversation(chat.messages, chat.metadata, f"{path}:{number}", chat.tools)
+                        batch.append((row, "messages", True))
+                    elif line and not line.isspace():
+                        batch.append(_converted(record(line, f"{path}:{number}"), {}))
+                yield batch, plain, at
         except NotLines:
-            yield [_converted(row, {}) for row in rows(path)], at
+            yield [_converted(row, {}) for row in rows(path)], 0, at
 
 
 # ---- one conversation
-
-
-@lru_cache(4096)
-def _good_roles(roles: tuple[str, ...]) -> bool:
-    """System first or absent, then user and assistant in turn, the assistant last: most rows there are."""
-    turns = roles[1:] if roles[0] in ("system", "developer") else roles
-    return len(turns) % 2 == 0 and bool(turns) and turns == ("user", "assistant") * (len(turns) // 2)
-
-
-def _plain(conversation: Conversation) -> bool:
-    """Whether there can be no structural finding: the quick look that spares most rows the long one."""
-    for m in conversation.messages:
-        if not m.content or m.content.isspace() or m.weight is not None:
-            return False
-    return _good_roles(tuple([m.role for m in conversation.messages]))
 
 
 def structure(conversation: Conversation) -> Iterator[Issue]:
@@ -227,8 +221,6 @@ def structure(conversation: Conversation) -> Iterator[Issue]:
 
 def said(conversation: Conversation) -> Iterator[Issue]:
     """Findings about what one conversation's messages say."""
-    if texts.innocent([m.content for m in conversation.messages]):
-        return
     for i, m in enumerate(conversation.messages):
         for code, message, fix in texts.findings(m.content, m.role == "assistant" and m.weight != 0):
             yield finding(code, conversation.source, f"message {i + 1} ({m.role}) {message}", fix)
@@ -244,7 +236,7 @@ class Likeness:
         self._content, self._prompt, self._answer, self._line = (array("q") for _ in range(4))
         self._file = array("l")
         self._files: dict[str, int] = {}
-        self._sketches: list[Any] = []
+        self._sketches = bytearray()  # grows in place: a list of arrays would be copied whole in the end
         self._texts: list[str] | None = [] if near else None
         self._held = 0
 
@@ -256,7 +248,7 @@ class Likeness:
         path, _, line = conversation.source.rpartition(":")
         self._file.append(self._files.setdefault(path, len(self._files)))
         self._line.append(int(line))
-        calls = None if _good_roles(roles) and all(contents) else repr([m.tool_calls for m in messages])
+        calls = None if in_turn(roles) and all(contents) else repr([m.tool_calls for m in messages])
         self._content.append(hash((roles, contents, calls, repr(conversation.tools) if conversation.tools else None)))
         asks = roles[last] == "assistant" and last > 0
         self._prompt.append(_folded("\x1e".join(contents[:last])) if asks else 0)
@@ -272,7 +264,7 @@ class Likeness:
         from tunesmith.data.dedup import sketches
 
         if self._texts:
-            self._sketches.append(sketches(self._texts))
+            self._sketches += sketches(self._texts).data
             self._texts.clear()
             self._held = 0
 
@@ -304,11 +296,10 @@ class Likeness:
                 )
         self._sketch()
         if self._sketches:
-            from tunesmith.data.dedup import pairs
+            from tunesmith.data.dedup import BINS, pairs
 
-            kept = np.flatnonzero(~again)
-            for a, b, alike in pairs(np.concatenate(self._sketches)[kept]):
-                first, later = int(kept[a]), int(kept[b])
+            sketch = np.frombuffer(self._sketches, np.uint8).reshape(-1, BINS)
+            for first, later, alike in pairs(sketch, among=~again):
                 yield self._pair("near-duplicate", later, first, f"{alike:.0%} alike to", "remove one of them")
 
 

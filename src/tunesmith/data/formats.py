@@ -7,6 +7,7 @@ formats fit, the one that explains more keys wins; a tie is an error that asks f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, cast
 
 import msgspec
@@ -238,41 +239,35 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
     return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=tools), known.name
 
 
-class _Chat(msgspec.Struct, forbid_unknown_fields=True):
-    """A row of the `messages` format that holds nothing unusual: decoded in one step, 3 times as fast as `convert`."""
+class Chat(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A row of the `messages` format with nothing beside it: decoded in one step, 3 times as fast as `convert`."""
 
     messages: tuple[Message, ...]
     metadata: dict[str, Any] = {}
     tools: list[dict[str, Any]] | None = None
 
 
-_CHATS = msgspec.json.Decoder(_Chat)
+_CHAT = msgspec.json.Decoder(Chat)
 
 
-def chats(lines: list[bytes], path: str, first: int) -> list[Conversation | None]:
-    """What `convert` would make of JSON lines, for those that are plain chats; None for all others.
+def plain_chat(line: bytes) -> Chat | None:
+    """What most rows are: a chat without any structural finding. None for what only `convert` can tell.
 
-    `first` is the number of the first line in the file. A property test holds it to `convert`.
+    Plain: at most one system message, first; user and assistant in turn, the assistant last; no empty text, no weights.
+    A property test holds it to what `convert` makes of the line.
     """
-    block = b"".join(lines)
-    found: list[_Chat | None] | None = None
-    if b'"text"' not in block:  # no content parts, and nobody poses as our own role of that name
-        try:
-            found = list(_CHATS.decode_lines(block))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            found = None
-    if found is None or len(found) != len(lines):
-        found = [_chat(line) for line in lines]
-    return [
-        Conversation(row.messages, row.metadata, f"{path}:{number}", row.tools) if row and row.messages else None
-        for number, row in enumerate(found, first)
-    ]
-
-
-def _chat(line: bytes) -> _Chat | None:
-    if b'"text"' in line:
-        return None
     try:
-        return _CHATS.decode(line)
+        chat = _CHAT.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    for m in chat.messages:
+        if m.weight is not None or not m.content.strip():
+            return None
+    return chat if in_turn(tuple([m.role for m in chat.messages])) else None
+
+
+@lru_cache(4096)
+def in_turn(roles: tuple[str, ...]) -> bool:
+    """System first or absent, then user and assistant in turn, the assistant last."""
+    turns = roles[1:] if roles[:1] in (("system",), ("developer",)) else roles
+    return len(turns) % 2 == 0 and bool(turns) and turns == ("user", "assistant") * (len(turns) // 2)

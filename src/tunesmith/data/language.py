@@ -5,6 +5,7 @@ py3langid names the language of a text; it takes 0.75 s to load, so that texts w
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter
@@ -40,18 +41,26 @@ def languages(texts: list[str]) -> Counter[str]:
 
 
 class Sample:
-    """Texts of some rows, whose languages are looked at in the end: reservoir sampling (Vitter 1985), always the same."""
+    """Texts of some rows, whose languages are looked at in the end: reservoir sampling that draws how many rows to skip
+    rather than a number for each (algorithm L, Li 1994); always the same."""
 
     def __init__(self) -> None:
-        self._rng, self._seen = random.Random(0), 0
+        self._rng, self._seen, self._next, self._weight = random.Random(0), 0, 1, 1.0
         self._texts: list[tuple[str, str]] = []
 
     def add(self, conversation: Conversation) -> None:
         self._seen += 1
-        at = len(self._texts) if len(self._texts) < SAMPLE else int(self._rng.random() * self._seen)
-        if at < SAMPLE:
-            said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
-            self._texts[at : at + 1] = [(conversation.source, said)]
+        if self._seen < self._next:
+            return
+        said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
+        if len(self._texts) < SAMPLE:
+            self._texts.append((conversation.source, said))
+        else:
+            self._texts[self._rng.randrange(SAMPLE)] = (conversation.source, said)
+        self._next += 1
+        if len(self._texts) == SAMPLE:
+            self._weight *= math.exp(math.log(self._rng.random()) / SAMPLE)
+            self._next += int(math.log(self._rng.random()) / math.log(1 - self._weight))
 
     def findings(self) -> Iterator[Issue]:
         named = [(language(text), where) for where, text in self._texts]

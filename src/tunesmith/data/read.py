@@ -180,29 +180,31 @@ def _bad_json(line: bytes, where: str, reason: str) -> Issue:
 
 
 def _jsonl(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
-    for first, lines in blocks(path, stream):
-        for number, line in enumerate(lines, first):
+    for first, block in blocks(path, stream):
+        for number, line in enumerate(block.split(b"\n"), first):
             if line.strip():
                 yield record(line, f"{path}:{number}")
 
 
-BLOCK = 1 << 20  # bytes of lines handed on at a time
+BLOCK = 1 << 20  # bytes read at a time, and then on to the end of the line
 
 
-def blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """(number of the first line, lines) of a JSONL stream. Splits on \\n only: U+2028 inside a string is text.
+def blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, whole lines) of a JSONL stream. Lines end with \\n only: U+2028 inside a string is text.
 
     Raises DataError when there is nothing but blank lines; NotLines when the stream is one JSON array.
     """
     number, empty = 1, True
-    while lines := stream.readlines(BLOCK):
+    while block := stream.read(BLOCK):
+        block += stream.readline()
         if number == 1:
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-            if lines[0].lstrip()[:1] == b"[" and not lines[0].rstrip().endswith(b"]"):
+            block = block.removeprefix(b"\xef\xbb\xbf")
+            head = block.partition(b"\n")[0].strip()
+            if head[:1] == b"[" and not head.endswith(b"]"):
                 raise NotLines
-        empty = empty and not any(map(bytes.strip, lines))
-        yield number, lines
-        number += len(lines)
+        empty = empty and not block.strip()
+        yield number, block
+        number += block.count(b"\n")
     if empty:
         raise DataError("the file holds only blank lines", where=str(path), fix="it needs at least one row")
 
@@ -304,7 +306,8 @@ def hub(name: str) -> Iterator[Row | Issue]:
     missing = DataError(
         "neither a file here nor a data set that can be had",
         where=name,
-        fix=f"check the path, or fetch it where there is a network: hf download --repo-type dataset {name}",
+        fix=f"check the path, or fetch it where there is a network and name the folder: "
+        f"hf download --repo-type dataset {name} --local-dir {name.rpartition('/')[2]}",
     )
     try:
         import datasets
@@ -313,7 +316,8 @@ def hub(name: str) -> Iterator[Row | Issue]:
     except ImportError:
         raise missing from None
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # each retry would be a line of its own
+    for library in ("huggingface_hub", "datasets"):  # each retry, and each use of the cache, would be a line of its own
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     before = config.HF_HUB_OFFLINE
     for offline in (True, before):
         config.HF_HUB_OFFLINE = offline

@@ -18,7 +18,7 @@ from tunesmith.conversation import Conversation
 from tunesmith.data.dedup import body, pairs, root, sketches
 from tunesmith.errors import DataError, UsageError
 
-TEMPLATE = 0.05  # share of the rows: a larger group of rows that are nearly the same is a template, and may be split
+TEMPLATE = 10, 0.05  # rows and share of all: a group of more that are nearly the same is a template, and may be split
 SIDES = ("train", "valid", "test")
 Splits = dict[str, list[Conversation]]
 
@@ -120,7 +120,7 @@ def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
         near[root(near, order[b])] = root(near, order[a])
     sizes = Counter(root(near, i) for i in range(len(rows)))
     for i in range(len(rows)):
-        if sizes[root(near, i)] <= max(2, TEMPLATE * len(rows)):
+        if sizes[root(near, i)] <= max(TEMPLATE[0], TEMPLATE[1] * len(rows)):
             parent[root(parent, i)] = root(parent, root(near, i))
     members = defaultdict(list)
     for i in range(len(rows)):

@@ -17,7 +17,7 @@ SECRETS = {
     "github_pat_": r"\bgithub_pat_\w{22,}",
     "glpat-": r"\bglpat-[\w-]{20}",
     "hf_": r"\bhf_[A-Za-z]{30,}",
-    "xox": r"\bxox[abprs]-[\w-]{10,}",
+    **{f"xox{kind}-": rf"\bxox{kind}-[\w-]{{10,}}" for kind in "abprs"},
     "AIza": r"\bAIza[\w-]{35}",
     "eyJ": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
     "-----BEGIN": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
@@ -41,9 +41,10 @@ _REFUSAL = re.compile(
     r"i (?:can(?:['\u2019]t|not)|am unable to|am not able to) (?:assist|help|fulfil|comply|provide))",
     re.I,
 )
-_PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
-# Of all secrets only AKIA… may be made of these alone
-_HARMLESS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ \n.,!?;'\"()"
+_PRINTABLE = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
+# Most of any text. Every beginning of a secret has a character that is not among these: its mark
+_HARMLESS = b"abcdefghijklmnopqrstuvwxyABCDEFGHILMNOPQRSTUVWXYZ \n.,!?;'\"()" + bytes(range(128, 256))
+_MARKS = {beginning: next(c for c in beginning.encode()[::-1] if c not in _HARMLESS) for beginning in SECRETS}
 _NOT_DIGITS = bytes(b for b in range(256) if not 48 <= b <= 57)
 INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
 
@@ -51,20 +52,41 @@ Finding = tuple[str, str, str]  # code, message, fix
 
 
 def innocent(contents: list[str]) -> bool:
-    """Whether `findings` can have nothing to say about these texts of one row: 4 to 12 us for 1 KB, and true of most rows."""
+    """Whether `findings` can have nothing to say about these texts of one row: 3 to 10 us for 1 KB, and true of most rows."""
+    for text in contents:
+        if text != text.strip() or (text[:1] in "aisAIS" or not text[0].isalnum()) and _REFUSAL.match(text):
+            return False
     text = "\n".join(contents)
-    if not text.isascii() or "AKIA" in text:
+    if not text.isascii() and _odd(text):
         return False
-    rest = text.encode("ascii").translate(None, _HARMLESS)
+    rest = text.encode("utf-8", "replace").translate(None, _HARMLESS)
     if rest:
         if rest.translate(None, _PRINTABLE) or b"@" in rest or len(rest.translate(None, _NOT_DIGITS)) >= 7:
             return False
         if (b"<" in rest or b"[" in rest) and SPECIAL.search(text):
             return False
-        for beginning in SECRETS:
-            if beginning in text:
+        for beginning, mark in _MARKS.items():
+            if mark in rest and beginning in text:
                 return False
-    return not any(c[:1].isspace() or c[-1:].isspace() or _REFUSAL.match(c) for c in contents)
+    return True
+
+
+def _odd(text: str) -> bool:
+    """Whether a text holds lost or invisible characters, or signs of a wrong encoding. Looks at runs beyond ASCII alone,
+    with the spaces in them: ftfy's own search over the whole text takes 66 us for 1 KB."""
+    from ftfy.chardata import UTF8_DETECTOR_RE
+
+    beyond = "\n".join(_RUNS.findall(text))
+    return bool(
+        "\ufffd" in beyond
+        or INVISIBLE.search(beyond)
+        or CONTROL.search(beyond)
+        or _mac().search(beyond)
+        or UTF8_DETECTOR_RE.search(beyond)
+    )
+
+
+_RUNS = re.compile("[^\x00-\x7f][^\x00-\x1f\x21-\x7f]*")
 
 
 def findings(text: str, answer: bool) -> Iterator[Finding]:
