@@ -1,6 +1,6 @@
 """How fast a large data file is checked, beside a plain validator and `datasets`, in one run.
 
-    python benchmarks/data.py [--rows 1000000] [--repeat 3] [--folder DIR]
+    python benchmarks/data.py [--rows 1000000] [--longer 1] [--repeat 3] [--folder DIR]
 
 Writes a chat file of about 1.2 KB a row (kept in DIR for the next run) and prints rows a second and peak memory of each
 contender, medians, each run in a process of its own. Needs 1.2 GB of disk, and as much again for what `datasets` makes of it.
@@ -25,6 +25,7 @@ CONTENDERS = ("plain validator", "datasets load + map", "structure only", "full,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--longer", type=int, default=1, help="how many times as long the rows are: 10 is 12 KB [1]")
     parser.add_argument(
         "--repeat", type=int, default=3, help="rounds; each contender once in each, medians are printed"
     )
