@@ -63,6 +63,13 @@ def write(path: Path, items: list[Any]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is kept between runs is of one test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tunesmith"
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """60 good rows in a JSONL file."""

@@ -30,3 +30,42 @@ def weights(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     assert files, folder
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def architecture(name: str, folder: Path) -> Path:
+    """A tiny model of another kind, whose random weights are large enough that a wrong path shows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = dict(vocab_size=300, bos_token_id=None, eos_token_id=2, pad_token_id=0)
+    shapes = {
+        "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
+        "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+        "gemma2": dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=16,
+        ),
+        "cohere": dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5
+        ),
+    }
+    llama_like = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **shapes.get(name, llama_like)}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder)
+    return folder

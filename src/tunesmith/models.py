@@ -102,8 +102,10 @@ def facts(folder: Path) -> ModelFacts:
     )
 
 
-def _headers(folder: Path) -> dict[str, list[int]]:
+def shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all weights by name, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        return shapes(find(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(
@@ -111,26 +113,26 @@ def _headers(folder: Path) -> dict[str, list[int]]:
             where=str(folder),
             fix="convert the weights to safetensors; pickled ones are never loaded",
         )
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {}
     for file in files:
         with file.open("rb") as stream:
             try:
                 (size,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(min(size, 100_000_000)))  # 100 MB is the format's own limit
-                shapes |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+                found |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
             except (struct.error, ValueError, TypeError, KeyError):
                 raise ModelError("not a whole safetensors file", where=str(file), fix="fetch the model again") from None
-    return shapes
+    return found
 
 
 def _parameters(folder: Path) -> int:
-    return sum(math.prod(shape) for shape in _headers(folder).values())
+    return sum(math.prod(shape) for shape in shapes(folder).values())
 
 
 def linear_modules(folder: Path) -> set[str]:
     """Names of the linear layers in a model's blocks ("q_proj"): what an adapter can stand on."""
     return {
         name.split(".")[-2]
-        for name, shape in _headers(folder).items()
+        for name, shape in shapes(folder).items()
         if name.endswith(".weight") and len(shape) == 2 and any(part.isdigit() for part in name.split("."))
     }

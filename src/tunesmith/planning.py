@@ -10,12 +10,14 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tunesmith.conversation import Conversation, Issue
+from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, trainable
 from tunesmith.data.check import load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import persona
@@ -55,13 +57,13 @@ class Prepared(msgspec.Struct, frozen=True):
 
 def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
+    _refuse_impossible(recipe)
     folder = find(recipe.model)
     if folder != STARTER and Path(recipe.model).is_dir():  # a run must find its base from any working directory
         recipe = msgspec.structs.replace(recipe, model=str(folder.resolve()))
     model = facts(folder)
     _check_targets(recipe, folder)
     splits, issues, formats = _splits(recipe)
-    issues.extend(_idle_settings(recipe, origin))
     if recipe.num_workers != "auto":
         os.environ["RAYON_NUM_THREADS"] = str(recipe.num_workers)  # read by tokenizers when its pool starts
     renderer = Renderer(folder)
@@ -94,27 +96,39 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     if stop:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, len(kept["train"]), limit, kept)
+    issues.extend(_idle_settings(recipe, origin))
     return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
 
 
 def _idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
     """A warning for each setting that was asked for and does nothing in this run."""
-    idle = {
-        "lora": [name for name in fields() if name.startswith("lora_") and recipe.method != "lora"],
-        "a warm-up in steps instead": ["warmup_ratio"] if recipe.warmup_steps is not None else [],
-    }
-    for instead, names in idle.items():
+    lora = [name for name in fields() if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    idle = [
+        (lora, recipe.method in ADAPTERS, f"the method is {recipe.method}", "add --lora"),
+        (QUANTISED, recipe.method == "qlora", f"the method is {recipe.method}", "add --method qlora"),
+        (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", "leave one of the two out"),
+        (["prefix_cache"], bool(recipe.freeze_ratio), "no layers are frozen", "add --freeze-ratio"),
+    ]
+    for names, acts, reason, fix in idle:
         for name in names:
-            if origin[name] == "flag" or origin[name].endswith((".toml", ".json")):
-                fix = "add --lora" if instead == "lora" else "leave one of the two out"
-                message = f"{name} has no effect: " + (
-                    "the method is full" if instead == "lora" else "warmup_steps is set"
-                )
-                yield finding("idle-setting", origin[name], message, fix)
+            if not acts and (origin[name] == "flag" or origin[name].endswith((".toml", ".json"))):
+                yield finding("idle-setting", origin[name], f"{name} has no effect: {reason}", fix)
+
+
+QUANTISED = ("quant_type", "double_quant", "compute_dtype")
+
+
+def _refuse_impossible(recipe: Recipe) -> None:
+    """UsageError for what this machine cannot do, before anything is read."""
+    for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
+        if (value == "qlora" or "8bit" in value) and find_spec("bitsandbytes") is None:
+            raise UsageError(f"{name} {value} needs bitsandbytes", where=name, fix="pip install 'tunesmith[local]'")
+    if recipe.mixed_precision == "fp16" and not Path("/dev/nvidiactl").exists():
+        raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
-    if recipe.method != "lora":
+    if recipe.method not in ADAPTERS:
         return
     if (folder / "adapter_config.json").exists():
         raise UsageError(
@@ -292,7 +306,7 @@ def _resolve_auto(
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rate = rules["learning_rate"][recipe.method]
+    rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
     name, count = persona(kept["train"])
     values: dict[str, tuple[Any, str]] = {
         "max_length": (limit, "the model's context"),
@@ -300,6 +314,8 @@ def _resolve_auto(
         "threads": (cores, "every core"),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
         "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
+        "freeze_ratio": (freeze_ratio(recipe), f"method {recipe.method}"),
+        "micro_batch_tokens": (8192, "activations of so many tokens fit where the model does"),
         "learning_rate": (
             _step(rate, model.parameters),
             f"{recipe.method}, {model.parameters / 1e6:.1f}M parameters: {rate['reason']}",
@@ -331,12 +347,13 @@ def _plan(
     issues: list[Issue],
 ) -> Plan:
     assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
+    budget = int(recipe.micro_batch_tokens)
     rows = {side: len(part) for side, part in rendered.items()}
     per_epoch = math.ceil(rows["train"] / (recipe.batch_size * recipe.gradient_accumulation_steps))
     steps = per_epoch * recipe.epochs
     lengths = sorted(len(r.ids) for r in rendered["train"])
     longest = max(len(r.ids) for part in rendered.values() for r in part)
-    trainable = _trainable(recipe, model)
+    trained = trainable(recipe, model)
     return Plan(
         recipe,
         origin,
@@ -349,29 +366,10 @@ def _plan(
         formats=formats,
         steps_per_epoch=per_epoch,
         steps=min(steps, recipe.max_steps or steps),
-        trainable_parameters=trainable,
-        memory_mb=_memory(recipe, model, trainable, sum(lengths[-recipe.batch_size :])),
+        trainable_parameters=trained,
+        memory_mb=memory_mb(recipe, model, trained, min(sum(lengths[-recipe.batch_size :]), max(budget, longest))),
         issues=issues,
     )
-
-
-def _trainable(recipe: Recipe, model: ModelFacts) -> int:
-    """Weights that will change. For LoRA an estimate: rank x (in + out) over about seven square-ish maps a layer."""
-    layers = model.layers - math.floor(recipe.freeze_ratio * model.layers)
-    embedding = model.vocabulary * model.hidden
-    body = max(0, model.parameters - embedding)
-    if recipe.method == "lora":
-        return int(recipe.lora_rank * layers * 20 * model.hidden)
-    return model.parameters if not recipe.freeze_ratio else int(body * layers / max(1, model.layers))
-
-
-def _memory(recipe: Recipe, model: ModelFacts, trainable: int, tokens: int) -> int:
-    """Peak in MB: weights, gradients and Adam's two moments in fp32, activations kept for the backward pass, one
-    chunk of logits, and what the libraries take by themselves (450 MB measured: torch, transformers, CPU build)."""
-    weights = 4 * model.parameters + (4 + 8) * trainable
-    per_token = 4 * model.hidden * (2 if recipe.gradient_checkpointing else 30) * model.layers
-    logits = 2 * 4 * 512 * model.vocabulary
-    return round((weights + per_token * tokens + logits) / 1e6 + 450)
 
 
 def output_path(recipe: Recipe) -> Path:

@@ -65,14 +65,35 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str, opt("model", "name that identity probes look for; auto: mined from the answers; none: no probes")
     ] = "auto"
 
-    method: Annotated[Literal["full", "lora"], opt("method", "train all weights, or low-rank adapters")] = "full"
+    method: Annotated[
+        Literal["full", "lora", "qlora", "freeze"],
+        opt("method", "train all weights, low-rank adapters, adapters on 4-bit weights, or the upper layers"),
+    ] = "full"
     lora_rank: Annotated[int, opt("method", "rank of the adapters", ge=1)] = 16
     lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank")] = "auto"
     lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
     lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj")] = "all-linear"
+    use_rslora: Annotated[
+        bool, opt("method", "scale adapters by alpha / sqrt(rank): for high ranks (Kalajdzievski 2023)")
+    ] = False
+    use_dora: Annotated[bool, opt("method", "adapt direction and size of the weights apart (Liu et al. 2024)")] = False
+    quant_type: Annotated[
+        Literal["nf4", "fp4"], opt("method", "4-bit numbers of qlora's frozen weights", "bnb_4bit_quant_type")
+    ] = "nf4"
+    double_quant: Annotated[
+        bool, opt("method", "qlora: quantise the scales too, 0.4 bits a weight less", "bnb_4bit_use_double_quant")
+    ] = True
+    compute_dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        opt("method", "qlora: type to multiply in; auto: bf16 on a GPU, fp32 on a CPU", "bnb_4bit_compute_dtype"),
+    ] = "auto"
     freeze_ratio: Annotated[
-        float, opt("method", "share of the layers, from the bottom, left as they are", ge=0, lt=1)
-    ] = 0.0
+        float | Auto,
+        opt("method", "share of the layers, from the bottom, left as they are; auto: 0.7 for freeze, else 0"),
+    ] = "auto"
+    prefix_cache: Annotated[
+        bool, opt("method", "keep the output of frozen layers on disk instead of computing it in every epoch")
+    ] = True
 
     epochs: Annotated[int | Auto, opt("training", "passes over the data", "num_epochs", "n_epochs")] = "auto"
     max_steps: Annotated[
@@ -86,6 +107,18 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "auto"
     )
     gradient_accumulation_steps: Annotated[int, opt("training", "batches summed into one optimizer step", ge=1)] = 1
+    micro_batch_tokens: Annotated[
+        int | Auto, opt("training", "a batch of more tokens goes through in parts, to the same result; auto: 8192")
+    ] = "auto"
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit"],
+        opt(
+            "training", "8bit: two bytes of state a weight instead of eight; paged: swapped out of a full GPU", "optim"
+        ),
+    ] = "adamw"
+    adam_beta1: Annotated[float, opt("training", "decay of the first moment", ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, opt("training", "decay of the second moment", ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, opt("training", "added to the root of the second moment", gt=0)] = 1e-8
     learning_rate: Annotated[float | Auto, opt("training", "peak learning rate")] = "auto"
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"],
@@ -98,12 +131,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.01
     max_grad_norm: Annotated[float, opt("training", "clip the gradient's norm to this; 0: never", ge=0)] = 1.0
     seed: Annotated[int, opt("training", "seed of split, order, adapters and dropout", ge=0)] = 42
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"], opt("training", "auto: bf16 on a GPU, no on a CPU")] = (
-        "auto"
-    )
+    mixed_precision: Annotated[
+        Literal["auto", "no", "bf16", "fp16"], opt("training", "auto: bf16 on a GPU, no on a CPU; fp16: GPU only")
+    ] = "auto"
     gradient_checkpointing: Annotated[bool, opt("training", "recompute activations: less memory, a third slower")] = (
         False
     )
+    torch_compile: Annotated[bool, opt("training", "compile the layers first: pays on a GPU in long runs")] = False
+    neftune_alpha: Annotated[
+        float, opt("training", "noise on the embeddings, e.g. 5 (NEFTune, Jain et al. 2023); 0: none", ge=0)
+    ] = 0.0
     threads: Annotated[int | Auto, opt("training", "CPU threads; auto: every core")] = "auto"
 
     eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
@@ -125,11 +162,13 @@ POSITIVE = (
     "learning_rate",
     "max_length",
     "lora_alpha",
+    "micro_batch_tokens",
     "eval_steps",
     "save_steps",
     "threads",
     "num_workers",
 )  # auto-or-number fields: the union's number must be above 0
+SHARES = ("freeze_ratio",)  # auto-or-share fields
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
 
@@ -240,8 +279,8 @@ def _typed(name: str, value: Any, place: str) -> Any:
 
 def _in_range(name: str, value: float) -> bool:
     """What msgspec's limits cannot say of a union ("auto" or a number); JSON and torch take no whole number over 2**63."""
-    least = 1e-300 if name in POSITIVE else 0 if name == "warmup_steps" else -(2**63)
-    return least <= value < (2**63 if isinstance(value, int) else math.inf)
+    least = 1e-300 if name in POSITIVE else 0 if name in ("warmup_steps", *SHARES) else -(2**63)
+    return least <= value < (1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf)
 
 
 def _expected(field: Field, meta: Meta) -> str:
@@ -251,8 +290,10 @@ def _expected(field: Field, meta: Meta) -> str:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
     parts = get_args(field.type) or (field.type,)
     words = next((kinds[t] for t in parts if t in kinds), "another kind of value")
-    if field.name in POSITIVE:
+    if field.name in POSITIVE or meta.gt is not None:
         words += " over 0"
+    if field.name in SHARES:
+        words += " from 0 up to 1 (less than that)"
     if meta.ge is not None:
         words += f" from {meta.ge} up"
     if meta.lt is not None or meta.le is not None:

@@ -28,6 +28,7 @@ def settings(tiny: Path, data: Path, method: str) -> list[object]:
     extra = {
         "full": [],
         "lora": ["--lora", "--lora-rank", 4, "--lora-dropout", 0.1],
+        "qlora": ["--method", "qlora", "--lora-rank", 4, "--optimizer", "adamw_8bit"],
         "accumulate": ["--gradient-accumulation-steps", 2, "--freeze-ratio", 0.5],
     }
     return [
@@ -75,7 +76,7 @@ def worker_of(run: Path) -> int | None:
     return int(found[0]) if found else None
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "accumulate"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "accumulate"])
 def test_killed_and_resumed_equals_uninterrupted(
     method: str, tiny: Path, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from conftest import rows, write
-from training import fit, losses, weights
-from tunesmith.local import batches, methods
+from training import architecture, fit, losses, weights
+from tunesmith.local import batches
 from tunesmith.local import model as models
 from tunesmith.local import tokens as tokens_file
-from tunesmith.local.loop import learning_rate, make_optimizer
 from tunesmith.local.loss import CHUNK, LossModule, chunked_cross_entropy, supervised, token_scores
+from tunesmith.local.optim import learning_rate, make
 from tunesmith.recipe import Recipe
 from tunesmith.render import Rendered
 
@@ -100,43 +100,6 @@ def test_labels_of_transformers_give_the_same_loss(
     assert (loss.item() / n, n) == (pytest.approx(total / count, rel=1e-5), count)
 
 
-def architecture(name: str, tmp_path: Path) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    common = dict(vocab_size=300, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    shapes = {
-        "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128),
-        "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
-        "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
-        "gemma2": dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=16,
-        ),
-        "cohere": dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logit_scale=0.5
-        ),
-    }
-    llama_like = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **shapes.get(name, llama_like)}))
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)  # large enough that a wrong path shows
-    model.save_pretrained(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -168,9 +131,9 @@ def test_batches_are_a_pure_function_of_their_arguments() -> None:
     steps = [batches.step_rows(20, recipe, s) for s in range(8)]
     assert [batches.step_rows(20, recipe, s) for s in (6, 0, 3)] == [steps[6], steps[0], steps[3]]
     for epoch in (0, 1):
-        part = [r for e, micro in steps if e == epoch for rows_ in micro for r in rows_]
+        part = [r for e, chosen in steps if e == epoch for r in chosen]
         assert sorted(part) == list(range(20))
-    assert [[len(m) for m in micro] for _, micro in steps[:4]] == [[3, 3], [3, 3], [3, 3], [2]]
+    assert [len(chosen) for _, chosen in steps[:4]] == [6, 6, 6, 2]
     assert steps[0] != steps[4]  # each epoch has an order of its own
 
 
@@ -218,46 +181,9 @@ def test_learning_rate_shapes() -> None:
 
 def test_weight_decay_spares_norms(tiny: Path) -> None:
     model = models.load(tiny)
-    decayed, spared = make_optimizer(model, Recipe(weight_decay=0.3)).param_groups
+    decayed, spared = make(model, Recipe(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in spared["params"]} == {1}
-
-
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen2", "llama"])
-def test_freezing_keeps_embeddings_and_bottom_in_each_architecture(name: str, tmp_path: Path) -> None:
-    model = methods.apply(models.load(architecture(name, tmp_path)), Recipe(freeze_ratio=0.5))
-    _, layers = methods.decoder_layers(model)
-    top = {id(p) for p in layers[1].parameters()}
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    assert top <= {id(p) for _, p in trained}
-    rest = [n for n, p in trained if id(p) not in top]
-    assert rest and all("norm" in n or "ln_f" in n or "lm_head" in n or "embed_out" in n for n in rest), rest
-    assert not model.get_input_embeddings().weight.requires_grad
-
-
-@pytest.mark.parametrize(("ratio", "frozen"), [(0.5, 1), (0.9, 1), (0.0, 0)])
-def test_freezing_keeps_the_bottom(tiny: Path, ratio: float, frozen: int) -> None:
-    model = methods.apply(models.load(tiny), Recipe(freeze_ratio=ratio))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    if not frozen:
-        assert len(trained) == len(list(model.named_parameters()))
-    else:
-        assert {n.split(".")[2] for n in trained if ".layers." in n} == {"1"}
-        assert "model.norm.weight" in trained and "model.embed_tokens.weight" not in trained
-
-
-def test_lora_targets_rank_and_freezing(tiny: Path) -> None:
-    def trained(**settings: object) -> dict[str, torch.nn.Parameter]:
-        model = methods.apply(models.load(tiny), Recipe(method="lora", lora_alpha=8, **settings))
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    every = trained(lora_rank=3)
-    assert len(every) == 2 * 2 * 7 and all("lora_" in n for n in every)  # A and B, two layers, seven maps
-    assert {min(p.shape) for p in every.values()} == {3}
-    assert {n.split(".")[-4] for n in trained(lora_targets="q_proj,v_proj")} == {"q_proj", "v_proj"}
-    assert {n.split(".layers.")[1][0] for n in trained(freeze_ratio=0.5)} == {"1"}
-    again = trained(lora_rank=3)
-    assert all(torch.equal(every[n], again[n]) for n in every)  # the seed alone decides
 
 
 def test_accumulation_equals_one_large_batch(tiny: Path, tmp_path: Path, data: Path) -> None:
@@ -290,7 +216,7 @@ def test_fifty_steps_equal_a_plain_reference(tiny: Path, tmp_path: Path) -> None
     ]
     optimizer, reference = torch.optim.AdamW(groups), []
     for step in range(50):
-        chosen = [r for micro in batches.step_rows(len(tokens), recipe, step)[1] for r in micro]
+        _, chosen = batches.step_rows(len(tokens), recipe, step)
         total = torch.zeros(())
         for r in chosen:
             span = slice(tokens.starts[r], tokens.starts[r + 1])

@@ -17,6 +17,7 @@ LAYERS = [
     {"recipe", "models"},
     {"data"},
     {"render"},
+    {"costs"},
     {"planning"},
     {"runs"},
     {"backends"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,11 +165,59 @@ def _(b: Bench) -> None:
     assert losses(b.run(method="lora", lora_dropout=0.5))[1:] != losses(lora)[1:]
 
 
+@proves("use_rslora", "use_dora")
+def _(b: Bench) -> None:
+    plain = b.run(method="lora", lora_rank=16)
+    rank_stable = b.run(method="lora", lora_rank=16, use_rslora=True)
+    assert losses(rank_stable)[0] == losses(plain)[0] and losses(rank_stable)[-1] != losses(plain)[-1]
+    dora = b.run(method="lora", lora_rank=16, use_dora=True)
+    sizes = {n.replace("lora_A", "lora_magnitude_vector") for n in adapters(plain) if "lora_A" in n}
+    assert adapters(dora) == adapters(plain) | sizes
+    assert b.plan(method="lora", use_dora=True).trainable_parameters == trainable(dora)
+
+
+def adapters(run: Run) -> set[str]:
+    from safetensors.torch import load_file
+
+    return {n.removesuffix(".weight") for n in load_file(run / "best_model" / "adapter_model.safetensors")}
+
+
+def trainable(run: Run) -> int:
+    return int(next(e["trainable"] for e in run.events() if e.get("state") == "running"))
+
+
+@proves("quant_type", "double_quant", "compute_dtype")
+def _(b: Bench) -> None:
+    first = {
+        name: losses(b.run(method="qlora", max_steps=2, **settings))
+        for name, settings in {
+            "nf4": {},
+            "fp4": {"quant_type": "fp4"},
+            "single": {"double_quant": False},
+            "bf16": {"compute_dtype": "bf16"},
+            "32 bits": {"method": "lora"},
+        }.items()
+        if name != "32 bits"
+    }
+    whole = losses(b.run(method="lora", max_steps=2))
+    assert len({found[0] for found in first.values()} | {whole[0]}) == 5  # each its own rounding of the weights
+    assert all(found[0] == pytest.approx(whole[0], rel=0.02) for found in first.values())
+
+
+@proves("prefix_cache")
+def _(b: Bench) -> None:
+    kept, again, without = (b.run(freeze_ratio=0.5, epochs=3, prefix_cache=on) for on in (True, True, False))
+    found = [[e["found"] for e in run.events() if e["type"] == "prefix_cache"] for run in (kept, again, without)]
+    assert found == [[False, False], [True, True], []]
+    assert losses(kept) == losses(again) == losses(without)
+    assert len({weights(run / "final_model") for run in (kept, again, without)}) == 1
+
+
 @proves("lora_targets")
 def _(b: Bench) -> None:
     few = b.run(method="lora", lora_targets="q_proj,v_proj")
-    trainable = next(e["trainable"] for e in few.events() if e.get("state") == "running")
-    assert trainable == 2 * 16 * ((32 + 32) + (32 + 16))  # two layers, rank 16, q 32->32 and v 32->16
+    assert b.plan(method="lora", lora_targets="q_proj,v_proj").trainable_parameters == trainable(few)
+    assert trainable(few) == 2 * 16 * ((32 + 32) + (32 + 16))  # two layers, rank 16, q 32->32 and v 32->16
     with pytest.raises(UsageError, match='no layer "nope"'):
         b.run(method="lora", lora_targets="nope")
 
@@ -204,6 +253,48 @@ def _(b: Bench) -> None:
     assert rates(warmup_ratio=0.5)[0] == 1e-3 / 4
 
 
+@proves("micro_batch_tokens")
+def _(b: Bench) -> None:
+    whole, parts = b.pair("micro_batch_tokens", 20, max_steps=4)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert saved_bytes(b.tiny, False, 50) < saved_bytes(b.tiny, False)
+    assert b.plan(batch_size=40, micro_batch_tokens=100).memory_mb < b.plan(batch_size=40).memory_mb
+
+
+@proves("optimizer")
+def _(b: Bench) -> None:
+    whole, small = b.pair("optimizer", "adamw_8bit", epochs=2, save_steps=12)
+    assert losses(small) != losses(whole) and losses(small) == pytest.approx(losses(whole), rel=0.01)
+    states = [
+        (r / "checkpoints" / "checkpoint-step-24" / "optimizer.safetensors").stat().st_size for r in (whole, small)
+    ]
+    assert states[1] < 0.6 * states[0]  # the starter's small matrices stay in 32 bits
+    assert losses(b.run(optimizer="paged_adamw_8bit", epochs=2)) == losses(small)
+
+
+@proves("adam_beta1", "adam_beta2", "adam_epsilon")
+def _(b: Bench) -> None:
+    plain = losses(b.run(max_steps=4))
+    for name, value in (("adam_beta1", 0.5), ("adam_beta2", 0.9), ("adam_epsilon", 1e-2)):
+        assert losses(b.run(max_steps=4, **{name: value}))[-1] != plain[-1]
+
+
+@proves("torch_compile")
+def _(b: Bench) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        plain, compiled = b.pair("torch_compile", True, max_steps=3)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert weights(compiled / "final_model") and torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@proves("neftune_alpha")
+def _(b: Bench) -> None:
+    plain, noisy = b.pair("neftune_alpha", 50.0, max_steps=4)
+    assert losses(noisy)[0] != losses(plain)[0]
+    assert plain.metrics("eval")[0]["loss"] == noisy.metrics("eval")[0]["loss"]  # no noise in validation
+
+
 @proves("weight_decay")
 def _(b: Bench) -> None:
     plain, decayed = b.pair("weight_decay", 0.9, epochs=2)
@@ -235,7 +326,7 @@ def _(b: Bench) -> None:
     )
 
 
-def saved_bytes(folder: Path, recompute: bool) -> int:
+def saved_bytes(folder: Path, recompute: bool, tokens: int = 200) -> int:
     """Bytes that the forward pass keeps for the backward pass."""
     from tunesmith.local import model as models
     from tunesmith.local.loss import LossModule
@@ -248,7 +339,7 @@ def saved_bytes(folder: Path, recompute: bool) -> int:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: held.append(t.nbytes if t.data_ptr() not in parameters else 0) or t, lambda t: t
     ):
-        LossModule(model).hidden(torch.arange(200), [100, 100]).sum()
+        LossModule(model).hidden(torch.arange(tokens), [tokens // 2, tokens // 2]).sum()
     return sum(held)
 
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 NAME = "tunesmith_packed"
 
 
+@torch.compiler.disable  # a Python list of lengths: each new one would be compiled anew
 def packed(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -35,28 +35,31 @@ def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def step_rows(rows: int, recipe: Recipe, step: int) -> tuple[int, list[list[int]]]:
-    """(epoch, rows of each micro-batch) of the optimizer step `step`, counted from 0.
-
-    Each epoch is a permutation of its own; its last step takes what is left.
-    """
+def step_rows(rows: int, recipe: Recipe, step: int) -> tuple[int, list[int]]:
+    """(epoch, rows) of the optimizer step `step`, counted from 0. Each epoch is a permutation of its own; its last step
+    takes what is left."""
     assert isinstance(recipe.batch_size, int)
     per_step = recipe.batch_size * recipe.gradient_accumulation_steps
     per_epoch = -(-rows // per_step)
     epoch, at = divmod(step, per_epoch)
-    chosen = _order(rows, recipe.seed, epoch)[at * per_step : (at + 1) * per_step].tolist()
-    return epoch, [chosen[i : i + recipe.batch_size] for i in range(0, len(chosen), recipe.batch_size)]
+    return epoch, _order(rows, recipe.seed, epoch)[at * per_step : (at + 1) * per_step].tolist()
 
 
-def in_order(tokens: Tokens, budget: int) -> Iterator[list[int]]:
-    """All rows, shortest first, in groups of at most `budget` tokens (or one row): for validation."""
+def in_parts(tokens: Tokens, rows: list[int], most_rows: int, budget: int) -> Iterator[list[int]]:
+    """Rows in their order, in groups of at most `most_rows` rows and `budget` tokens (or one row): the micro-batches."""
     group: list[int] = []
     size = 0
-    for row in np.argsort(np.diff(tokens.starts), kind="stable").tolist():
-        if group and size + tokens.length(row) > budget:
+    for row in rows:
+        if group and (len(group) == most_rows or size + tokens.length(row) > budget):
             yield group
             group, size = [], 0
         group.append(row)
         size += tokens.length(row)
     if group:
         yield group
+
+
+def in_order(tokens: Tokens, budget: int) -> Iterator[list[int]]:
+    """All rows, shortest first, in groups of at most `budget` tokens (or one row): for validation."""
+    by_length = np.argsort(np.diff(tokens.starts), kind="stable").tolist()
+    return in_parts(tokens, by_length, len(by_length), budget)

@@ -42,6 +42,32 @@ class Position(msgspec.Struct):
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    since_eval: float = 0.0  # sum of the training losses of the steps since the last validation,
+    evaluated: int = 0  # which was after this step
+    train_loss: float | None = None  # their mean up to the last validation, and up to the best one
+    best_train_loss: float | None = None
+    said: int = -1  # the best step that overfitting was last told of
+    scaler: dict[str, float] | None = None  # of fp16
+
+    def seen(self, loss: float, improved: bool) -> None:
+        """Take note of a validation."""
+        self.train_loss = self.since_eval / max(1, self.step - self.evaluated)
+        self.since_eval, self.evaluated = 0.0, self.step
+        if improved:
+            self.best_loss, self.best_step, self.since_best = loss, self.step, 0
+            self.best_train_loss = self.train_loss
+        else:
+            self.since_best += 1
+
+    def overfits(self) -> bool:
+        """Whether two validations in a row brought no gain while the training loss fell: true once for each best step."""
+        falls = (
+            self.train_loss is not None and self.best_train_loss is not None and self.train_loss < self.best_train_loss
+        )
+        if self.since_best < 2 or not falls or self.said == self.best_step:
+            return False
+        self.said = self.best_step
+        return True
 
 
 def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.Optimizer, position: Position) -> Path:
@@ -83,7 +109,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """Adam's state by parameter name, e.g. "exp_avg/model.norm.weight"."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{key}/{names[id(p)]}": value.detach().cpu().contiguous()
+        f"{key}/{names[id(p)]}": (value if isinstance(value, torch.Tensor) else torch.tensor(value)).cpu().contiguous()
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -105,7 +131,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         place = "cpu" if kind == "step" and not optimizer.defaults.get("fused") else parameters[name].device
-        optimizer.state[parameters[name]][kind] = value.to(place)
+        whole = value.dtype == torch.int64  # bitsandbytes counts its steps in a plain int
+        optimizer.state[parameters[name]][kind] = int(value) if whole else value.to(place)
     rng = load_file(folder / "rng.safetensors")
     torch.set_rng_state(rng["cpu"])
     if torch.cuda.is_available() and "cuda0" in rng:

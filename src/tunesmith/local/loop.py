@@ -16,11 +16,10 @@ from collections.abc import Callable
 import torch
 
 from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.local import batches, checkpoint, methods
+from tunesmith.local import batches, checkpoint, methods, optim, prefix
 from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
-from tunesmith.local.loss import LossModule
 from tunesmith.local.tokens import Tokens, load_tokens
 from tunesmith.local.tracking import Tracker
 from tunesmith.models import find
@@ -47,22 +46,27 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
     folder = find(recipe.model)
     renderer = Renderer(folder)
-    model = methods.apply(models.load(folder, merge=True), recipe)
+    base = models.load(folder, merge=True, quantisation=methods.quantisation(recipe, models.device()))
+    model = methods.apply(base, recipe)
     loss_module, slow = models.loss_module(model)
     if slow:
         run.append("warning", message=f"trains in {loss_module.mode} mode, not packed ({slow})")
-    if recipe.gradient_checkpointing:
-        models.causal(model).activation_checkpointing_enable({"use_reentrant": False})
+    models.arrange(loss_module, recipe)
     model.train()
     device = next(model.parameters()).device
-    train_set, valid_set = (load_tokens(run / "data", side, rows[side]) for side in ("train", "valid"))
-    optimizer = make_optimizer(model, recipe)
+    sets = {side: load_tokens(run / "data", side, rows[side]) for side in ("train", "valid")}
+    train_set, valid_set = sets.values()
+    below = prefix.prepare(run, loss_module, recipe, sets)
+    optimizer = optim.make(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
 
     position = Position()
     start = checkpoint.latest(run, step)
     if start:
         position = checkpoint.restore(start, model, optimizer)
         run.append("resumed", step=position.step)
+        if position.scaler:
+            scaler.load_state_dict(position.scaler)
     tracker = Tracker(run / "logs", position.step)
     run.append(
         "state",
@@ -76,36 +80,52 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     per_epoch = steps_per_epoch(len(train_set), recipe)
     stopped_early = 0 < recipe.patience <= position.since_best
     saved_at, saving = time.monotonic(), 0.0
+    most_rows, most_tokens = int(recipe.batch_size), int(recipe.micro_batch_tokens)
+
+    def loss_of(side: str, chosen: list[int]) -> tuple[torch.Tensor, int]:
+        """(sum of the losses, number of supervised tokens) of some rows of a set."""
+        batch = batches.collate(sets[side], chosen, device)
+        with torch.autocast(device.type, half_type(recipe), enabled=use_half(recipe, device)):
+            return below.loss(side, chosen, batch) if below else loss_module(batch.ids, batch.mask, batch.segments)
 
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
-        base = validate(loss_module, valid_set)
-        run.append("eval", step=0, epoch=0.0, loss=base, best=False)
-        tracker.scalars(0, {"valid/loss": base})
+        first = validate(model, valid_set, loss_of)
+        run.append("eval", step=0, epoch=0.0, loss=first, best=False)
+        tracker.scalars(0, {"valid/loss": first})
 
     while position.step < planned and not stopped_early:
         clock = time.perf_counter()
-        _, micro_batches = batches.step_rows(len(train_set), recipe, position.step)
-        supervised = sum(train_set.supervised(micro_batch) for micro_batch in micro_batches)
-        rate = learning_rate(recipe, position.step, planned)
+        _, chosen = batches.step_rows(len(train_set), recipe, position.step)
+        supervised = train_set.supervised(chosen)
+        rate = optim.learning_rate(recipe, position.step, planned)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        total, tokens = 0.0, 0
-        for micro_batch in micro_batches:
-            batch = batches.collate(train_set, micro_batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(recipe, device)):
-                loss, _ = loss_module(batch.ids, batch.mask, batch.segments)
-            (loss / supervised).backward()
-            total, tokens = total + loss.item(), tokens + len(batch.ids)
+        try:
+            total, tokens = accumulate(train_set, chosen, supervised, (most_rows, most_tokens), loss_of, scaler)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or most_rows < int(recipe.batch_size) or len(chosen) == 1:
+                raise
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            most_rows, most_tokens = max(1, most_rows // 2), most_tokens // 2
+            run.append(
+                "warning", message=f"out of memory: going on with {most_rows} rows at a time, to the same result"
+            )
+            continue
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf).item()
-        if not math.isfinite(total) or not math.isfinite(norm):
+        if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise diverged(run, total / supervised, position.step + 1)
-        optimizer.step()
+        scaler.step(optimizer)  # with fp16, not where a gradient has overflowed: the scale is lowered instead
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         position.step += 1
         position.tokens += tokens
         position.supervised_tokens += supervised
+        position.since_eval += total / supervised
         position.seconds = before + time.perf_counter() - began
         took = time.perf_counter() - clock
         seen = {"loss": total / supervised, "lr": rate, "grad_norm": norm, "tokens_per_second": tokens / took}
@@ -124,7 +144,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
-            loss_now = validate(loss_module, valid_set)
+            loss_now = validate(model, valid_set, loss_of)
             if not math.isfinite(loss_now):
                 raise diverged(run, loss_now, position.step)
             improved = position.best_loss is None or loss_now < position.best_loss - recipe.min_gain
@@ -136,10 +156,9 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
                 best=improved,
             )
             tracker.scalars(position.step, {"valid/loss": loss_now})
-            if improved:
-                position.best_loss, position.best_step, position.since_best = loss_now, position.step, 0
-            else:
-                position.since_best += 1
+            position.seen(loss_now, improved)
+            if position.overfits():
+                run.append("overfitting", **overfitting(position, per_epoch))
             stopped_early = 0 < recipe.patience <= position.since_best
         else:
             improved = False
@@ -150,6 +169,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
             saved_at = time.monotonic()
             if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
                 raise diverged(run, math.nan, position.step)
+            position.scaler = scaler.state_dict() or None
             saved = checkpoint.save(run, model, renderer, optimizer, position)
             run.append("checkpoint", step=position.step, path=saved.name)
             checkpoint.prune(run, recipe.save_total_limit, position.best_step)
@@ -188,41 +208,49 @@ def diverged(run: Run, loss: float, step: int) -> TunesmithError:
     )
 
 
-def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW on what is trained; decay on matrices only (norms and biases are scales, not weights)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=1.0, fused=True
-    )  # the loop sets the rate before each step
+def accumulate(
+    rows: Tokens,
+    chosen: list[int],
+    supervised: int,
+    most: tuple[int, int],
+    loss_of: Callable[[str, list[int]], tuple[torch.Tensor, int]],
+    scaler: torch.amp.GradScaler,
+) -> tuple[float, int]:
+    """Add up the gradient of one step's mean loss; (sum of the losses, tokens). `most` rows and tokens at a time."""
+    total, tokens = 0.0, 0
+    for part in batches.in_parts(rows, chosen, *most):
+        loss, _ = loss_of("train", part)
+        scaler.scale(loss / supervised).backward()
+        total, tokens = total + loss.item(), tokens + sum(map(rows.length, part))
+    return total, tokens
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then cosine or linear to zero at `steps`, or constant."""
-    peak = float(recipe.learning_rate)
-    warmup = recipe.warmup_steps if recipe.warmup_steps is not None else math.ceil(recipe.warmup_ratio * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return peak * shapes[recipe.lr_scheduler]
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is for want of memory: of a GPU, or of torch's CPU allocator, which has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def overfitting(position: Position, per_epoch: int) -> dict[str, object]:
+    """What the event says: since when, and what to do."""
+    epoch = round(position.best_step / per_epoch, 2)
+    message = (
+        f"no gain on the validation rows since step {position.best_step} (epoch {epoch}) while the training loss falls"
+    )
+    return {"step": position.step, "best_step": position.best_step, "best_epoch": epoch, "message": message}
 
 
 @torch.no_grad()
-def validate(loss_module: LossModule, rows: Tokens) -> float:
-    """Mean loss over all supervised tokens of a set, in nats. Holds no logits."""
-    was_training = loss_module.model.training
-    loss_module.model.eval()
-    device = next(loss_module.model.parameters()).device
+def validate(
+    model: torch.nn.Module, rows: Tokens, loss_of: Callable[[str, list[int]], tuple[torch.Tensor, int]]
+) -> float:
+    """Mean loss over all supervised tokens of the validation set, in nats. Holds no logits."""
+    was_training = model.training
+    model.eval()
     total, count = 0.0, 0
     for group in batches.in_order(rows, EVAL_TOKENS):
-        batch = batches.collate(rows, group, device)
-        loss, n = loss_module(batch.ids, batch.mask, batch.segments)
+        loss, n = loss_of("valid", group)
         total, count = total + loss.item(), count + n
-    loss_module.model.train(was_training)
+    model.train(was_training)
     return total / max(count, 1)
 
 
@@ -239,8 +267,13 @@ def steps_per_epoch(rows: int, recipe: Recipe) -> int:
     return -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
 
 
-def use_bf16(recipe: Recipe, device: torch.device) -> bool:
-    return recipe.mixed_precision == "bf16" or (recipe.mixed_precision == "auto" and device.type == "cuda")
+def half_type(recipe: Recipe) -> torch.dtype:
+    return torch.float16 if recipe.mixed_precision == "fp16" else torch.bfloat16
+
+
+def use_half(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the model runs in 16 bits (its weights stay in 32)."""
+    return recipe.mixed_precision in ("bf16", "fp16") or (recipe.mixed_precision == "auto" and device.type == "cuda")
 
 
 def peak_memory_mb() -> int:

@@ -78,9 +78,9 @@ class LossModule(nn.Module):
     cannot be packed), or "logits" (the model's own head, for models that do more than a matrix product there).
     """
 
-    def __init__(self, model: nn.Module, mode: str = "packed") -> None:
+    def __init__(self, model: nn.Module, mode: str = "packed", neftune_alpha: float = 0.0) -> None:
         super().__init__()
-        self.model, self.mode = model, mode
+        self.model, self.mode, self.neftune_alpha = model, mode, neftune_alpha
         causal: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._causal, self._decoder, self._head = (
             [causal],
@@ -88,18 +88,34 @@ class LossModule(nn.Module):
             [causal.get_output_embeddings()],
         )  # lists: not submodules twice
 
-    def hidden(self, ids: Tensor, segments: list[int]) -> Tensor:
-        """Last hidden states [tokens, d] of conversations that stand one after the other in `ids` [tokens]."""
+    def hidden(self, ids: Tensor, segments: list[int], bottom: Tensor | None = None) -> Tensor:
+        """Last hidden states [tokens, d] of conversations that stand one after the other in `ids` [tokens].
+
+        `bottom` [tokens, d]: what enters the decoder in place of the embeddings of `ids`.
+        """
         decoder = self._decoder[0]
+        if bottom is None and self.neftune_alpha and self.model.training:
+            bottom = self._noisy(ids, segments)
+        given = {"input_ids": ids[None]} if bottom is None else {"inputs_embeds": bottom[None]}
         if self.mode == "packed":
             positions = torch.cat([torch.arange(n, device=ids.device) for n in segments])
-            out = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=segments)
+            out = decoder(**given, position_ids=positions[None], use_cache=False, segments=segments)
             return out.last_hidden_state[0]
-        return torch.cat(
-            [decoder(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(segments)]
-        )
+        (name, whole), parts = next(iter(given.items())), []
+        for part in whole[0].split(segments):
+            parts.append(decoder(**{name: part[None]}, use_cache=False).last_hidden_state[0])
+        return torch.cat(parts)
 
-    def forward(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, int]:
+    def _noisy(self, ids: Tensor, segments: list[int]) -> Tensor:
+        """Embeddings with uniform noise of alpha / sqrt(conversation length x d) (NEFTune, Jain et al. 2023)."""
+        embeds: Tensor = self._causal[0].get_input_embeddings()(ids)
+        lengths = torch.tensor(segments, device=ids.device).repeat_interleave(torch.tensor(segments, device=ids.device))
+        scale = self.neftune_alpha / (lengths * embeds.shape[1]).sqrt()
+        return embeds + scale[:, None] * torch.empty_like(embeds).uniform_(-1, 1)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, segments: list[int], bottom: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
         at = supervised(mask, segments)
         if self.mode == "logits":
@@ -107,7 +123,7 @@ class LossModule(nn.Module):
             return nn.functional.cross_entropy(logits, ids[at + 1], reduction="sum"), len(at)
         head = self._head[0]
         return chunked_cross_entropy(
-            self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
+            self.hidden(ids, segments, bottom)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
         ), len(at)
 
     @torch.no_grad()

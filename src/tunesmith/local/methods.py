@@ -1,13 +1,14 @@
-"""What is trained: all weights, low-rank adapters, or only the layers above a frozen bottom."""
+"""What is trained: all weights, low-rank adapters (on 4-bit weights too), or only the layers above a frozen bottom."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.costs import ADAPTERS, frozen_layers
 from tunesmith.errors import UsageError
 from tunesmith.recipe import Recipe
 
@@ -17,8 +18,8 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2 writes its linear layers as Conv1D
 def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Mark what is trained, adding adapters where asked. Adapter weights depend on the seed alone."""
     stack, layers = decoder_layers(model)
-    frozen = math.floor(recipe.freeze_ratio * len(layers))
-    if recipe.method == "lora":
+    frozen = frozen_layers(recipe, len(layers))
+    if recipe.method in ADAPTERS:
         return _lora(model, recipe, stack, frozen, len(layers))
     if frozen:
         model.requires_grad_(False)
@@ -31,6 +32,22 @@ def apply(model: nn.Module, recipe: Recipe) -> nn.Module:
             head.requires_grad_(True)
         # a tied head stays frozen: it is the embedding, which lies below the frozen layers
     return model
+
+
+def quantisation(recipe: Recipe, where: torch.device) -> Any:
+    """How to load the base for qlora: linear layers as 4-bit numbers in blocks of 64 (Dettmers et al. 2023); else None."""
+    if recipe.method != "qlora":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    compute = "bf16" if where.type == "cuda" else "fp32"
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.quant_type,
+        bnb_4bit_use_double_quant=recipe.double_quant,
+        bnb_4bit_compute_dtype=names[compute if recipe.compute_dtype == "auto" else recipe.compute_dtype],
+    )
 
 
 def norms_beside(model: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
@@ -60,6 +77,8 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=targets,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         bias="none",
         task_type="CAUSAL_LM",
     )

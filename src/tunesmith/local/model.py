@@ -11,10 +11,12 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, UsageError
 from tunesmith.local import attention
 from tunesmith.local.loss import LossModule
+from tunesmith.local.methods import decoder_layers
 from tunesmith.models import find, read_json
+from tunesmith.recipe import Recipe
 
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings(
@@ -30,16 +32,17 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load(folder: Path, merge: bool = False) -> nn.Module:
+def load(folder: Path, merge: bool = False, quantisation: Any = None) -> nn.Module:
     """A causal language model in fp32 on this machine's device, adapters applied. No code from the folder is run.
 
-    `merge`: an adapter becomes part of the weights, as it must where training goes on from it.
+    `merge`: an adapter becomes part of the weights, as it must where training goes on from it. `quantisation`: a
+    transformers configuration for the linear layers' weights.
     """
     base, adapter = folder, None
     if (folder / "adapter_config.json").exists():
         base, adapter = find(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])), folder
     try:
-        model = _pretrained(base)
+        model = _pretrained(base, quantisation)
         if adapter:
             from peft import PeftModel
 
@@ -51,10 +54,10 @@ def load(folder: Path, merge: bool = False) -> nn.Module:
             where=str(folder),
             fix="does it load with plain transformers?",
         ) from None
-    return model.to(device())
+    return model if quantisation else model.to(device())
 
 
-def _pretrained(folder: Path) -> Any:
+def _pretrained(folder: Path, quantisation: Any) -> Any:
     """The model with packed attention; with a sliding window, which that lacks, or where refused, with its own."""
     config = read_json(folder / "config.json")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
@@ -64,6 +67,8 @@ def _pretrained(folder: Path) -> Any:
         "trust_remote_code": False,
         "local_files_only": True,
     }
+    if quantisation:
+        arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
     if not window:
         try:
             return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)
@@ -107,6 +112,18 @@ def loss_module(model: nn.Module) -> tuple[LossModule, str]:
             reasons.append(f"{mode}: loss {got:.4f}, the model's own {want:.4f}")
     model.train(was_training)
     return LossModule(model, mode), "; ".join(reasons)
+
+
+def arrange(module: LossModule, recipe: Recipe) -> None:
+    """Set up how the model runs in training: recomputed activations, noise on its embeddings, compiled layers."""
+    if recipe.gradient_checkpointing:
+        causal(module.model).activation_checkpointing_enable({"use_reentrant": False})
+    if recipe.neftune_alpha and module.mode == "logits":
+        raise UsageError("neftune_alpha: this model's embeddings cannot be reached", fix="leave it out")
+    module.neftune_alpha = recipe.neftune_alpha
+    if recipe.torch_compile:
+        for layer in decoder_layers(module.model)[1]:
+            layer.compile(dynamic=True)  # each by itself: the same code for all of them, and weights keep their names
 
 
 def save(model: nn.Module, folder: Path) -> None:

@@ -1,0 +1,191 @@
+"""What is trained: methods, the frozen bottom and its cache, what happens when memory runs out or a model overfits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import rows, write
+from training import architecture, fit, losses, weights
+from tunesmith import api
+from tunesmith.errors import UsageError
+from tunesmith.local import loop, methods, prefix
+from tunesmith.local import model as models
+from tunesmith.recipe import Recipe
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen2", "llama"])
+def test_freezing_keeps_embeddings_and_bottom_in_each_architecture(name: str, tmp_path: Path) -> None:
+    model = methods.apply(models.load(architecture(name, tmp_path)), Recipe(freeze_ratio=0.5))
+    _, layers = methods.decoder_layers(model)
+    top = {id(p) for p in layers[1].parameters()}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert top <= {id(p) for _, p in trained}
+    rest = [n for n, p in trained if id(p) not in top]
+    assert rest and all("norm" in n or "ln_f" in n or "lm_head" in n or "embed_out" in n for n in rest), rest
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize(("ratio", "frozen"), [(0.5, 1), (0.9, 1), (0.0, 0)])
+def test_freezing_keeps_the_bottom(tiny: Path, ratio: float, frozen: int) -> None:
+    model = methods.apply(models.load(tiny), Recipe(freeze_ratio=ratio))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if not frozen:
+        assert len(trained) == len(list(model.named_parameters()))
+    else:
+        assert {n.split(".")[2] for n in trained if ".layers." in n} == {"1"}
+        assert "model.norm.weight" in trained and "model.embed_tokens.weight" not in trained
+
+
+def test_lora_targets_rank_and_freezing(tiny: Path) -> None:
+    def trained(**settings: object) -> dict[str, torch.nn.Parameter]:
+        model = methods.apply(models.load(tiny), Recipe(method="lora", lora_alpha=8, **settings))
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    every = trained(lora_rank=3)
+    assert len(every) == 2 * 2 * 7 and all("lora_" in n for n in every)  # A and B, two layers, seven maps
+    assert {min(p.shape) for p in every.values()} == {3}
+    assert {n.split(".")[-4] for n in trained(lora_targets="q_proj,v_proj")} == {"q_proj", "v_proj"}
+    assert {n.split(".layers.")[1][0] for n in trained(freeze_ratio=0.5)} == {"1"}
+    again = trained(lora_rank=3)
+    assert all(torch.equal(every[n], again[n]) for n in every)  # the seed alone decides
+
+
+def test_the_method_freeze_trains_the_upper_three_tenths(tiny: Path, tmp_path: Path, data: Path) -> None:
+    plan = api.plan(data, model=str(tiny), method="freeze")
+    assert (plan.recipe.freeze_ratio, plan.origin["freeze_ratio"]) == (0.7, "auto: method freeze")
+    run = fit(tmp_path / "run", data, tiny, method="freeze", max_steps=2)
+    trained = next(e["trainable"] for e in run.events() if e.get("state") == "running")
+    assert trained == plan.trainable_parameters < plan.model.parameters / 4
+    with pytest.raises(UsageError, match=r"freeze_ratio is 1\.0; expected a number from 0 up to 1"):
+        api.plan(data, model=str(tiny), freeze_ratio=1.0)
+
+
+def test_qlora_keeps_four_bits_and_its_adapter_loads_in_peft(tiny: Path, tmp_path: Path, data: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    recipe = Recipe(method="qlora", lora_alpha=16)
+    model: Any = methods.apply(
+        models.load(tiny, quantisation=methods.quantisation(recipe, torch.device("cpu"))), recipe
+    )
+    kinds = {p.dtype for n, p in model.named_parameters() if "base_layer" in n}
+    assert kinds == {torch.uint8}
+    run = fit(tmp_path / "run", data, tiny, method="qlora", epochs=2)
+    assert losses(run)[-1] < losses(run)[0]
+    assert AutoPeftModelForCausalLM.from_pretrained(run.path).peft_config["default"].r == 16
+    plan = api.plan(data, model=str(tiny), method="qlora")
+    assert plan.trainable_parameters == next(e["trainable"] for e in run.events() if e.get("state") == "running")
+
+
+def test_what_cannot_be_done_here_is_said_before_anything_is_read(
+    tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="fp16 needs an NVIDIA GPU"):
+        api.plan(data, model=str(tiny), mixed_precision="fp16")
+    monkeypatch.setattr("tunesmith.planning.find_spec", lambda name: None)
+    for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
+        with pytest.raises(UsageError, match="needs bitsandbytes"):
+            api.plan(data, model=str(tiny), **settings)
+
+
+def split(name: str, folder: Path, **settings: Any) -> tuple[prefix.Prefix | None, str]:
+    recipe = Recipe(freeze_ratio=0.5, **settings)
+    module, _ = models.loss_module(methods.apply(models.load(architecture(name, folder)), recipe))
+    return prefix.split(module, recipe)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"])
+def test_the_bottom_and_what_stands_above_make_the_whole(name: str, tmp_path: Path) -> None:
+    found, reason = split(name, tmp_path)
+    assert found is not None, reason
+    assert len(found.below) == 1
+    names = {n for n, _ in found.module.model.named_parameters()}
+    with found.above():
+        assert {n for n, _ in found.module.model.named_parameters()} < names
+    assert {n for n, _ in found.module.model.named_parameters()} == names  # put back as it was
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("gpt2", {}, "dropout"),
+        ("opt", {}, "run apart"),
+        ("cohere", {}, "logits mode"),
+        ("llama", {"neftune_alpha": 5.0}, "NEFTune"),
+    ],
+)
+def test_where_the_bottom_cannot_be_run_apart_the_reason_is_given(
+    name: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    found, why = split(name, tmp_path, **settings)
+    assert found is None and reason in why
+
+
+def test_the_cache_is_for_these_rows_and_weights_alone(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
+    def files() -> set[str]:
+        return {p.name for p in (cache / "prefix").glob("*")}
+
+    fit(tmp_path / "one", data, tiny, freeze_ratio=0.5)
+    first = files()
+    assert len(first) == 2 and all(name.endswith(".f32") for name in first)
+    fit(tmp_path / "lora", data, tiny, freeze_ratio=0.5, method="lora", max_steps=2)
+    assert len(files() - first) == 1  # another method, another key: and of its training rows not all were seen
+    other = write(tmp_path / "other.jsonl", rows(50))
+    fit(tmp_path / "other", other, tiny, freeze_ratio=0.5)
+    assert len(files()) == 5
+
+
+def test_no_cache_that_would_fill_the_disk(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    run = fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
+    assert any("over half of the" in e.get("message", "") for e in run.events()) and not (cache / "prefix").exists()
+
+
+def test_out_of_memory_goes_on_with_smaller_parts_to_the_same_result(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(tmp_path / "whole", data, tiny, batch_size=8, epochs=2)
+    collate = loop.batches.collate
+
+    def short_of_memory(tokens: Any, chosen: list[int], device: torch.device) -> Any:
+        if len(chosen) > 4 and tokens.starts[-1] > 300:  # in training; validation goes by tokens
+            raise torch.OutOfMemoryError("no")
+        return collate(tokens, chosen, device)
+
+    monkeypatch.setattr(loop.batches, "collate", short_of_memory)
+    run = fit(tmp_path / "run", data, tiny, batch_size=8, epochs=2)
+    assert [e["message"] for e in run.events() if e["type"] == "warning"] == [
+        "out of memory: going on with 4 rows at a time, to the same result"
+    ]
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    monkeypatch.setattr(loop.batches, "collate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path / "never", data, tiny, batch_size=8)
+
+
+def test_overfitting_is_said_when_it_happens(tiny: Path, tmp_path: Path) -> None:
+    """Answers that nothing predicts: what is learnt of them is memorised. Said once, two validations after the best."""
+    items = [{"prompt": f"q{i}", "completion": f"{i * 7919 % 1000} {i * 104729 % 1000}"} for i in range(30)]
+    run = fit(tmp_path / "run", write(tmp_path / "d.jsonl", items), tiny, epochs=40, patience=0, learning_rate=1e-2)
+    evals = run.metrics("eval")
+    said = [e for e in run.events() if e["type"] == "overfitting"]
+    assert evals[-1]["epoch"] == 40 and len(said) == 1
+    best = min(evals[1:], key=lambda e: e["loss"])
+    assert (said[0]["best_step"], said[0]["best_epoch"]) == (best["step"], best["epoch"])
+    at = [e["step"] for e in evals].index(best["step"])
+    assert said[0]["step"] == evals[at + 2]["step"]
+    assert not [e for e in fit(tmp_path / "ok", tmp_path / "d.jsonl", tiny).events() if e["type"] == "overfitting"]
+
+
+def test_runs_with_and_without_a_bottom_agree(tiny: Path, tmp_path: Path, data: Path) -> None:
+    """The bottom row by row, or all layers over packed rows: the same training but for rounding."""
+    apart = fit(tmp_path / "apart", data, tiny, freeze_ratio=0.5, epochs=2)
+    whole = fit(tmp_path / "whole", data, tiny, freeze_ratio=0.5, epochs=2, neftune_alpha=1e-12)
+    assert any("NEFTune" in e.get("message", "") for e in whole.events())
+    assert losses(apart) == pytest.approx(losses(whole), rel=1e-5)
+    assert weights(apart / "final_model") != weights(tiny)
