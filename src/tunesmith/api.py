@@ -18,6 +18,7 @@ from tunesmith.runs import Event, Run, open_run, refuse_taken
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
+    from tunesmith.evaluation.rates import Advice
 
 POLL_SECONDS = 0.1
 
@@ -152,6 +153,20 @@ def watch(
     )
     error.exit_status = last.get("exit_status", 1)
     raise error
+
+
+def lr_find(
+    trial_steps: int = 15,
+    on_trial: Callable[[Any], None] = lambda _: None,
+    *,
+    config: str | None = None,
+    **settings: Any,
+) -> Advice:
+    """Try learning rates around the recipe's in short runs on this machine; settings as for `train`. Writes nothing."""
+    from tunesmith.evaluation.rates import advise
+    from tunesmith.local.lr_finder import search
+
+    return advise(search(prepare(config=config, **settings), trial_steps, on_trial))
 
 
 def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Evaluation:

@@ -45,6 +45,14 @@ def test_chunked_cross_entropy_equals_the_plain_one_in_float64(count: int, bias:
     assert torch.equal(right, nn.functional.linear(*theirs).argmax(1) == targets)
 
 
+def test_a_target_far_below_the_likeliest_keeps_its_whole_loss() -> None:
+    hidden, weight = torch.tensor([[100.0, 0.0]], requires_grad=True), torch.tensor([[1.0, 0.0], [-1.0, 0.5]])
+    loss = chunked_cross_entropy(hidden, weight, None, torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 200.0
+    torch.testing.assert_close(hidden.grad, weight[:1] - weight[1:])
+
+
 def test_frozen_head_gets_no_gradient() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8)
     chunked_cross_entropy(hidden, weight, None, torch.arange(5)).backward()

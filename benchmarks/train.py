@@ -1,0 +1,292 @@
+"""Training speed and memory beside other trainers: the same rows in the same order, the same work, one process each.
+
+    python benchmarks/train.py [--shape 20M] [--method full] [--steps 4] [--repeat 3] [--peers trainer,trl]
+
+Rows are real text (tools/starter) of about 800 tokens, 1,024 at most, loss on the answers alone, AdamW 1e-3 constant, no
+decay, clip 1.0, fp32, no checkpointing. A peer runs under $BENCH_PYTHON_<PEER> where that is set, else under this Python;
+one that cannot be imported is named and left out. Prints medians: tokens a second (without padding), the ratio to the
+fastest peer, peak memory, the share of the matrix-multiply rate measured in the same run, and the first loss, which must
+be the same for all to four digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SHAPES = {  # vocabulary, hidden, layers, heads, key-value heads, inner
+    "20M": (50257, 288, 6, 6, 6, 768),
+    "135M": (49152, 576, 30, 9, 3, 1536),
+}
+FREEZE = 0.7
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="20M")
+    parser.add_argument("--method", choices=("full", "lora", "freeze"), default="full")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the rows of --steps steps [1]")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peers", default="trainer,trl", help="of trainer, trl; with :grouped sorted by length [all]")
+    parser.add_argument("--no-cache", action="store_true", help="ours without keeping the frozen layers' output")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith_bench_train")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(options)))
+        return
+    make_fixture(options)
+    names = ["tunesmith", *filter(None, options.peers.split(","))]
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rates = []
+    for _ in range(options.repeat):
+        rates.append(matrix_rate())
+        for name in names:
+            python = os.environ.get(f"BENCH_PYTHON_{name.partition(':')[0].upper()}", sys.executable)
+            done = subprocess.run(
+                [python, __file__, *sys.argv[1:], "--one", name],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+            if done.returncode:
+                print(f"{name}: left out ({done.stderr.strip().splitlines()[-1]})", flush=True)
+                names = [n for n in names if n != name]
+                continue
+            seen[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    rate = statistics.median(rates)
+    print(
+        f"{options.shape} {options.method}, {options.steps} steps of {options.batch} rows, {options.epochs} epochs; "
+        f"2048-cubed product {rate / 1e9:.0f} GFLOP/s; medians of {options.repeat}"
+    )
+    medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in seen.items() if runs}
+    best = max((m["tokens_s"] for n, m in medians.items() if n != "tunesmith"), default=0.0)
+    for name, m in medians.items():
+        low, high = min(r["tokens_s"] for r in seen[name]), max(r["tokens_s"] for r in seen[name])
+        share = work(options, m) / m["seconds"] / rate
+        against = f"{m['tokens_s'] / best:5.2f}x" if best else ""
+        print(
+            f"  {name:18} {m['tokens_s']:7.0f} tokens/s ({low:.0f} to {high:.0f}) {against}  {m['peak_mb']:6.0f} MB  "
+            f"{share:4.0%} of the matrix rate  first loss {m['first']:.4f}, last {m['last']:.4f}"
+        )
+
+
+def work(options: argparse.Namespace, m: dict[str, Any]) -> float:
+    """Floating-point operations that must be done: 2 for each weight and token forward, 2 for the gradient of the input where
+    something below is trained, 2 for that of the weight where it is trained; attention over half of the square."""
+    vocabulary, h, layers, heads, kv, inner = SHAPES[options.shape]
+    d = h // heads
+    linear = 2 * h * h + 2 * h * kv * d + 3 * h * inner
+    attention = 2 * m["tokens"] / m["rows"] * h
+    head = 2 * vocabulary * h * m["supervised"]
+    tokens = m["tokens"]
+    if options.method == "full":
+        return tokens * layers * (6 * linear + 3 * attention) + 3 * head
+    if options.method == "lora":
+        adapters = 16 * (4 * h + 2 * (h + kv * d) + 3 * (h + inner))
+        return tokens * layers * (4 * linear + 6 * adapters + 3 * attention) + 2 * head
+    top = layers - int(FREEZE * layers)
+    return tokens * (layers * (2 * linear + attention) + top * (4 * linear + 2 * attention)) + 2 * head
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a 2048-cubed fp32 product: the best of ten."""
+    code = (
+        "import torch,time;a,b=torch.randn(2048,2048),torch.randn(2048,2048);t=[]\n"
+        "for _ in range(10):\n s=time.perf_counter();a@b;t.append(time.perf_counter()-s)\nprint(2*2048**3/min(t))"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def make_fixture(options: argparse.Namespace) -> None:
+    """The model, a run directory of ours laid out, and the rows in the order in which it will see them."""
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / options.shape
+    if not (model / "config.json").exists():
+        save_model(options.shape, model)
+    data = folder / "rows.jsonl"
+    if not data.exists():
+        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts(256)))
+    from tunesmith import api
+    from tunesmith.local import batches
+    from tunesmith.recipe import Recipe
+
+    rows = options.steps * options.batch
+    (folder / "few.jsonl").write_text("".join(data.read_text().splitlines(True)[:rows]))
+    prepared = api.prepare(str(folder / "few.jsonl"), model=str(model), **ours(options))
+    train = prepared.splits["train"]
+    order = [
+        r
+        for step in range(options.steps * options.epochs)
+        for r in batches.step_rows(len(train), prepared.plan.recipe, step)[1]
+    ]
+    assert isinstance(prepared.plan.recipe, Recipe) and prepared.plan.steps == options.steps * options.epochs
+    with (folder / "ordered.jsonl").open("w") as out:
+        for r in order:
+            ids, mask = prepared.rendered["train"][r].ids, prepared.rendered["train"][r].mask
+            said = [{"role": m.role, "content": m.content} for m in train[r].messages]
+            out.write(json.dumps({"ids": ids, "mask": [bool(m) for m in mask], "messages": said}) + "\n")
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    method = {"lora": {"method": "lora", "lora_alpha": 32}, "freeze": {"freeze_ratio": FREEZE}}.get(options.method, {})
+    return {
+        "epochs": options.epochs, "batch_size": options.batch, "learning_rate": 1e-3, "lr_scheduler": "constant",
+        "warmup_ratio": 0.0, "weight_decay": 0.0, "valid_fraction": 0.0, "test_fraction": 0.0, "threads": os.cpu_count() or 2,
+        "prefix_cache": not options.no_cache, **method,
+    }  # fmt: skip
+
+
+def save_model(shape: str, folder: Path) -> None:
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary, hidden, layers, heads, kv, inner = SHAPES[shape]
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, intermediate_size=inner, tie_word_embeddings=True, max_position_embeddings=2048,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )).save_pretrained(folder)  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(ROOT / "src/tunesmith/assets/starter" / name, folder / name)
+
+
+def texts(count: int) -> list[dict[str, str]]:
+    """Questions with answers of several joined texts: 250 to 1,000 tokens, most of them long."""
+    rng = random.Random(0)
+    read = [json.loads(line) for line in (ROOT / "tools/starter/talk.jsonl").open()]
+    pairs = [(row["prompt"], row["completion"]) for row in read if "prompt" in row]
+    rng.shuffle(pairs)
+    rest = iter(pairs)
+    rows = []
+    for _ in range(count):
+        ask, answer = next(rest)
+        target = rng.choice((1000, 2200, 3000, 3200, 3400, 3500))  # characters, of 3.8 to a token
+        while len(answer) < target:
+            answer += "\n\n" + next(rest)[1]
+        rows.append({"prompt": ask[:400], "completion": answer[:3500].strip()})
+    return rows
+
+
+# ---- one contender, in its own process
+
+
+def run_one(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 2)
+    rows = [json.loads(line) for line in (options.folder / "ordered.jsonl").open()]
+    counts = {
+        "rows": len(rows),
+        "tokens": sum(len(r["ids"]) for r in rows),
+        "supervised": sum(sum(r["mask"][1:]) for r in rows),
+    }
+    if options.one == "tunesmith":
+        found = run_ours(options)
+    else:
+        name, _, how = options.one.partition(":")
+        found = run_trainer(options, rows, name == "trl", how == "grouped")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {**counts, **found, "peak_mb": peak, "tokens_s": counts["tokens"] / found["seconds"]}
+
+
+def run_ours(options: argparse.Namespace) -> dict[str, Any]:
+    from tunesmith import api
+    from tunesmith.local.backend import lay_out
+    from tunesmith.local.loop import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        prepared = api.prepare(
+            str(options.folder / "few.jsonl"), model=str(options.folder / options.shape), **ours(options)
+        )
+        run = lay_out(prepared, Path(folder) / "run")
+        train(run, lambda: False)
+        steps = run.metrics("step")
+        return {"seconds": steps[-1]["seconds"], "first": steps[0]["loss"], "last": steps[-1]["loss"]}
+
+
+def run_trainer(options: argparse.Namespace, rows: list[dict[str, Any]], trl: bool, grouped: bool) -> dict[str, Any]:
+    import torch
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    folder = options.folder / options.shape
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if options.method == "freeze":
+        layers = model.model.layers
+        model.requires_grad_(False)
+        for part in (*layers[int(FREEZE * len(layers)) :], model.model.norm):
+            part.requires_grad_(True)
+    peft = None
+    if options.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        peft = LoraConfig(**LORA)
+    losses, clock = [], []
+
+    class Spy(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.append(time.perf_counter())
+
+        def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as out:
+        arguments = dict(
+            output_dir=out, max_steps=options.steps * options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
+            report_to="none", save_strategy="no", logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant",
+            weight_decay=0.0, max_grad_norm=1.0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+            train_sampling_strategy="group_by_length" if grouped else "sequential",
+        )  # fmt: skip
+        if trl:
+            from trl import SFTConfig, SFTTrainer
+
+            data = Dataset.from_list([{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows])
+            trainer = SFTTrainer(
+                model=model, args=SFTConfig(**arguments, max_length=1024, packing=False), train_dataset=data,
+                processing_class=tokenizer, peft_config=peft, callbacks=[Spy()],
+            )  # fmt: skip
+        else:
+            model = get_peft_model(model, peft) if peft else model
+            items = [
+                {"input_ids": r["ids"], "attention_mask": [1] * len(r["ids"]),
+                 "labels": [i if m else -100 for i, m in zip(r["ids"], r["mask"], strict=True)]}
+                for r in rows
+            ]  # fmt: skip
+            trainer = transformers.Trainer(
+                model=model, args=transformers.TrainingArguments(**arguments), train_dataset=Dataset.from_list(items),
+                data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
+                callbacks=[Spy()],
+            )  # fmt: skip
+        trainer.train()
+    return {"seconds": clock[-1] - clock[0], "first": losses[0], "last": losses[-1]}
+
+
+if __name__ == "__main__":
+    main()
