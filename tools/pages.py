@@ -66,7 +66,8 @@ def findings() -> str:
         "",
         "What `tunesmith data check`, `plan` and `train` may report. Codes are stable. Errors stop a run (exit status 3); "
         "warnings and notes are shown and",
-        "recorded in the run's `data/check.json`. Made from `facts/findings.toml`.",
+        "recorded in the run's `data/check.json`. [How a data set is graded and split](data-rules.md). Made from "
+        "`facts/findings.toml`.",
         "",
         "| code | severity | meaning | what to do |",
         "|---|---|---|---|",
@@ -74,7 +75,8 @@ def findings() -> str:
     for code, known in table().items():
         others = [f"{value} for {key}" for key, value in known.items() if key not in ("severity", "meaning", "fix")]
         severity = "; ".join([known["severity"], *others])
-        lines.append(f"| `{code}` | {severity} | {known['meaning']} | {known['fix']} |")
+        cells = (f"`{code}`", severity, known["meaning"], known["fix"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -59,4 +59,7 @@ class Issue(msgspec.Struct, frozen=True):
     def line(self) -> str:
         mend = f" -- {self.fix}" if self.fix else ""
         place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.message} [{self.code}]{mend}"
+        return f"{place}{self.message} [{self.code}]{mend}".translate(_VISIBLE)
+
+
+_VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # a row's text may not steer a terminal

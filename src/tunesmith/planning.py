@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,11 @@ from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, trainable
 from tunesmith.data.check import load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import persona
-from tunesmith.data.split import Splits, prompt_key, split
+from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
-from tunesmith.recipe import FACTS, Recipe, fields, need_dataset
+from tunesmith.preflight import fit, has_calls, idle_settings, refuse_impossible, token_issues, tool_calls_lost
+from tunesmith.recipe import FACTS, Recipe, need_dataset
 from tunesmith.render import Rendered, Renderer
 
 
@@ -57,7 +56,7 @@ class Prepared(msgspec.Struct, frozen=True):
 
 def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
-    _refuse_impossible(recipe)
+    refuse_impossible(recipe)
     folder = find(recipe.model)
     if folder != STARTER and Path(recipe.model).is_dir():  # a run must find its base from any working directory
         recipe = msgspec.structs.replace(recipe, model=str(folder.resolve()))
@@ -77,7 +76,7 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     rendered, kept, dropped = {}, {}, 0
     for side, rows in splits.items():
         whole = list(renderer.render_all(rows))
-        fits, found = _fit(whole, limit, recipe.over_long)
+        fits, found = fit(whole, limit, recipe.over_long)
         issues.extend(found)
         rendered[side] = [r for r in fits if r]
         kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]
@@ -91,40 +90,15 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
             fix="shorten them, or use a model with a longer context"
             + (" or a greater --max-length" if recipe.max_length != "auto" else ""),
         )
-    issues.extend(_token_issues(rendered["train"], renderer, model))
+    issues.extend(token_issues(rendered["train"], renderer, model))
+    lost = [tool_calls_lost(row, r) for row, r in zip(kept["train"], rendered["train"], strict=True) if has_calls(row)]
+    issues.extend([issue for issue in lost if issue][:1])
     stop = next((i for i in issues if i.severity == "error"), None)
     if stop:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, len(kept["train"]), limit, kept)
-    issues.extend(_idle_settings(recipe, origin))
+    issues.extend(idle_settings(recipe, origin))
     return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
-
-
-def _idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
-    """A warning for each setting that was asked for and does nothing in this run."""
-    lora = [name for name in fields() if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
-    idle = [
-        (lora, recipe.method in ADAPTERS, f"the method is {recipe.method}", "add --lora"),
-        (QUANTISED, recipe.method == "qlora", f"the method is {recipe.method}", "add --method qlora"),
-        (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", "leave one of the two out"),
-        (["prefix_cache"], bool(recipe.freeze_ratio), "no layers are frozen", "add --freeze-ratio"),
-    ]
-    for names, acts, reason, fix in idle:
-        for name in names:
-            if not acts and (origin[name] == "flag" or origin[name].endswith((".toml", ".json"))):
-                yield finding("idle-setting", origin[name], f"{name} has no effect: {reason}", fix)
-
-
-QUANTISED = ("quant_type", "double_quant", "compute_dtype")
-
-
-def _refuse_impossible(recipe: Recipe) -> None:
-    """UsageError for what this machine cannot do, before anything is read."""
-    for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
-        if (value == "qlora" or "8bit" in value) and find_spec("bitsandbytes") is None:
-            raise UsageError(f"{name} {value} needs bitsandbytes", where=name, fix="pip install 'tunesmith[local]'")
-    if recipe.mixed_precision == "fp16" and not Path("/dev/nvidiactl").exists():
-        raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -204,92 +178,11 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
             where=both[0].source,
             fix="remove them from one of the two",
         )
+    near = [leak for leak in leaks(splits) if "alike" in leak.message]
+    if near:
+        message = f"{len(near)} rows are nearly the same on two sides: {near[0].message}"
+        issues.append(msgspec.structs.replace(near[0], message=message))
     return splits, issues, loaded.formats
-
-
-def _fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered | None], list[Issue]]:
-    """Rows within the limit; over-long ones as the policy says: None (dropped), cut, or kept with an error."""
-    long = [r for r in rows if len(r.ids) > limit]
-    if not long:
-        return list(rows), []
-    worst = max(long, key=lambda r: len(r.ids))
-    message = f"{len(long)} of {len(rows)} rows are over {limit} tokens (the longest: {len(worst.ids)})"
-    if policy == "error":
-        if len(long) == len(rows):
-            message = f"all rows are over-long: {message}"
-        return list(rows), [
-            finding(
-                "over-long",
-                worst.source,
-                f"{message}; the answer would be cut",
-                "shorten them, or --over-long drop (or truncate)",
-            )
-        ]
-    if policy == "drop":
-        kept: list[Rendered | None] = [r if len(r.ids) <= limit else None for r in rows]
-        return kept, [finding("cut", worst.source, f"{message}; left out")]
-    cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
-    kept = [r if any(r.mask[1:]) else None for r in cut]
-    empty = f"; {kept.count(None)} of them keep nothing of the answer and are left out" if None in kept else ""
-    return kept, [finding("cut", worst.source, f"{message}; their ends are cut{empty}")]
-
-
-def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
-    """A check of single rows against a model's context. A row is tokenised only where its bytes could be too many tokens."""
-    folder = find(model)
-    renderer, limit = Renderer(folder), facts(folder).context
-
-    def check(row: Conversation) -> list[Issue]:
-        # byte-level tokens are a byte at least; a template adds some 10 tokens a turn, and more than 500 only with tools
-        if (
-            not row.tools
-            and sum(len(m.content) * (1 if m.content.isascii() else 4) + 20 for m in row.messages) + 500 < limit
-        ):
-            return []
-        length = len(renderer.render(row).ids)
-        if length <= limit:
-            return []
-        message = f"{length} tokens, {length - limit} more than the model's context: the answer would be cut"
-        return [finding("over-long", row.source, message, "shorten it")]
-
-    return check
-
-
-def _token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -> list[Issue]:
-    """The preflight: what makes a healthy-looking loss curve worthless."""
-    issues = []
-    silent = [r for r in rows if not any(r.mask[1:])]
-    if silent:
-        issues.append(
-            finding(
-                "no-supervised-token",
-                silent[0].source,
-                f"{len(silent)} rows have no token to learn",
-                "is the answer empty, or cut off?",
-            )
-        )
-    top = max(max(r.ids, default=0) for r in rows)
-    if top >= model.vocabulary:
-        issues.append(
-            finding(
-                "id-out-of-range",
-                rows[0].source,
-                f"token id {top} is outside the model's vocabulary of {model.vocabulary}",
-                "the tokenizer is not this model's",
-            )
-        )
-    stops = set(renderer.stop_ids)
-    endless = [r for r in rows if not any(m and i in stops for i, m in zip(r.ids, r.mask, strict=True))]
-    if endless:
-        issues.append(
-            finding(
-                "no-end-of-turn",
-                endless[0].source,
-                f"{len(endless)} of {len(rows)} rows never teach the model to stop",
-                "end the answer with the EOS token in the chat template",
-            )
-        )
-    return issues
 
 
 # ---- auto

@@ -10,8 +10,10 @@ tuned model. Training, chat, evaluation and export all render here.
 from __future__ import annotations
 
 import shutil
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -227,7 +229,8 @@ class Renderer:
         """
         ids, offsets = encoding.ids, encoding.offsets
         starts = {start for start, _ in spans}
-        if not any(at in starts for a, b in offsets if b - a > 1 for at in range(a + 1, b)):
+        inside = (offsets[bisect_right(offsets, start, key=itemgetter(0)) - 1] for start in starts if offsets)
+        if not any(a < start < b for start, (a, b) in zip(starts, inside, strict=False)):
             return ids, offsets
         cuts = [0, *sorted(starts - {0}), len(text)]
         ids, offsets = [], []
@@ -281,10 +284,9 @@ def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """1 for the tokens that lie inside a span. Tokens and spans are both in text order: one pass."""
-    mask, at = [], 0
-    for start, end in offsets:
-        while at < len(spans) and start >= spans[at][1]:
-            at += 1
-        mask.append(int(at < len(spans) and start >= spans[at][0] and end <= spans[at][1] and end > start))
+    """1 for the tokens that lie inside a span. Tokens are in text order."""
+    mask = [0] * len(offsets)
+    for first, last in spans:
+        low, high = (bisect_left(offsets, at, key=itemgetter(0)) for at in (first, last))
+        mask[low:high] = [int(a < b <= last) for a, b in offsets[low:high]]
     return mask

@@ -32,7 +32,7 @@ def test_check_in_words_and_json(tmp_path: Path, cli: Cli) -> None:
     items = [
         *rows(60),
         {"prompt": "x", "completion": ""},
-        {"prompt": "y", "completion": "use sk-abcdefghijklmnopqrstuvwxyz"},
+        {"prompt": "y", "completion": "use sk-abcdefghij1234567890xyz"},
     ]
     data = write(tmp_path / "d.jsonl", items)
     plain = cli("data", "check", data)
@@ -48,7 +48,7 @@ def test_check_in_words_and_json(tmp_path: Path, cli: Cli) -> None:
     hosted = cli("data", "check", data, "--provider", "openai", "--json").json()
     assert {"secret": "error"}.items() <= {i["code"]: i["severity"] for i in hosted["issues"]}.items()
     fast = cli("data", "check", data, "--structure-only", "--json").json()
-    assert set(fast["counts"]) == {"empty-answer"}
+    assert set(fast["counts"]) == {"empty-answer", "some-rows"}
     assert cli("data", "check", data, data, "--json").json()["rows"] == 124
 
 
@@ -102,7 +102,7 @@ def test_fix_and_report(tmp_path: Path, cli: Cli) -> None:
 
 
 def test_a_secret_is_not_repeated(tmp_path: Path, cli: Cli) -> None:
-    secret = "sk-abcdefghijklmnopqrstuvwxyz0123"
+    secret = "sk-abcdefghij1234567890xyz0123"
     data = write(tmp_path / "d.jsonl", [{"prompt": "x", "completion": secret}])
     for arguments in (["--json"], ["--report", "r.html"]):
         done = cli("data", "check", data, *arguments)
@@ -156,7 +156,7 @@ def test_convert(tmp_path: Path, cli: Cli) -> None:
         (["-o", "x.txt"], 2, "no container of that name"),
         (["--weights", "1,2", "-o", "x.jsonl"], 2, "2 weights for 1 data sets"),
         (["--weights", "a", "-o", "x.jsonl"], 2, "cannot read"),
-        (["--sample", "0", "-o", "x.jsonl"], 2, "a sample of nothing"),
+        (["--sample", "0", "-o", "x.jsonl"], 2, "a sample of 0"),
         (["--system-how", "add", "-o", "x.jsonl"], 2, "do not go together"),
         (["-o", "c.jsonl"], 2, "exists already"),
     ],

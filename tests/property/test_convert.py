@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunesmith.conversation import Conversation, Issue, Message
 from tunesmith.data.check import load, structure
 from tunesmith.data.convert import FORMATS, PAIRS, mix, sample, to_row, with_system
-from tunesmith.data.formats import convert, plain_chat
+from tunesmith.data.formats import BY_NAME, convert, plain_chat, unused
 from tunesmith.data.read import Row, record
 from tunesmith.data.write import write_rows
 
@@ -77,15 +77,23 @@ def test_what_would_be_lost_is_named(messages: tuple[Message, ...], name: str, l
 def test_every_container_reads_back(suffix: str, tmp_path: Path) -> None:
     rows = [
         Conversation(
-            (Message("user", f"q, {i}\n“é” 🎉"), Message("assistant", f'a;\t"{i}"')), {"n": i, "deep": {"x": [i]}}
+            (Message("user", f"q, {i}\n“é” 🎉"), Message("assistant", f'a;\t"{i}"')),
+            ({"n": i, "deep": {"x": [i]}}, {}, {"n": "text", "empty": {}}, {"other": None}, {"n": 1.5})[i],
         )
         for i in range(5)
     ]
+    called = Message("assistant", "", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "{}"}}])
+    tools = [[{"type": "function", "function": {"name": "f", "parameters": {name: 1}}}] for name in "xy"]
     for name in ("messages", "prompt-completion"):
         path = tmp_path / f"{name}{suffix}"
         write_rows(path, [to_row(row, name)[0] for row in rows])
         found = load(str(path)).conversations
         assert [(c.messages, c.metadata) for c in found] == [(c.messages, c.metadata) for c in rows]
+    more = [Conversation((Message("user", "u"), called, Message("assistant", "a")), {}, "", t) for t in tools]
+    path = tmp_path / f"tools{suffix}"
+    write_rows(path, [to_row(row, "messages")[0] for row in (*more, rows[0])])
+    found = load(str(path)).conversations
+    assert [(c.messages, c.tools) for c in found] == [(c.messages, c.tools) for c in (*more, rows[0])]
 
 
 loose = st.recursive(
@@ -126,8 +134,10 @@ def test_the_fast_road_makes_what_the_slow_one_does(messages: list[Any], more: d
     slow = convert(row, {})
     fast = plain_chat(line)
     if fast:
-        made = Conversation(fast.messages, fast.metadata, "f:3", fast.tools)
+        chat, columns = fast
+        made = Conversation(chat.messages, chat.metadata, "f:3", chat.tools)
         assert (made, "messages") == slow and not list(structure(made))
+        assert sorted(columns) == sorted(unused(row.value, BY_NAME["messages"]))
 
 
 def test_a_plain_chat_is_one_whole_row() -> None:

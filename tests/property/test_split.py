@@ -76,7 +76,9 @@ def test_near_duplicates_never_straddle(method: str, seed: int) -> None:
     texts = [[f"{rng.choice(WORDS)}{rng.randrange(999)}" for _ in range(40)] for _ in range(30)]
     rows = []
     for i, words in enumerate(texts):
-        for copy in range(rng.choice((1, 1, 2, 3))):
+        for copy in range(
+            12 if i == 0 else rng.choice((1, 1, 2, 3))
+        ):  # twelve are more than 5 %, and stay together too
             rows.append(conversation(f"{copy} {i}?", " ".join([*words[:20], f"new{copy}", *words[21:]]), tree=i))
     rng.shuffle(rows)
     parts = split(rows, 0.2, 0.1, method=method, seed=seed)
@@ -85,6 +87,17 @@ def test_near_duplicates_never_straddle(method: str, seed: int) -> None:
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     if method == "hash":
         assert digests(split(sorted(rows, key=str), 0.2, 0.1, seed=seed)) == digests(parts)
+
+
+def test_the_same_question_under_two_instructions_is_on_one_side() -> None:
+    rows = [
+        Conversation((Message("system", how), *conversation(f"{i}?", f"{how} {i}", i).messages), {"tree_id": i})
+        for i in range(30)
+        for how in ("Be kind.", "Be short.")
+    ]
+    parts = split(rows, 0.2, 0.2)
+    sides = [{row.metadata["tree_id"] for row in part} for part in parts.values()]
+    assert not sides[0] & sides[1] and not sides[0] & sides[2] and len(sides[1]) == 6
 
 
 @given(prompts, st.integers(0, 3))

@@ -12,6 +12,7 @@ import pytest
 
 from tunesmith.data.check import load
 from tunesmith.data.findings import table
+from tunesmith.data.repair import repair
 from tunesmith.errors import DataError
 
 GOOD = {"prompt": "What is a kettle?", "completion": "A pot with a lid and a spout."}
@@ -136,7 +137,7 @@ def semantics() -> Iterator[Case]:
     ):
         yield "special-token", "d.jsonl", lines({"prompt": "a", "completion": f"b {token} c"})
     secrets = (
-        "sk-proj-abcdefghijklmnopqrstuvwx", "AKIAABCDEFGHIJKLMNOP", "ghp_" + "a1" * 18, "github_pat_" + "a" * 30,
+        "sk-proj-abcdefghijkl0123456789mn", "AKIAABCDEFGHIJKLMNOP", "ghp_" + "a1" * 18, "github_pat_" + "a" * 30,
         "glpat-" + "a" * 20, "hf_" + "a" * 34, "xoxb-123456789012-abc", "AIza" + "aB3" * 11 + "xy", "https://bob:hunter22@host/x",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcdefghijk", "-----BEGIN RSA PRIVATE KEY-----",
     )  # fmt: skip
@@ -170,6 +171,27 @@ def semantics() -> Iterator[Case]:
     for hidden in ("\u200b", "\ufeff", "\u202e", "\u2060", "\u00ad"):
         yield "invisible-character", "d.jsonl", lines({"prompt": "a", "completion": f"b{hidden}c"})
     yield "outer-space", "d.jsonl", lines({"prompt": " a", "completion": "b"})
+    yield "unused-column", "d.jsonl", lines({"question": "q", "context": "c", "answer": "a"})
+    yield "unused-column", "d.jsonl", lines({**chat(("u", "a"), ("a", "b")), "score": 1})
+    yield (
+        "unused-column",
+        "d.jsonl",
+        lines(chat(("u", "a"), {"role": "assistant", "content": "b", "reasoning_content": "c"})),
+    )
+    for answer in ({"tool_call_id": "other"}, {}):
+        call = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+        }
+        yield (
+            "tool-result",
+            "d.jsonl",
+            lines(chat(("u", "a"), call, {"role": "tool", "content": "r", **answer}, ("a", "b"))),
+        )
+    yield "template", "d.jsonl", lines(*({"prompt": f"{LONG} Number {i}?", "completion": f"{i}"} for i in range(40)))
+    yield "csv-columns", "d.csv", b"prompt,prompt,completion\na,b,c\n"
+    yield "not-utf8", "d.csv", b"prompt,completion\na,b\nc,\xe9\ne,f\n"
 
 
 CASES = [*bytes_and_encodings(), *json_itself(), *structure(), *semantics()]
@@ -179,7 +201,7 @@ def test_the_corpus_is_large_and_covers_the_table() -> None:
     assert len(CASES) >= 120
     elsewhere = {  # need a model, a run, several files or other languages: tested there
         "over-long", "cut", "no-supervised-token", "id-out-of-range", "no-end-of-turn", "idle-setting", "leak", "empty-turn",
-        "language-mix", "not-csv",
+        "language-mix", "not-csv", "extra-field", "tool-calls-lost",
     }  # fmt: skip
     assert {code for code, _, _ in CASES} == set(table()) - elsewhere
 
@@ -194,6 +216,7 @@ def test_damage_is_named(code: str, name: str, content: bytes, tmp_path: Path) -
         assert code == "unreadable-file" and error.fix and str(path) in str(error)
         return
     assert code in found.counts, found.issues
+    assert repair([str(path)], tmp_path / "fixed.jsonl")["changes"] >= 0  # nor does the repair stumble over it
     for issue in found.issues:
         assert issue.message and issue.where.startswith(str(path)) and issue.code in table()
     assert found.rows_in == found.usable + len({i.where for i in found.errors()})

@@ -128,7 +128,8 @@ def test_near_duplicates_stay_on_one_side(tmp_path: Path) -> None:
     assert all(side[a] == side[b] for a, b in zip(names[::2], names[1::2], strict=True))
     assert [len(part) for part in parts.values()] == [140, 40, 20] and leaks(parts) == []
     straddling = leaks({"train": [loaded[0], loaded[2]], "valid": [], "test": [loaded[1]]})
-    assert len(straddling) == 1 and f"{names[1]} (test) is" in straddling[0] and names[0] in straddling[0]
+    assert len(straddling) == 1 and straddling[0].code == "leak" and straddling[0].where == names[1]
+    assert straddling[0].message.startswith("(test) is") and names[0] in straddling[0].message
 
 
 def test_a_template_may_be_split() -> None:

@@ -275,6 +275,8 @@ def test_warnings_and_nothing_lost(tmp_path: Path) -> None:
         "trailing-turn",
         "late-system",
         "unknown-columns",
+        "few-rows",
+        "too-few-rows",
     }
     assert found.rows_in == 6 == len(found.conversations) + len({i.where for i in found.errors()})
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"data"},
     {"render"},
     {"costs"},
+    {"preflight"},
     {"planning"},
     {"runs"},
     {"backends"},

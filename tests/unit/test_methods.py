@@ -85,7 +85,7 @@ def test_what_cannot_be_done_here_is_said_before_anything_is_read(
 ) -> None:
     with pytest.raises(UsageError, match="fp16 needs an NVIDIA GPU"):
         api.plan(data, model=str(tiny), mixed_precision="fp16")
-    monkeypatch.setattr("tunesmith.planning.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.preflight.find_spec", lambda name: None)
     for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
         with pytest.raises(UsageError, match="needs bitsandbytes"):
             api.plan(data, model=str(tiny), **settings)

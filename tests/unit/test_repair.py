@@ -20,7 +20,7 @@ def test_everything_that_can_be_repaired_is(tmp_path: Path) -> None:
             "prompt": " It said “na\u00c3\u00afve”\x07 ",
             "completion": "Yes\u200b.\r\nTruly.",
             "id": 7,
-            "more": {"deep": ["\x00x"]},
+            "more": {"deep": [" \x00x"]},
         },
         {
             "messages": [
@@ -41,7 +41,7 @@ def test_everything_that_can_be_repaired_is(tmp_path: Path) -> None:
     done = repair([str(source)], out)
     assert source.read_bytes() == before
     assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [
-        {"prompt": "It said “naïve”", "completion": "Yes.\nTruly.", "id": 7, "more": {"deep": ["x"]}},
+        {"prompt": "It said “naïve”", "completion": "Yes.\nTruly.", "id": 7, "more": {"deep": [" \x00x"]}},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"prompt": "same", "completion": "same"},
@@ -60,6 +60,43 @@ def test_everything_that_can_be_repaired_is(tmp_path: Path) -> None:
         repair([str(source)], out)
     again = repair([str(out)], tmp_path / "again.jsonl")
     assert again["changes"] == 0 and (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+
+
+def test_code_and_what_is_not_said_stay_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": 'def f(x):\n    """Half."""\n', "completion": "    return x / 2\n"},
+        {"code": "\tif a:\n\t\tb()\n"},
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": " f", "arguments": " {} "}}],
+                },
+            ],
+            "metadata": {"sep": "\n", "id": " 7 ", "deep": [[[[" "]]]]},
+        },
+    ]
+    out = tmp_path / "out.jsonl"
+    done = repair([str(write(tmp_path / "d.jsonl", rows))], out)
+    fixed = [json.loads(line) for line in out.read_text().splitlines()]
+    assert done["changes"] == 1 and fixed[1:] == rows[1:]
+    assert fixed[0] == {**rows[0], "completion": "    return x / 2"}
+    compile(fixed[0]["prompt"] + fixed[0]["completion"], "f", "exec")
+
+
+def test_rows_nested_without_end_are_copied(tmp_path: Path) -> None:
+    deep = '{"prompt": "a ", "completion": "b", "metadata": ' + '{"a":' * 900 + "1" + "}" * 900 + "}"
+    (tmp_path / "d.jsonl").write_text(deep + "\n")
+    assert repair([str(tmp_path / "d.jsonl")], tmp_path / "out.jsonl")["rows"] == 1
+
+
+def test_a_copy_is_jsonl_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    source = str(write(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}]))
+    for name, reason in (("f.csv", "a repaired copy is JSONL"), ("none/f.jsonl", "no such folder")):
+        with pytest.raises(UsageError, match=reason):
+            repair([source], tmp_path / name)
 
 
 def test_nothing_is_left_behind_when_it_fails(tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def _choosing(parser: Parser) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> list[Conversation]:
-    """The rows of the data sets as the options of `_choosing` ask for them."""
-    import msgspec
-
+    """The rows of the data sets as the options of `_choosing` ask for them; their metadata is left for grouping."""
     from tunesmith.data.check import load
     from tunesmith.data.convert import max_emoji, mix, sample, with_system
     from tunesmith.data.where import where
@@ -54,9 +52,10 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
     tests = [where(options.where)] if options.where else []
     if options.max_emoji is not None:
         tests.append(max_emoji(options.max_emoji))
-    sources = []
+    sources, read = [], []
     for name in options.dataset:
         rows = load(name, columns(options.columns), near_duplicates=False).require().conversations
+        read.append(len(rows))
         rows = [row for row in rows if all(test(row) for test in tests)]
         if options.system is not None or options.system_how == "strip":
             rows = [with_system(row, options.system, options.system_how) for row in rows]
@@ -66,27 +65,38 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
 
             lengths = [len(r.ids) for r in Renderer(find(options.model)).render_all(rows)]
             rows = [row for row, length in zip(rows, lengths, strict=True) if length <= options.max_tokens]
-        if options.strip_metadata:
-            rows = [msgspec.structs.replace(row, metadata={}) for row in rows]
         sources.append(rows)
     if options.weights:
         weights = _numbers(options.weights)
-        if len(weights) != len(sources) or not all(0 <= w < 1000 for w in weights):
+        if len(weights) != len(sources):
             raise UsageError(
                 f"{len(weights)} weights for {len(sources)} data sets", where="--weights", fix="one number for each"
             )
+        if not all(0 <= w < 1000 for w in weights):
+            raise UsageError("a weight is from 0 up to 1000", where="--weights", fix="1: every row once")
         rows = mix(sources, weights, options.seed)
     else:
         rows = [row for source in sources for row in source]
     if options.sample is not None:
-        if not options.sample > 0:
-            raise UsageError("a sample of nothing", where="--sample", fix="a number of rows, or a share under 1")
+        if not 0 < options.sample < 2**31:
+            raise UsageError(
+                f"a sample of {options.sample}", where="--sample", fix="a number of rows, or a share under 1"
+            )
         rows = sample(rows, options.sample, options.seed)
     if not rows:
         raise DataError(
             "no row is left", where=", ".join(options.dataset), fix="loosen --where, --max-emoji or --max-tokens"
         )
+    left_out = sum(read) - sum(map(len, sources))
+    if left_out:
+        print(f"{left_out} of {sum(read)} rows are left out by the options", file=sys.stderr)
     return rows
+
+
+def _without_metadata(rows: list[Conversation], strip: bool) -> list[Conversation]:
+    import msgspec
+
+    return [msgspec.structs.replace(row, metadata={}) for row in rows] if strip else rows
 
 
 def _numbers(text: str) -> list[float]:
@@ -125,7 +135,7 @@ def convert(argv: list[str]) -> int:
     target = Path(options.output)
     if target.exists():
         raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")
-    rows = _chosen(options)
+    rows = _without_metadata(_chosen(options), options.strip_metadata)
     written = []
     losses: dict[str, int] = {}
     for conversation in rows:
@@ -196,21 +206,21 @@ def split(argv: list[str]) -> int:
             raise UsageError("exists already", where=str(path), fix="choose another --output, or remove it")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for side, path in targets.items():
-        write_jsonl(path, (as_row(row) for row in parts[side]))
+        write_jsonl(path, (as_row(row) for row in _without_metadata(parts[side], options.strip_metadata)))
     leaked = leaks(parts)
     if options.json:
         show_json(
             {
                 "files": {side: str(path) for side, path in targets.items()},
                 "rows": {side: len(parts[side]) for side in targets},
-                "leaks": leaked,
+                "leaks": [leak.line() for leak in leaked],
             }
         )
     else:
         for side, path in targets.items():
             print(f"{path}  {len(parts[side])} rows")
-        for line in leaked[:SHOWN]:
-            print(f"warning  {line}", file=sys.stderr)
+        for leak in leaked[:SHOWN]:
+            print(f"warning  {leak.line()}", file=sys.stderr)
         if len(leaked) > SHOWN:
             print(f"{'':8} and {len(leaked) - SHOWN} more", file=sys.stderr)
     return 0

@@ -34,7 +34,7 @@ def check(argv: list[str]) -> int:
     )
     parser.add_argument("--model", help="also find rows that are too long for this model")
     parser.add_argument(
-        "--fix", metavar="OUT", help="write a repaired copy to OUT, and what was changed to OUT.changes.jsonl"
+        "--fix", metavar="OUT.jsonl", help="write a repaired copy, and what was changed to OUT.jsonl.changes.jsonl"
     )
     parser.add_argument("--report", metavar="OUT.html", help="write the findings as a page")
     parser.add_argument(
@@ -48,12 +48,19 @@ def check(argv: list[str]) -> int:
     from tunesmith.cli.progress import Bar
     from tunesmith.data.check import by_severity, examine, grade
 
-    for path in (options.fix, options.report):
-        if path and Path(path).exists():
-            raise UsageError("exists already", where=path, fix="choose another name, or remove it")
+    if options.fix:
+        from tunesmith.data.repair import refuse_taken
+
+        refuse_taken(Path(options.fix))
+    if options.report:
+        page = Path(options.report)
+        if page.exists() or page.is_symlink():
+            raise UsageError("exists already", where=options.report, fix="choose another name, or remove it")
+        if options.report == options.fix or not page.parent.is_dir():
+            raise UsageError("cannot be written there", where=options.report, fix="name a new file in a folder that is")
     each = None
     if options.model:
-        from tunesmith.planning import over_long
+        from tunesmith.preflight import over_long
 
         each = over_long(options.model)
     with Bar() as bar:
@@ -91,6 +98,7 @@ def check(argv: list[str]) -> int:
                 "errors": errors,
                 "warnings": warnings,
                 "counts": found.counts,
+                "not_listed": sum(found.counts.values()) - len(found.issues),
                 "fixed": fixed,
                 "issues": [
                     {

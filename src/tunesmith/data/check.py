@@ -6,7 +6,6 @@ length. Plain chats in JSONL take a fast road (`formats.plain_chat`), all else `
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,13 +16,14 @@ import msgspec
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data import text as texts
 from tunesmith.data.findings import ORDER, finding, graded
-from tunesmith.data.formats import convert, in_turn, plain_chat
+from tunesmith.data.formats import BY_NAME, convert, plain_chat, unused
 from tunesmith.data.language import Sample
-from tunesmith.data.read import NotLines, blocks, container, files, hub, opened, record, rows, unreadable
+from tunesmith.data.likeness import Likeness
+from tunesmith.data.read import NotLines, array, blocks, container, files, hub, opened, record, rows, unreadable
 from tunesmith.errors import DataError
 
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
-KEPT = 1000  # findings of one code that are kept with place and text; all are counted
+KEPT = 10_000  # findings of one code that are kept with place and text; all are counted
 Progress = Callable[[int, float], None]  # rows so far, share of the bytes read
 
 
@@ -84,9 +84,12 @@ def examine(
     """
     found = Loaded(", ".join(datasets))
     formats: Counter[str] = Counter()
+    spare = Spare()
+    warned: set[str] = set()  # places of the usable rows with a warning
     alike = None if structure_only else Likeness(near_duplicates)
     sample = None if structure_only else Sample()
-    for batch, plain in scan(datasets, columns or {}, progress, count_plain=structure_only and not keep and not each):
+    quick = structure_only and not keep and not each
+    for batch, plain in scan(datasets, columns or {}, progress, None if quick else spare):
         found.rows_in += len(batch) + plain
         found.usable += plain
         formats["messages"] += plain
@@ -106,7 +109,8 @@ def examine(
                     found.add(issue)
                 if any(i.severity == "error" for i in issues):
                     continue
-                found.warned += any(i.severity == "warning" for i in issues)
+                if any(i.severity == "warning" for i in issues):
+                    warned.add(item.source)
             found.usable += 1
             if alike and sample:
                 alike.add(item)
@@ -115,12 +119,15 @@ def examine(
                 found.conversations.append(item)
     for issue in alike.findings() if alike else ():
         issue = graded(issue, task, provider)
-        found.warned += issue.severity == "warning"
+        if issue.severity == "warning":
+            warned.add(issue.where)
         found.add(issue)
+    found.warned = len(warned)
     found.formats = dict(+formats)
-    for issue in (*size(found), *(sample.findings() if sample else ())):
+    for issue in (*size(found), *(sample.findings() if sample else ()), *spare.findings(found, provider)):
         found.add(graded(issue, task, provider))
-    found.warned = min(found.warned, found.usable)
+    if not found.rows_in:
+        raise DataError("no rows in it", where=found.dataset, fix="is it the right file?")
     return found
 
 
@@ -129,22 +136,22 @@ Item = tuple[Conversation | Issue, str, bool]
 
 
 def scan(
-    datasets: list[str], columns: dict[str, str], progress: Progress | None = None, count_plain: bool = False
+    datasets: list[str], columns: dict[str, str], progress: Progress | None = None, spare: Spare | None = None
 ) -> Iterator[tuple[list[Item], int]]:
-    """The rows of the data sets in order, some at a time; `count_plain`: those without any structural finding only counted."""
+    """The rows of the data sets in order, some at a time; without `spare`, those without structural finding only counted."""
     listed = [(name, files(name)) for name in datasets]
     single = sum(len(paths or [0]) for _, paths in listed) == 1
     total = sum(path.stat().st_size for _, paths in listed for path in paths or ()) or 1
     before, count = 0, 0
     for name, paths in listed:
         if paths is None:
-            yield from (([_converted(row, columns)], 0) for row in hub(name))
+            yield from (([_converted(row, columns, spare)], 0) for row in hub(name))
         for path in paths or ():
             try:
                 if columns or container(path) in (".csv", ".tsv", ".parquet", ".json"):
-                    yield from (([_converted(row, columns)], 0) for row in rows(path))
+                    yield from (([_converted(row, columns, spare)], 0) for row in rows(path))
                 else:
-                    for batch, plain, at in _lines(path, count_plain):
+                    for batch, plain, at in _lines(path, spare):
                         yield batch, plain
                         count += len(batch) + plain
                         if progress:
@@ -156,16 +163,20 @@ def scan(
             before += path.stat().st_size
 
 
-def _converted(row: Any, columns: dict[str, str]) -> Item:
+def _converted(row: Any, columns: dict[str, str], spare: Spare | None) -> Item:
     result = row if isinstance(row, Issue) else convert(row, columns)
-    return (result, "", False) if isinstance(result, Issue) else (*result, False)
+    if isinstance(result, Issue):
+        return result, "", False
+    if spare and not columns:
+        spare.see(unused(row.value, BY_NAME[result[1]]), row.where)
+    return (*result, False)
 
 
-def _lines(path: Path, count_plain: bool) -> Iterator[tuple[list[Item], int, int]]:
+def _lines(path: Path, spare: Spare | None) -> Iterator[tuple[list[Item], int, int]]:
     """Blocks of a JSONL file as of `scan`, with the bytes of the file read so far (of a packed one: unpacked)."""
     with opened(path) as stream:
         if stream is None:
-            yield [_converted(row, {}) for row in rows(path)], 0, 0
+            yield [_converted(row, {}, spare) for row in rows(path)], 0, 0
             return
         at = 0
         try:
@@ -174,17 +185,49 @@ def _lines(path: Path, count_plain: bool) -> Iterator[tuple[list[Item], int, int
                 batch: list[Item] = []
                 plain = 0
                 for number, line in enumerate(block.split(b"\n"), first):
-                    if chat := plain_chat(line):
-                        if count_plain:
+                    if found := plain_chat(line):
+                        if spare is None:
                             plain += 1
                             continue
-                        row = Conversation(chat.messages, chat.metadata, f"{path}:{number}", chat.tools)
-                        batch.append((row, "messages", True))
+                        (chat, more), where = found, f"{path}:{number}"
+                        if more:
+                            spare.see(more, where)
+                        batch.append((Conversation(chat.messages, chat.metadata, where, chat.tools), "messages", True))
                     elif line and not line.isspace():
-                        batch.append(_converted(record(line, f"{path}:{number}"), {}))
+                        batch.append(_converted(record(line, f"{path}:{number}"), {}, spare))
                 yield batch, plain, at
-        except NotLines:
-            yield [_converted(row, {}) for row in rows(path)], 0, at
+        except NotLines as whole:
+            yield [_converted(row, {}, spare) for row in array(path, stream, whole)], 0, at
+
+
+class Spare:
+    """Columns that nothing is made of: how many rows have each, and where the first stands."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def see(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            self._count[name] += 1
+            self._first.setdefault(name, where)
+
+    def findings(self, found: Loaded, provider: str | None) -> Iterator[Issue]:
+        for name, count in self._count.most_common(20):
+            yield finding(
+                "unused-column",
+                self._first[name],
+                f'"{name}" is not trained on ({count} rows)',
+                "--columns maps columns",
+            )
+        if provider == "openai" and (self._count or set(found.formats) - {"messages"}):
+            names = [*(set(found.formats) - {"messages"}), *self._count][:5]
+            yield finding(
+                "extra-field",
+                found.dataset,
+                f"a service takes messages and tools alone; here: {', '.join(names)}",
+                "train --provider openai converts it; for an upload of your own: data convert --strip-metadata",
+            )
 
 
 # ---- one conversation
@@ -203,7 +246,7 @@ def structure(conversation: Conversation) -> Iterator[Issue]:
         )
     for i, message in enumerate(messages):
         place = f"message {i + 1} ({message.role})"
-        if not message.content.strip() and not message.tool_calls:
+        if not message.content.strip() and not message.tool_calls and message.role not in ("tool", "function"):
             code = "empty-answer" if message in learnt else "empty-text"
             yield finding(code, where, f"{place} is empty", "write the text or remove the row")
         if i and message.role == messages[i - 1].role and message.role in ("user", "assistant"):
@@ -215,6 +258,11 @@ def structure(conversation: Conversation) -> Iterator[Issue]:
             )
         if message.role == "system" and i:
             yield finding("late-system", where, f"{place} is not the first", "put the system message first")
+    called = {call.get("id") for m in messages for call in m.tool_calls or ()}
+    for i, message in enumerate(messages):
+        if message.role == "tool" and (message.tool_call_id is None or message.tool_call_id not in called):
+            what = f"answers no call: tool_call_id is {message.tool_call_id!r}"
+            yield finding("tool-result", where, f"message {i + 1} (tool) {what}", "give the call and the answer one id")
     if learnt and messages[-1].role == "user":
         yield finding("trailing-turn", where, "ends with a user turn that nothing answers", "remove the last turn")
 
@@ -226,105 +274,9 @@ def said(conversation: Conversation) -> Iterator[Issue]:
             yield finding(code, conversation.source, f"message {i + 1} ({m.role}) {message}", fix)
 
 
-# ---- the rows together
-
-
-class Likeness:
-    """Rows that are the same, alike, or contradict each other. Keeps hashes and sketches, not texts."""
-
-    def __init__(self, near: bool) -> None:
-        self._content, self._prompt, self._answer, self._line = (array("q") for _ in range(4))
-        self._file = array("l")
-        self._files: dict[str, int] = {}
-        self._sketches = bytearray()  # grows in place: a list of arrays would be copied whole in the end
-        self._texts: list[str] | None = [] if near else None
-        self._held = 0
-
-    def add(self, conversation: Conversation) -> None:
-        messages = conversation.messages
-        last = len(messages) - 1
-        contents = tuple([m.content for m in messages])
-        roles = tuple([m.role for m in messages])
-        path, _, line = conversation.source.rpartition(":")
-        self._file.append(self._files.setdefault(path, len(self._files)))
-        self._line.append(int(line))
-        calls = None if in_turn(roles) and all(contents) else repr([m.tool_calls for m in messages])
-        self._content.append(hash((roles, contents, calls, repr(conversation.tools) if conversation.tools else None)))
-        asks = roles[last] == "assistant" and last > 0
-        self._prompt.append(_folded("\x1e".join(contents[:last])) if asks else 0)
-        self._answer.append(hash(contents[last]) if asks else 0)
-        if self._texts is not None:
-            skip = 1 if roles[0] in ("system", "developer") else 0
-            self._texts.append(" ".join(contents[skip:]))
-            self._held += len(self._texts[-1])
-            if self._held > 1 << 20:  # characters: what waits must not grow with the rows' length
-                self._sketch()
-
-    def _sketch(self) -> None:
-        from tunesmith.data.dedup import sketches
-
-        if self._texts:
-            self._sketches += sketches(self._texts).data
-            self._texts.clear()
-            self._held = 0
-
-    def _where(self, row: int) -> str:
-        return f"{list(self._files)[self._file[row]]}:{self._line[row]}"
-
-    def _pair(self, code: str, later: int, first: int, message: str, fix: str) -> Issue:
-        """Alike in two files, which may be two sides of a split, is a leak."""
-        if self._file[later] != self._file[first]:
-            code, fix = "leak", "remove one of them, if the files are train and held out"
-        return finding(code, self._where(later), f"{message} {self._where(first)}", fix)
-
-    def findings(self) -> Iterator[Issue]:
-        import numpy as np
-
-        content, prompt, answer = (np.frombuffer(a, np.int64) for a in (self._content, self._prompt, self._answer))
-        again = np.zeros(len(content), bool)
-        for later, first in _repeats(content):
-            again[later] = True
-            yield self._pair("duplicate", later, first, "the same as", "remove one of them")
-        for later, first in _repeats(prompt):
-            if prompt[later] and not again[later] and answer[later] != answer[first]:
-                yield self._pair(
-                    "contradiction",
-                    later,
-                    first,
-                    "asks the same, and is answered otherwise, as",
-                    "keep the better answer",
-                )
-        self._sketch()
-        if self._sketches:
-            from tunesmith.data.dedup import BINS, pairs
-
-            sketch = np.frombuffer(self._sketches, np.uint8).reshape(-1, BINS)
-            for first, later, alike in pairs(sketch, among=~again):
-                yield self._pair("near-duplicate", later, first, f"{alike:.0%} alike to", "remove one of them")
-
-
-def _folded(text: str) -> int:
-    """Hash of a text, blind to case and spacing."""
-    if "  " in text or "\n" in text or "\t" in text:
-        text = " ".join(text.split())
-    return hash(text.strip().casefold())
-
-
-def _repeats(hashes: Any) -> Iterator[tuple[int, int]]:
-    """(row, first row of the same hash) for every row that is not the first of its hash, in order."""
-    import numpy as np
-
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    owner = first[inverse]
-    for row in np.flatnonzero(owner != np.arange(len(owner))):
-        yield int(row), int(owner[row])
-
-
 def size(found: Loaded) -> Iterator[Issue]:
     """Whether there are enough rows."""
-    n = found.rows_in
-    if found.count("error"):
-        return
+    n = found.usable
     if n < HOSTED_ROWS:
         yield finding(
             "too-few-rows",

@@ -31,6 +31,11 @@ _BORROW = np.random.default_rng(0).permuted(
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 
+def most_alike(rows: int) -> float:
+    """A group of more rows that are nearly the same is a template that was filled in: ten, or 5 % of all."""
+    return max(10, 0.05 * rows)
+
+
 def body(row: Conversation) -> str:
     """The text that rows are compared by: all that is said, without instructions to the model."""
     return " ".join([m.content for m in row.messages if m.role not in ("system", "developer")])
@@ -87,7 +92,8 @@ def _mix(hashes: NDArray[np.uint32]) -> None:
 
 def _dense(least: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """One byte of the smallest hash of each bin; an empty bin borrows that of another, the same for every text."""
-    holes = np.flatnonzero(least == _EMPTY)
+    full = (least.reshape(-1, BINS) != _EMPTY).any(axis=1)  # a text too short for a shingle has nothing to borrow
+    holes = np.flatnonzero((least == _EMPTY) & np.repeat(full, BINS))
     place = holes % BINS
     filled = least.copy()
     for order in _BORROW:
@@ -97,9 +103,9 @@ def _dense(least: NDArray[np.uint32]) -> NDArray[np.uint8]:
         holes, place = holes[open_], place[open_]
         if not len(holes):
             break
-    sketch = filled.astype(np.uint8)  # the lowest bits of a minimum are as good as random; the highest are near zero
-    sketch[holes] = 0
-    return sketch.reshape(-1, BINS)
+    filled[holes] = 0
+    sketch = filled.astype(np.uint8).reshape(-1, BINS)  # the lowest bits of a minimum are random; the highest near zero
+    return np.where(full[:, None], sketch, np.uint8(0))
 
 
 def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -6,9 +6,9 @@ formats fit, the one that explains more keys wins; a tie is an error that asks f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -149,7 +149,11 @@ def _sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
             raise Bad("no-role", f'{place} has no "from" and "value"', 'write {"from": "human", "value": …}')
         if not isinstance(item["from"], str) or item["from"] not in SHAREGPT_ROLES:
             raise Bad("bad-role", f"{place}.from is {item['from']!r}", f"known: {', '.join(SHAREGPT_ROLES)}")
-        turns.append(Message(SHAREGPT_ROLES[item["from"]], _content(item["value"], place)))
+        weight = item.get("weight")
+        if not isinstance(weight, int | float | None) or weight not in (None, 0, 1):
+            raise Bad("bad-weight", f"{place}.weight is {weight!r}", "a weight is 0 or 1")
+        learnt: Literal[0, 1] | None = None if weight is None else 1 if weight else 0
+        turns.append(Message(SHAREGPT_ROLES[item["from"]], _content(item["value"], place), learnt))
     return tuple(turns)
 
 
@@ -232,11 +236,13 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         system = mapped.get("system")
         if isinstance(system, str) and system.strip() and messages[0].role in ("user", "assistant"):
             messages = (Message("system", system), *messages)
+            used = used | {"system"}
     except Bad as bad:
         return finding(bad.issue[0], row.where, *bad.issue[1:])
-    extra = {k: v for k, v in mapped.items() if k not in used and k not in ("metadata", "system")} | rest
-    metadata = mapped.get("metadata") if isinstance(mapped.get("metadata"), dict) else {}
-    return Conversation(messages, metadata={**extra, **(metadata or {})}, source=row.where, tools=tools), known.name
+    empty = {k for k in ("metadata", "system") if mapped.get(k) in (None, "", {})}
+    extra = {k: v for k, v in mapped.items() if k not in used | empty} | rest
+    metadata = extra.pop("metadata") if isinstance(extra.get("metadata"), dict) else {}
+    return Conversation(messages, metadata={**extra, **metadata}, source=row.where, tools=tools), known.name
 
 
 class Chat(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -248,22 +254,62 @@ class Chat(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 _CHAT = msgspec.json.Decoder(Chat)
+_WITH_MORE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TURNS = msgspec.json.Decoder(tuple[Message, ...])
 
 
-def plain_chat(line: bytes) -> Chat | None:
-    """What most rows are: a chat without any structural finding. None for what only `convert` can tell.
+def plain_chat(line: bytes) -> tuple[Chat, Collection[str]] | None:
+    """What most rows are: a chat without any structural finding, and its further columns. None for what only `convert`
+    can tell.
 
     Plain: at most one system message, first; user and assistant in turn, the assistant last; no empty text, no weights.
     A property test holds it to what `convert` makes of the line.
     """
+    more: Collection[str] = ()
     try:
         chat = _CHAT.decode(line)
+    except msgspec.ValidationError:  # well-formed, but another format, or with more columns
+        found = _with_more(line)
+        if found is None:
+            return None
+        chat, more = found, found.metadata
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     for m in chat.messages:
         if m.weight is not None or not m.content.strip():
             return None
-    return chat if in_turn(tuple([m.role for m in chat.messages])) else None
+    return (chat, more) if in_turn(tuple([m.role for m in chat.messages])) else None
+
+
+def _with_more(line: bytes) -> Chat | None:
+    """A chat with further columns, which become metadata; None where they may mean something else."""
+    try:
+        parts = _WITH_MORE.decode(line)
+        if not _only_columns(frozenset(parts)):
+            return None
+        messages = _TURNS.decode(parts.pop("messages"))
+        return Chat(messages, {key: msgspec.json.decode(value) for key, value in parts.items()})
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+@lru_cache(4096)
+def _only_columns(keys: frozenset[str]) -> bool:
+    """Whether a row of these keys is a chat with nothing that `convert` looks at beside it."""
+    known = detect(set(keys))
+    return not isinstance(known, Bad) and known.name == "messages" and not keys & {"tools", "metadata", "system"}
+
+
+def unused(row: dict[str, Any], known: Format) -> list[str]:
+    """Columns and message fields of a raw row that nothing is made of: they are kept as metadata, or not at all."""
+    names = [key for key in row if key not in known.required | known.optional | {"metadata", "system"}]
+    for key in ("messages", "conversations"):
+        for turn in row[key] if key in known.required and isinstance(row[key], list) else ():
+            names += [f"{key}[].{field}" for field in turn if field not in FIELDS] if isinstance(turn, dict) else []
+    return list(dict.fromkeys(names))
+
+
+FIELDS = (*Message.__struct_fields__, "function_call", "from", "value")
 
 
 @lru_cache(4096)

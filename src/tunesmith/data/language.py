@@ -24,9 +24,10 @@ _CODE = re.compile(r"[{}<>=;]|\b(?:def|return|import|function|const)\b")
 def language(text: str) -> str | None:
     """ISO 639-1 code of a text; None where it is too short, or code rather than language."""
     letters = sum(map(str.isalpha, text))
-    if letters < LETTERS and text.isascii() or letters < 10:
+    dense = sum(c > "\u036f" and c.isalpha() for c in text) > letters / 2  # a script that says more in fewer letters
+    if letters < (10 if dense else LETTERS):
         return None
-    if text.isascii() and len(_ENGLISH.findall(text)) >= max(3, len(text) // 120):
+    if not dense and len(_ENGLISH.findall(text)) >= max(3, len(text) // 120):
         return "en"
     if len(_CODE.findall(text)) > len(text) / 60:
         return None

@@ -10,7 +10,7 @@ import gzip
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -68,7 +68,13 @@ def files(dataset: str) -> list[Path] | None:
     if dataset in samples() and not path.exists():
         path = SAMPLES / f"{dataset}.jsonl"
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and container(p) in SUFFIXES)
+        found = sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file()
+            and container(p) in SUFFIXES
+            and not any(x.startswith(".") for x in p.relative_to(path).parts)
+        )
         if not found:
             raise DataError("no data file in this folder", where=dataset, fix=f"expected {', '.join(SUFFIXES)}")
         return found
@@ -111,29 +117,30 @@ def rows(path: Path) -> Iterator[Row | Issue]:
     """The rows of one file. Raises DataError when it is empty or cannot be read."""
     with opened(path) as stream:
         if stream is None:
-            yield finding("not-utf8", f"{path}:1", "the file is UTF-16, not UTF-8", _UTF8_FIX)
+            fix = f"iconv -f utf-16 -t utf-8 {path.name} > utf8{container(path)}"
+            yield finding("not-utf8", f"{path}:1", "the file is UTF-16, not UTF-8", fix)
             return
         kind = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}.get(container(path), _jsonl)
         try:
             yield from kind(path, stream)
-        except NotLines:
-            with _open(path) as whole:
-                yield from _json(path, whole)
+        except NotLines as whole:
+            yield from _json(path, stream, whole.head)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes] | None]:
-    """A file unpacked, at its beginning; None for UTF-16. What goes wrong with the file, also later, is a DataError."""
+    """A file unpacked, at its beginning; None for UTF-16. What goes wrong with the file, also later, is a DataError.
+
+    It is opened once, so that a pipe (`<(…)`, /dev/stdin) is read whole.
+    """
     try:
         with _open(path) as stream:
-            head = stream.read(2)
-        if not head:
-            raise DataError("the file is empty", where=str(path), fix="it needs at least one row")
-        if head in _UTF16:
-            yield None
-            return
-        with _open(path) as stream:
-            yield stream
+            head = stream.peek(4)[:4]  # type: ignore[attr-defined]
+            if not head:
+                raise DataError("the file is empty", where=str(path), fix="it needs at least one row")
+            if head[:2] == b"\x1f\x8b" and path.suffix.lower() != ".gz":
+                raise DataError("a gzip file", where=str(path), fix=f"name it {path.name}.gz")
+            yield None if head[:2] in _UTF16 else stream
     except (OSError, EOFError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix="is the file whole and readable?") from None
     except Exception as error:
@@ -200,8 +207,8 @@ def blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         if number == 1:
             block = block.removeprefix(b"\xef\xbb\xbf")
             head = block.partition(b"\n")[0].strip()
-            if head[:1] == b"[" and not head.endswith(b"]"):
-                raise NotLines
+            if head[:1] == b"[" and (not head.endswith(b"]") or not block.partition(b"\n")[2].strip()):
+                raise NotLines(block)  # one array, over several lines or on one
         empty = empty and not block.strip()
         yield number, block
         number += block.count(b"\n")
@@ -210,11 +217,19 @@ def blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 class NotLines(Exception):
-    """A .jsonl file that is one JSON array over several lines."""
+    """A .jsonl file that is one JSON array; `head`: what was read of it."""
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
 
 
-def _json(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
-    data = stream.read().removeprefix(b"\xef\xbb\xbf")
+def array(path: Path, stream: IO[bytes], found: NotLines) -> Iterator[Row | Issue]:
+    """The rows of a .jsonl file that turned out to be one JSON array."""
+    return _json(path, stream, found.head)
+
+
+def _json(path: Path, stream: IO[bytes], head: bytes = b"") -> Iterator[Row | Issue]:
+    data = (head + stream.read()).removeprefix(b"\xef\xbb\xbf")
     try:
         items = msgspec.json.decode(data, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -252,39 +267,48 @@ def _is_object(data: bytes) -> bool:
 
 
 def _csv(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
-    """Fields are parted by what the header has most of: commas, semicolons or tabs."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    """Fields are parted by what the header has most of: commas, semicolons or tabs. A row's place is its first line."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # the module's own 131,072 characters are fewer than an article
+    header = text.readline()
+    reader = csv.DictReader(chain([header], text), delimiter=max(",;\t", key=header.count))
+    names = list(reader.fieldnames or ())
+    if not _is_utf8(names):
+        yield finding("not-utf8", f"{path}:1", "the header is not UTF-8", _UTF8_FIX)
+    elif len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        yield finding("csv-columns", f"{path}:1", f'two columns are named "{twice}"', "rename one of them")
+    else:
+        yield from _records(path, reader)
+    text.detach()  # the stream is closed by who opened it
+
+
+def _records(path: Path, reader: csv.DictReader[str]) -> Iterator[Row | Issue]:
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield finding("not-csv", where, f"not CSV: {error}", "quote fields that hold quotes or newlines")
+            continue
+        if row is None:
+            return
+        if None in row or None in row.values():
+            fix = "quote fields that hold commas or newlines"
+            yield finding("csv-columns", where, "not as many fields as the header", fix)
+        elif not _is_utf8(row.values()):
+            yield finding("not-utf8", where, "not UTF-8", _UTF8_FIX)
+        else:
+            yield Row(where, {k: _cell(v) if k in _OBJECTS else v for k, v in row.items()})
+
+
+def _is_utf8(texts: Iterable[str]) -> bool:
+    """Whether no byte of them stands as half a character, as undecodable ones do."""
     try:
-        header = text.readline()
-        reader = csv.DictReader(chain([header], text), delimiter=max(",;\t", key=header.count))
-    except UnicodeDecodeError as error:
-        yield finding("not-utf8", f"{path}:1", f"not UTF-8 ({error.reason})", _UTF8_FIX)
-        text.detach()
-        return
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield finding(
-                    "csv-columns",
-                    where,
-                    "not as many fields as the header",
-                    "quote fields that hold commas or newlines",
-                )
-            else:
-                yield Row(where, {k: _cell(v) if k in _OBJECTS else v for k, v in row.items()})
-    except UnicodeDecodeError as error:
-        yield finding("not-utf8", f"{path}:{reader.line_num + 1}", f"not UTF-8 ({error.reason})", _UTF8_FIX)
-    except csv.Error as error:
-        yield finding(
-            "not-csv",
-            f"{path}:{reader.line_num + 1}",
-            f"not CSV: {error}",
-            "quote fields that hold quotes or newlines",
-        )
-    finally:
-        text.detach()  # the stream is closed by who opened it
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
@@ -295,10 +319,14 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
             "reading Parquet needs pyarrow", where=str(path), fix="pip install 'tunesmith[local]'"
         ) from None
     number = 0
-    for batch in pq.ParquetFile(io.BytesIO(stream.read())).iter_batches():
+    whole = path if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
+    for batch in pq.ParquetFile(whole).iter_batches(4096):
         for value in batch.to_pylist():
             number += 1
-            yield Row(f"{path}:{number}", value)
+            yield Row(
+                f"{path}:{number}",
+                {k: _cell(v) if k in _OBJECTS and isinstance(v, str) else v for k, v in value.items()},
+            )
 
 
 def hub(name: str) -> Iterator[Row | Issue]:

@@ -37,12 +37,22 @@ ROLE_NAMES = {
 }
 
 
+def refuse_taken(out: Path) -> Path:
+    """The change log's name for a repaired copy, when both can be written; UsageError where not."""
+    log = out.with_name(f"{out.name}.changes.jsonl")
+    if out.suffix != ".jsonl":
+        raise UsageError("a repaired copy is JSONL", where=str(out), fix=f"name it {out.with_suffix('.jsonl')}")
+    for path in (out, log):
+        if path.exists() or path.is_symlink():
+            raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
+    if not out.parent.is_dir():
+        raise UsageError("no such folder", where=str(out.parent), fix="make it first")
+    return log
+
+
 def repair(datasets: list[str], out: Path) -> dict[str, Any]:
     """Write `out` and `out`.changes.jsonl. Returns their names and counts; UsageError where either exists already."""
-    log = out.with_name(f"{out.name}.changes.jsonl")
-    for path in (out, log):
-        if path.exists():
-            raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
+    log = refuse_taken(out)
     parts = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (out, log)]
     rows, changes, seen = 0, 0, set()
     try:
@@ -82,33 +92,51 @@ def _row(item: Row | Issue, found: list[Change]) -> dict[str, Any] | None:
     if isinstance(item, Issue):
         found.append(_change(item.where, item.code, item.message, None))
         return None
-    value: dict[str, Any] = _texts(item.value, item.where, found)
-    for key, name in (("messages", "role"), ("conversations", "from")):
+    value = {k: _text(v, item.where, found) if k in SAID and isinstance(v, str) else v for k, v in item.value.items()}
+    for key in ("messages", "conversations"):
         if isinstance(value.get(key), list):
-            value = {**value, key: _turns(value[key], name, item.where, found)}
+            value[key] = _turns([_turn(turn, item.where, found) for turn in value[key]], item.where, found)
     return value
 
 
-def _texts(value: Any, where: str, found: list[Change]) -> Any:
-    """Every string of a row, however deep, repaired."""
-    if isinstance(value, str):
-        for code, mend in MENDERS.items():
-            after = mend(value)
-            if after != value:
-                found.append(_change(where, code, value, after))
-                value = after
-        return value
-    if isinstance(value, list):
-        return [_texts(item, where, found) for item in value]
-    if isinstance(value, dict):
-        return {key: _texts(item, where, found) for key, item in value.items()}
-    return value
+SAID = (
+    "prompt",
+    "completion",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "answer",
+    "system",
+    "text",
+    "code",
+)
 
 
-def _turns(turns: list[Any], name: str, where: str, found: list[Change]) -> list[Any]:
-    known = ROLES if name == "role" else tuple(SHAREGPT_ROLES)
+def _turn(turn: Any, where: str, found: list[Change]) -> Any:
+    """A turn whose text is repaired: the content alone, not names, ids or the arguments of tools."""
+    if not isinstance(turn, dict):
+        return turn
+    return {
+        k: _text(v, where, found) if k in ("content", "value") and isinstance(v, str) else v for k, v in turn.items()
+    }
+
+
+def _text(text: str, where: str, found: list[Change]) -> str:
+    for code, mend in MENDERS.items():
+        after = mend(text)
+        if after != text:
+            found.append(_change(where, code, text, after))
+            text = after
+    return text
+
+
+def _turns(turns: list[Any], where: str, found: list[Change]) -> list[Any]:
     mended = []
     for turn in turns:
+        name = "role" if isinstance(turn, dict) and "role" in turn else "from"
+        known = ROLES if name == "role" else tuple(SHAREGPT_ROLES)
         role = turn.get(name) if isinstance(turn, dict) else None
         if isinstance(role, str) and role not in known:
             plain = role.strip().lower()
@@ -130,11 +158,20 @@ def _silent(turn: Any) -> bool:
     return content is None or isinstance(content, str) and not content.strip()
 
 
+def _trim(text: str) -> str:
+    """Without outer spaces, but for what may be code: an indent stays, and the last line break of several lines."""
+    if "\n" in text.strip():
+        return text.rstrip(" \t")
+    indent = text[: len(text) - len(text.lstrip())]
+    return (indent if _INDENT.fullmatch(indent) else "") + text.strip()
+
+
 _LINE_ENDS = re.compile("\r\n?")
+_INDENT = re.compile(" {2,}|\t+")
 
 MENDERS: dict[str, Callable[[str], str]] = {
     "mojibake": texts.unmangle,
     "control-character": lambda text: texts.CONTROL.sub("", _LINE_ENDS.sub("\n", text)),
     "invisible-character": lambda text: text if text.isascii() else texts.INVISIBLE.sub("", text),
-    "outer-space": str.strip,
+    "outer-space": _trim,
 }

@@ -14,11 +14,11 @@ import random
 from collections import Counter, defaultdict
 from typing import Any
 
-from tunesmith.conversation import Conversation
-from tunesmith.data.dedup import body, pairs, root, sketches
+from tunesmith.conversation import Conversation, Issue
+from tunesmith.data.dedup import body, most_alike, pairs, root, sketches
+from tunesmith.data.findings import finding
 from tunesmith.errors import DataError, UsageError
 
-TEMPLATE = 10, 0.05  # rows and share of all: a group of more that are nearly the same is a template, and may be split
 SIDES = ("train", "valid", "test")
 Splits = dict[str, list[Conversation]]
 
@@ -35,7 +35,9 @@ def split(
     """Split rows by shares. Rows with the same prompt, nearly the same text, or equal in `group_by` stay together
     (threshold: those equal in `group_by`, or else with the same prompt).
 
-    Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side.
+    Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side. Only where a side
+    would get less than half of its rows, because most rows are one template filled in, is the template itself divided:
+    `leaks` says so.
     Raises DataError when a side that was asked for would stay empty.
     """
     wanted = {"test": math.ceil(len(rows) * test), "valid": math.ceil(len(rows) * valid)}
@@ -48,12 +50,16 @@ def split(
     if method == "threshold":
         sides = _by_threshold(rows, valid, test, seed, group_by)
     else:
-        groups = _groups(rows, group_by)
-        if method == "hash":
-            groups.sort(key=lambda group: min(_hash(seed, rows[i].digest()) for i in group))
-        else:
-            random.Random(seed).shuffle(groups)
-        sides = _fill(len(rows), groups, wanted)
+        near = _near(rows)
+        for apart in (False, True):
+            groups = _groups(rows, group_by, near, apart)
+            if method == "hash":
+                groups.sort(key=lambda group: min(_hash(seed, rows[i].digest()) for i in group))
+            else:
+                random.Random(seed).shuffle(groups)
+            sides = _fill(len(rows), groups, wanted)
+            if all(2 * sides.count(side) >= count for side, count in wanted.items()):
+                break
     result: Splits = {side: [row for row, s in zip(rows, sides, strict=True) if s == side] for side in SIDES}
     if method == "hash":  # the sides' own order, too, must not depend on the file's
         result = {side: sorted(part, key=lambda row: _hash(seed, row.digest())) for side, part in result.items()}
@@ -67,21 +73,23 @@ def split(
     return result
 
 
-def leaks(parts: Splits) -> list[str]:
-    """Lines about rows of one side that are (nearly) the same as one of another: what is left after splitting."""
+def leaks(parts: Splits) -> list[Issue]:
+    """Rows of one side that are (nearly) the same as one of another: what is left after splitting."""
     rows = [(side, row) for side in SIDES for row in parts[side]]
     found = []
     seen: dict[str, int] = {}
     for i, (side, row) in enumerate(rows):
         first = seen.setdefault(prompt_key(row), i)
         if rows[first][0] != side:
-            found.append(f"{row.source} ({side}) asks the same as {rows[first][1].source} ({rows[first][0]})")
+            found.append(_leak(row, side, "asks the same as", *rows[first]))
     for a, b, alike in pairs(sketches(body(row) for _, row in rows)):
         if rows[a][0] != rows[b][0] and prompt_key(rows[a][1]) != prompt_key(rows[b][1]):
-            found.append(
-                f"{rows[b][1].source} ({rows[b][0]}) is {alike:.0%} alike to {rows[a][1].source} ({rows[a][0]})"
-            )
+            found.append(_leak(rows[b][1], rows[b][0], f"is {alike:.0%} alike to", *rows[a]))
     return found
+
+
+def _leak(row: Conversation, side: str, how: str, other_side: str, other: Conversation) -> Issue:
+    return finding("leak", row.source, f"({side}) {how} {other.source} ({other_side})", "remove one of them")
 
 
 def _fill(n: int, groups: list[list[int]], wanted: dict[str, int]) -> list[str]:
@@ -105,23 +113,30 @@ def _by_threshold(rows: list[Conversation], valid: float, test: float, seed: int
     return sides
 
 
-def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
-    """Rows that ask the same, are nearly the same or share a group, as lists of indices, in order of first appearance."""
-    parent = list(range(len(rows)))
+def _near(rows: list[Conversation]) -> list[int]:
+    """For each row the representative of its group of near duplicates."""
+    near = list(range(len(rows)))
+    order = sorted(near, key=lambda i: rows[i].digest())  # the pairs found must not depend on the file's order
+    for a, b, _ in pairs(sketches(body(rows[i]) for i in order)):
+        near[root(near, order[b])] = root(near, order[a])
+    return [root(near, i) for i in range(len(rows))]
 
+
+def _groups(rows: list[Conversation], group_by: str | None, near: list[int], apart: bool) -> list[list[int]]:
+    """Rows that ask the same, are nearly the same or share a group, as lists of indices, in order of first appearance.
+
+    `apart`: rows that are nearly the same because they are a template filled in do not count as such.
+    """
+    parent = list(range(len(rows)))
     seen: dict[str, int] = {}
     for i, row in enumerate(rows):
         keys = ["p" + prompt_key(row)] + (["g" + _group(row, group_by)] if group_by else [])
         for key in keys:
             parent[root(parent, i)] = root(parent, seen.setdefault(key, i))
-    near = list(range(len(rows)))
-    order = sorted(near, key=lambda i: rows[i].digest())  # the pairs found must not depend on the file's order
-    for a, b, _ in pairs(sketches(body(rows[i]) for i in order)):
-        near[root(near, order[b])] = root(near, order[a])
-    sizes = Counter(root(near, i) for i in range(len(rows)))
+    sizes = Counter(near)
     for i in range(len(rows)):
-        if sizes[root(near, i)] <= max(TEMPLATE[0], TEMPLATE[1] * len(rows)):
-            parent[root(parent, i)] = root(parent, root(near, i))
+        if not apart or sizes[near[i]] <= most_alike(len(rows)):
+            parent[root(parent, i)] = root(parent, near[i])
     members = defaultdict(list)
     for i in range(len(rows)):
         members[root(parent, i)].append(i)
@@ -129,8 +144,8 @@ def _groups(rows: list[Conversation], group_by: str | None) -> list[list[int]]:
 
 
 def prompt_key(row: Conversation) -> str:
-    """Hash of what is asked, blind to case and spacing; of the whole text where nothing is asked."""
-    said = row.prompt() or row.messages
+    """Hash of what is asked, blind to case, spacing and instructions; of the whole text where nothing is asked."""
+    said = [m for m in row.prompt() if m.role not in ("system", "developer")] or row.messages
     return hashlib.sha256(
         "\x1f".join(f"{m.role}\x1e{' '.join(m.content.split()).casefold()}" for m in said).encode(errors="replace")
     ).hexdigest()

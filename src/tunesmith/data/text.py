@@ -11,7 +11,9 @@ from functools import cache
 
 # A secret is known by its fixed beginning: each is searched as a plain string before the expression runs.
 SECRETS = {
-    "sk-": r"\bsk-(?:proj-|ant-|or-)?[A-Za-z0-9_-]{20,}",
+    "sk-": r"\bsk-(?:proj-|ant-|or-)?(?=[\w-]{0,60}\d)[A-Za-z0-9_-]{20,200}",  # a digit: not a class name
+    "sk_live_": r"\bsk_live_[A-Za-z0-9]{16,}",
+    "slack.com/services/": r"hooks\.slack\.com/services/[\w/]{20,80}",
     "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
     "ghp_": r"\bghp_[A-Za-z0-9]{36}",
     "github_pat_": r"\bgithub_pat_\w{22,}",
@@ -19,26 +21,30 @@ SECRETS = {
     "hf_": r"\bhf_[A-Za-z]{30,}",
     **{f"xox{kind}-": rf"\bxox{kind}-[\w-]{{10,}}" for kind in "abprs"},
     "AIza": r"\bAIza[\w-]{35}",
-    "eyJ": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "eyJ": r"\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,}",
     "-----BEGIN": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-    "://": r"\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/@]{3,}@",
+    "://": r"\b[a-z][a-z0-9+.-]{0,20}://[^\s/:@]{1,100}:[^\s/@]{3,100}@",
 }
 SPECIAL = re.compile(  # control tokens of common models, as text
-    r"<\|[A-Za-z_ ]{1,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
-    "|<\uff5c[^\uff5c]{1,30}\uff5c>"
+    r"<\|\w{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|\[TOOL_CALLS\]|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|"
+    "<fim_(?:prefix|middle|suffix)>|<\uff5c[^\uff5c]{1,30}\uff5c>"
 )
-_EMAIL = re.compile(r"\b[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
-_CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
-_PHONE = re.compile(
-    r"(?<![\w.,/-])(?:\+\d{1,3}[ .-]?)?\(?\d{2,4}\)?[ .-]\d{3}[ .-]?\d{2,4}(?:[ .-]?\d{2})?(?![\w/-]|[.,]\d)"
+_EMAIL = re.compile(r"\b(?!git@)[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")
+_CARD = re.compile(r"(?<![\d.,/-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\d-]|[.,]\d)")  # the first digits that cards have
+_PHONE = re.compile(  # with a country's or an area's sign, or beside a word that says so: figures alone are too often figures
+    r"(?<![\w.,/+-])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}|\(\d{2,5}\) ?\d{3}[ .-]?\d{2,5})(?![\w/-]|[.,]\d)"
+    r"|(?i:\b(?:phone|mobile|tel|telephone|call|fax|whatsapp|sms)\b\W{0,3}(?:[a-z]+\W{1,2}){0,3}?)"
+    r"(?:\d[ .-]?){7,12}\d(?![\w/-]|[.,]\d)"
 )
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b")
 _EXAMPLE = re.compile(r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net)|test|invalid|localhost)\b", re.I)  # RFC 2606
 _REFUSAL = re.compile(
-    r"\W*(?:as an ai\b|as a (?:large )?language model|i(?:['\u2019]m| am) (?:just |only )?an ai\b|"
-    r"i(?:['\u2019]m| am) sorry,? (?:but )?i (?:can(?:['\u2019]t|not)|am (?:not able|unable))|"
-    r"sorry,? (?:but )?i can(?:['\u2019]t|not)|"
-    r"i (?:can(?:['\u2019]t|not)|am unable to|am not able to) (?:assist|help|fulfil|comply|provide))",
+    r"\W*(?:as an ai(?:[ -]?(?:language )?(?:model|assistant))?[,.]|as a (?:large )?language model\b|"
+    r"i(?:['\u2019]m| am) (?:just |only )?an ai(?: (?:language model|model|assistant))?[,. ]|"
+    r"(?:i(?:['\u2019]m| am) sorry|i apologi[sz]e|sorry|unfortunately),? (?:but )?i (?:can(?:['\u2019]t|not)|"
+    r"(?:am|['\u2019]m) (?:not able|unable)) (?:to )?(?:assist|help|fulfil|comply|provide|answer|do that|discuss|generate)|"
+    r"i(?: can(?:['\u2019]t|not)|(?: am|['\u2019]m) (?:unable|not able) to) "
+    r"(?:assist|help you|help with|fulfil|comply|provide that))",
     re.I,
 )
 _PRINTABLE = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
@@ -46,7 +52,7 @@ _PRINTABLE = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
 _HARMLESS = b"abcdefghijklmnopqrstuvwxyABCDEFGHILMNOPQRSTUVWXYZ \n.,!?;'\"()" + bytes(range(128, 256))
 _MARKS = {beginning: next(c for c in beginning.encode()[::-1] if c not in _HARMLESS) for beginning in SECRETS}
 _NOT_DIGITS = bytes(b for b in range(256) if not 48 <= b <= 57)
-INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\u00ad]")
+INVISIBLE = re.compile("[\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\u00ad\U000e0000-\U000e007f]")
 
 Finding = tuple[str, str, str]  # code, message, fix
 
@@ -54,7 +60,7 @@ Finding = tuple[str, str, str]  # code, message, fix
 def innocent(contents: list[str]) -> bool:
     """Whether `findings` can have nothing to say about these texts of one row: 3 to 10 us for 1 KB, and true of most rows."""
     for text in contents:
-        if text != text.strip() or (text[:1] in "aisAIS" or not text[0].isalnum()) and _REFUSAL.match(text):
+        if text != text.strip() or (text[:1] in "aisuAISU" or not text[0].isalnum()) and _REFUSAL.match(text):
             return False
     text = "\n".join(contents)
     if not text.isascii() and _odd(text):
@@ -113,7 +119,7 @@ def findings(text: str, answer: bool) -> Iterator[Finding]:
             "remove the row, unless refusing is what you teach",
         )
     if text != text.strip():
-        yield "outer-space", "begins or ends with white space", "--fix strips it"
+        yield "outer-space", "begins or ends with white space", "--fix trims it (indents stay)"
 
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -167,7 +173,7 @@ def _private(text: str, raw: bytes) -> Iterator[Finding]:
             kinds.append("a card number")
         elif any(_iban(m[0]) for m in _IBAN.finditer(text)):
             kinds.append("an IBAN")
-        elif any(sum(c.isdigit() for c in m[0]) >= 9 or m[0][0] == "+" for m in _PHONE.finditer(text)):
+        elif any(sum(map(str.isdigit, m[0])) >= 9 for m in _PHONE.finditer(text)):
             kinds.append("a telephone number")
     if kinds:
         yield "personal-data", f"holds {' and '.join(kinds)}", "replace it with a made-up one, or remove the row"

@@ -50,7 +50,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows in the container that the name asks for: .jsonl, .json, .csv, .tsv or .parquet, the first four also packed.
 
-    In CSV, metadata and other objects stand as JSON. Raises UsageError for another name.
+    In CSV and Parquet, metadata and other objects stand as JSON. Raises UsageError for another name.
     """
     from tunesmith.data.read import PACKED, container
 
@@ -108,8 +108,13 @@ def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
+    said = {"role", "content"}
+    plain = all(turn.keys() == said for row in rows for turn in row.get("messages", ()))
+    as_text = {"metadata", "tools", "conversations"} | (set() if plain else {"messages"})  # have many shapes
+    flat = [{k: msgspec.json.encode(v).decode() if k in as_text else v for k, v in row.items()} for row in rows]
+    names = list(dict.fromkeys(key for row in rows for key in row))
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(msgspec.to_builtins(rows)), out)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{n: row.get(n) for n in names} for row in flat]), out)
     return out.getvalue()
 
 
