@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
     rendered, kept, dropped = {}, {}, 0
     for side, rows in splits.items():
         whole = list(renderer.render_all(rows))
-        fits, found = fit(whole, limit, recipe.over_long)
+        fits, found = fit(whole, limit, recipe.over_long, side)
         issues.extend(found)
         rendered[side] = [r for r in fits if r]
         kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.costs import ADAPTERS
 from tunesmith.data.findings import finding
+from tunesmith.data.stats import hosted_model, openai_lengths
 from tunesmith.errors import UsageError
 from tunesmith.models import ModelFacts, facts, find
 from tunesmith.recipe import Recipe, fields
@@ -44,13 +46,13 @@ def refuse_impossible(recipe: Recipe) -> None:
         raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 
 
-def fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered | None], list[Issue]]:
+def fit(rows: list[Rendered], limit: int, policy: str, side: str) -> tuple[list[Rendered | None], list[Issue]]:
     """Rows within the limit; over-long ones as the policy says: None (dropped), cut, or kept with an error."""
     long = [r for r in rows if len(r.ids) > limit]
     if not long:
         return list(rows), []
     worst = max(long, key=lambda r: len(r.ids))
-    message = f"{len(long)} of {len(rows)} rows are over {limit} tokens (the longest: {len(worst.ids)})"
+    message = f"{len(long)} of {len(rows)} {side} rows are over {limit} tokens (the longest: {len(worst.ids)})"
     if policy == "error":
         if len(long) == len(rows):
             message = f"all rows are over-long: {message}"
@@ -72,7 +74,13 @@ def fit(rows: list[Rendered], limit: int, policy: str) -> tuple[list[Rendered | 
 
 
 def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
-    """A check of single rows against a model's context. A row is tokenised only where its bytes could be too many tokens."""
+    """A check of single rows against a model's context. A row is tokenised only where its bytes could be too many tokens.
+
+    For a model of the hosted service, against the length it trains on.
+    """
+    hosted = hosted_model(model)
+    if hosted:
+        return _over_long_hosted(*hosted)
     folder = find(model)
     renderer, limit = Renderer(folder), facts(folder).context
 
@@ -91,6 +99,24 @@ def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
             return [lost] if lost else []
         message = f"{length} tokens, {length - limit} more than the model's context: the answer would be cut"
         return [finding("over-long", row.source, message, "shorten it")]
+
+    return check
+
+
+def _over_long_hosted(name: str, known: dict[str, Any]) -> Callable[[Conversation], list[Issue]]:
+    limit = known["training_context"]
+
+    def check(row: Conversation) -> list[Issue]:
+        if (
+            sum(len(m.content.encode(errors="replace")) + 20 for m in row.messages) < limit
+            and not row.tools
+            and not has_calls(row)
+        ):
+            return []  # no token is shorter than a byte
+        length = openai_lengths([row], name)[0]
+        if length <= limit:
+            return []
+        return [finding("over-long", row.source, f"{length} tokens; {name} trains on the first {limit}", "shorten it")]
 
     return check
 

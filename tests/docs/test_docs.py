@@ -67,6 +67,8 @@ def test_readme_command(line: str, trained: Path) -> None:
     words = shlex.split(line)[1:]
     if words[0] == "quickstart":
         words = ["quickstart", "--help"]
+    elif words[0] == "lr-find":
+        words += ["--trial-steps", "1"]
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
         if "my_run" in words:

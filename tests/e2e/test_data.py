@@ -52,6 +52,39 @@ def test_check_in_words_and_json(tmp_path: Path, cli: Cli) -> None:
     assert cli("data", "check", data, data, "--json").json()["rows"] == 124
 
 
+def test_what_is_not_listed_is_counted(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "d.jsonl").write_text("x\n" * 10_050)
+    found = cli("data", "check", tmp_path / "d.jsonl", "--json").json()
+    assert (found["counts"]["not-json"], found["not_listed"]) == (10_050, 50)
+    assert sum(i["code"] == "not-json" for i in found["issues"]) == 10_000
+
+
+def test_outputs_are_refused_before_the_work(tmp_path: Path, cli: Cli) -> None:
+    data = write(tmp_path / "d.jsonl", rows(20))
+    for option, name in (
+        ("--fix", "none/f.jsonl"),
+        ("--fix", "f.csv"),
+        ("--report", "none/r.html"),
+        ("--fix", "d.jsonl"),
+    ):
+        done = cli("data", "check", data, option, name)
+        assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1
+    assert cli("data", "check", data, "--fix", "x.jsonl", "--report", "x.jsonl").code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.jsonl"]
+
+
+def test_metadata_groups_before_it_is_stripped(tmp_path: Path, cli: Cli) -> None:
+    """426 and 48 of 474, trees whole, nothing but messages written: a whole conversion in one command."""
+    data = write(tmp_path / "c.jsonl", emoji_chats())
+    done = cli(
+        "data", "split", data, "--where", "metadata.augmented == true", "--group-by", "metadata.tree_id",
+        "--strip-metadata", "--method", "shuffle", "-o", "datasets/emogpt", "--json",
+    ).json()  # fmt: skip
+    assert done["rows"] == {"train": 426, "valid": 48} and done["leaks"] == []
+    written = [json.loads(line) for line in (tmp_path / "datasets" / "emogpt_val.jsonl").read_text().splitlines()]
+    assert {tuple(row) for row in written} == {("messages",)}
+
+
 def test_a_hub_data_set_from_the_cache(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache as `datasets` leaves it; what is not in it is said with the command that fetches it."""
     import datasets
@@ -157,6 +190,9 @@ def test_convert(tmp_path: Path, cli: Cli) -> None:
         (["--weights", "1,2", "-o", "x.jsonl"], 2, "2 weights for 1 data sets"),
         (["--weights", "a", "-o", "x.jsonl"], 2, "cannot read"),
         (["--sample", "0", "-o", "x.jsonl"], 2, "a sample of 0"),
+        (["--sample", "inf", "-o", "x.jsonl"], 2, "a sample of inf"),
+        (["--system", " ", "-o", "x.jsonl"], 2, "an empty system message"),
+        (["--weights", "nan", "-o", "x.jsonl"], 2, "a weight is from 0 up to 1000"),
         (["--system-how", "add", "-o", "x.jsonl"], 2, "do not go together"),
         (["-o", "c.jsonl"], 2, "exists already"),
     ],

@@ -139,9 +139,16 @@ def test_a_run_that_is_being_trained_is_left_alone(tiny: Path, tmp_path: Path, c
         assert second.code == 2 and "another process is training this run" in second.err
         listed = cli("runs", "show", run, "--json").json()
         assert listed["status"] == "running"
+        watcher = subprocess.Popen(
+            command("runs", "watch", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(3)
+        assert watcher.poll() is None  # follows for as long as the run goes on
     finally:
         process.kill()
         process.wait()
+    out, err = watcher.communicate(timeout=60)
+    assert watcher.returncode == 1 and out == f"{run}  interrupted\n" and "base model: validation loss" in err
 
 
 def test_a_half_written_log_line_is_mended(tiny: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tunesmith.conversation import Conversation, Message
 from tunesmith.data import stats
 from tunesmith.data.language import language, languages
+from tunesmith.errors import UsageError
 
 
 def row(*turns: str, **more: object) -> Conversation:
@@ -87,3 +88,14 @@ def test_a_few_rows_of_another_language_are_said() -> None:
     (found,) = sample.findings()
     assert found.code == "language-mix" and '"de"' in found.message and int(found.where[2:]) % 20 == 7
     assert languages([english, german, "hi"]) == {"en": 1, "de": 1}
+
+
+def test_rows_too_long_for_a_hosted_model_are_found() -> None:
+    from tunesmith.preflight import over_long
+
+    check = over_long("gpt-4o-mini")
+    row = Conversation((Message("user", "u"), Message("assistant", "word " * 70_000)), {}, "f:1")
+    assert [i.code for i in check(row)] == ["over-long"] and "trains on the first 65536" in check(row)[0].message
+    assert check(Conversation((Message("user", "u"), Message("assistant", "a")), {}, "f:1")) == []
+    with pytest.raises(UsageError, match="gpt-4 is not among"):
+        over_long("gpt-4")

@@ -30,6 +30,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "train": ("train:train", "fine-tune a model"),
     "runs list": ("runs:list_runs", "runs and how they stand"),
     "runs show": ("runs:show", "one run: settings, losses, checkpoints"),
+    "runs watch": ("runs:watch", "follow a run that another process trains"),
     "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
     "chat": ("chat:chat", "talk with a model or a run"),
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),

@@ -49,6 +49,8 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
 
     if options.system_how == ("add" if options.system is None else "strip"):
         raise UsageError("--system and --system-how do not go together", fix="--system TEXT, or --system-how strip")
+    if options.system is not None and not options.system.strip():
+        raise UsageError("an empty system message", where="--system", fix="--system-how strip takes it away")
     tests = [where(options.where)] if options.where else []
     if options.max_emoji is not None:
         tests.append(max_emoji(options.max_emoji))

@@ -135,9 +135,11 @@ def check(argv: list[str]) -> int:
 
 def summary(issues: list[Issue], shown: int = SHOWN, counts: dict[str, int] | None = None) -> Iterator[str]:
     """Findings as lines, errors first, the first few of each kind with the number of the others (of all, by `counts`)."""
+    from tunesmith.data.findings import ORDER
+
     kinds: dict[tuple[int, str], list[Issue]] = {}
     for issue in issues:
-        kinds.setdefault((("error", "warning", "info").index(issue.severity), issue.code), []).append(issue)
+        kinds.setdefault((ORDER.index(issue.severity), issue.code), []).append(issue)
     for (_, code), found in sorted(kinds.items(), key=lambda item: item[0][0]):
         for issue in found[:shown]:
             yield f"{issue.severity:8} {issue.line()}"

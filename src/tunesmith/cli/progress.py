@@ -36,7 +36,7 @@ class Progress:
             self._valid = event["loss"]
             name = "base model" if event["step"] == 0 else f"step {event['step']}"
             self._say(f"{name}: validation loss {event['loss']:.4f}")
-        elif kind == "warning":
+        elif kind in ("warning", "overfitting"):
             self._say(f"warning: {event['message']}")
         elif kind == "resumed":
             self._say(f"resumed after step {event['step']}")

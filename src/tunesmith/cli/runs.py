@@ -1,4 +1,4 @@
-"""tunesmith runs list | show."""
+"""tunesmith runs list | show | watch."""
 
 from __future__ import annotations
 
@@ -72,9 +72,34 @@ def show(argv: list[str]) -> int:
         + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"])
     )
     for event in run.events():
-        if event["type"] in ("warning", "error"):
+        if event["type"] in ("warning", "error", "overfitting"):
             print(f"{event['type']}: {event['message']}")
     return 0
+
+
+def watch(argv: list[str]) -> int:
+    parser = Parser("runs watch", "Follow a run that another process trains, until it ends. Ctrl-C leaves it alone.")
+    parser.add_argument("run", help="the run's directory")
+    options = parser.parse_args(argv)
+    import time
+
+    from tunesmith import api
+    from tunesmith.cli.progress import Progress
+
+    run, offset, progress = api.find_run(options.run), 0, Progress()
+    try:
+        while True:
+            state = run.state()  # asked before the events are read: none that came before the end is missed
+            events, offset = run.events_from(offset)
+            for event in events:
+                progress(run, event)
+            if state not in ("queued", "preparing", "running"):
+                break
+            time.sleep(api.POLL_SECONDS)
+    finally:
+        progress.close()
+    print(f"{run}  {state}")
+    return 0 if state == "succeeded" else 1
 
 
 def _number(value: object) -> str:

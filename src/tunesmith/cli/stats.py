@@ -33,6 +33,8 @@ def stats(argv: list[str]) -> int:
     from tunesmith.data.check import load
     from tunesmith.data.stats import bill, describe, hosted_model, openai_lengths
 
+    if options.price is not None and not 0 <= options.price < 1e6:
+        raise UsageError(f"no price: {options.price}", where="--price", fix="dollars for a million tokens: 3.00")
     if options.report and Path(options.report).exists():
         raise UsageError("exists already", where=options.report, fix="choose another name, or remove it")
     rows = [

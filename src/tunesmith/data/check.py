@@ -173,7 +173,7 @@ def _converted(row: Any, columns: dict[str, str], spare: Spare | None) -> Item:
 
 
 def _lines(path: Path, spare: Spare | None) -> Iterator[tuple[list[Item], int, int]]:
-    """Blocks of a JSONL file as of `scan`, with the bytes of the file read so far (of a packed one: unpacked)."""
+    """Blocks of a JSONL file as of `scan`, with the bytes of the file read so far (of .zst: unpacked)."""
     with opened(path) as stream:
         if stream is None:
             yield [_converted(row, {}, spare) for row in rows(path)], 0, 0
@@ -181,7 +181,8 @@ def _lines(path: Path, spare: Spare | None) -> Iterator[tuple[list[Item], int, i
         at = 0
         try:
             for first, block in blocks(path, stream):
-                at += len(block)
+                packed = getattr(stream, "fileobj", None)  # of gzip: how far the packed bytes were read
+                at = packed.tell() if packed else at + len(block)
                 batch: list[Item] = []
                 plain = 0
                 for number, line in enumerate(block.split(b"\n"), first):

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from tunesmith.data.check import Loaded
-from tunesmith.data.findings import table
+from tunesmith.data.findings import ORDER, table
 from tunesmith.data.stats import Stats
 from tunesmith.data.write import write_bytes
 
@@ -22,7 +22,7 @@ def write_report(path: Path, found: Loaded, word: str, reasons: list[str]) -> No
         (code, count, [i for i in found.issues if i.code == code][:SHOWN], table()[code])
         for code, count in found.counts.items()
     ]
-    kinds.sort(key=lambda kind: (("error", "warning", "info").index(kind[2][0].severity), -kind[1]))
+    kinds.sort(key=lambda kind: (ORDER.index(kind[2][0].severity), -kind[1]))
     html = _page("report.html.jinja", found=found, word=word, reasons=reasons, kinds=kinds)
     write_bytes(path, html)
 

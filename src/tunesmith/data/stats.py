@@ -163,10 +163,22 @@ def hosted() -> dict[str, Any]:
 
 
 def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
-    """(full name, facts) of a hosted model, also from the beginning of its name ("gpt-4o-mini"); None for no such."""
+    """(full name, facts) of a hosted model, also from the beginning of its name ("gpt-4o-mini"); None for no such.
+
+    Raises UsageError for a name that only a hosted model can have, and that cannot be trained.
+    """
     models = hosted()["models"]
     found = name if name in models else max((m for m in models if m.rpartition("-20")[0] == name), default=None)
+    if not found and _HOSTED.match(name):
+        raise UsageError(
+            f"{name} is not among the hosted models that can be trained",
+            where="--model",
+            fix=f"known: {', '.join(models)}",
+        )
     return (found, models[found]) if found else None
+
+
+_HOSTED = re.compile(r"(?:gpt-[345]|o\d|babbage-|davinci-)[\w.-]*$")
 
 
 def openai_lengths(rows: list[Conversation], model: str) -> list[int]:
@@ -209,7 +221,8 @@ def bill(lengths: list[int], model: str, price: float | None = None, today: date
     limit, n, batch = facts["training_context"], epochs(len(lengths)), max(1, round(0.002 * len(lengths)))
     once = sum(min(length, limit) for length in lengths)
     age = ((today or date.today()) - hosted()["as_of"]).days
-    note = f"prices of {hosted()['as_of']}; the service ends this model on {facts['ends']}"
+    over = (today or date.today()) > facts["ends"]
+    note = f"prices of {hosted()['as_of']}; the service {'ended' if over else 'ends'} this model on {facts['ends']}"
     if price is None and age > hosted()["stale_after_days"]:
         note = f"the prices known are of {hosted()['as_of']}, {age} days old: give today's with --price"
     elif price is None:
