@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+from array import array
 from collections import Counter
 from datetime import date
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -107,25 +107,29 @@ def variety(rows: list[Conversation]) -> dict[str, float]:
     distinct_1 and distinct_2: different words, and pairs of words, of all in the answers (Li et al. 2016, "distinct-n").
     distinct_prompts and distinct_openings: different prompts, and first three words of prompts, of all.
     """
-    words: Counter[str] = Counter()
-    twos: set[tuple[str, str]] = set()
-    count_twos = 0
+    import numpy as np
+
+    number: dict[str, int] = {}  # of each different word
+    said, count_twos = array("i"), 0  # the words of all answers, -1 after each
     for row in rows:
         for m in row.messages:
             if m.role in ("assistant", "text"):
-                found = _WORD.findall(m.content.casefold())
-                words.update(found)
-                twos.update(pairwise(found))
+                found = [number.setdefault(word, len(number)) for word in _WORD.findall(m.content.casefold())]
+                said.extend(found)
+                said.append(-1)
                 count_twos += max(0, len(found) - 1)
+    flat = np.frombuffer(said, np.int32).astype(np.int64)
+    count, whole = int((flat >= 0).sum()), (flat[:-1] >= 0) & (flat[1:] >= 0)
+    twos = len(np.unique(flat[:-1][whole] * len(number) + flat[1:][whole]))  # a pair as one number
     asked = [
         " ".join(_WORD.findall(" ".join(m.content for m in r.prompt() if m.role == "user").casefold())) for r in rows
     ]
-    openings = {" ".join(text.split()[:3]) for text in asked}
+    openings = {" ".join(text.split(maxsplit=3)[:3]) for text in asked}
     return {
-        "words": words.total(),
-        "different_words": len(words),
-        "distinct_1": len(words) / max(1, words.total()),
-        "distinct_2": len(twos) / max(1, count_twos),
+        "words": count,
+        "different_words": len(number),
+        "distinct_1": len(number) / max(1, count),
+        "distinct_2": twos / max(1, count_twos),
         "distinct_prompts": len(set(asked)) / len(asked),
         "distinct_openings": len(openings) / len(asked),
     }
