@@ -79,6 +79,12 @@ def test_nothing_of_a_row_is_lost_unsaid(tmp_path: Path) -> None:
     assert [m.weight for m in found[2].messages] == [None, 0, None, 1]
 
 
+def test_a_full_stop_makes_no_other_answer(tmp_path: Path) -> None:
+    items = [{"prompt": "2+2?", "completion": answer} for answer in ("four", "Four.", "five")]
+    found = load(str(write(tmp_path / "d.jsonl", items)))
+    assert [i.where.rpartition(":")[2] for i in found.issues if i.code == "contradiction"] == ["3"]
+
+
 def test_a_template_is_one_finding(tmp_path: Path) -> None:
     text = "Please sort this ticket into one of the usual kinds for our desk, and be quick about it: number "
     items = [*distinct(100), *({"prompt": f"{text}{i}", "completion": f"kind {i % 3}"} for i in range(60))]

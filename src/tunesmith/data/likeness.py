@@ -35,7 +35,8 @@ class Likeness:
         self._content.append(hash((roles, contents, calls, repr(conversation.tools) if conversation.tools else None)))
         asks = roles[last] == "assistant" and last > 0
         self._prompt.append(_folded("\x1e".join(contents[:last])) if asks else 0)
-        self._answer.append(_folded(contents[last].rstrip(" .")) if asks else 0)
+        answer = contents[last]  # of short ones, case and a full stop make no other answer
+        self._answer.append(0 if not asks else hash(answer) if len(answer) > 100 else _folded(answer.rstrip(" .")))
         if self._texts is not None:
             skip = 1 if roles[0] in ("system", "developer") else 0
             self._texts.append(" ".join(contents[skip:]))
