@@ -20,6 +20,7 @@ from tunesmith.data.check import load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import persona
 from tunesmith.data.split import Splits, leaks, prompt_key, split
+from tunesmith.data.spread import cores
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
 from tunesmith.preflight import fit, has_calls, idle_settings, refuse_impossible, token_issues, tool_calls_lost
@@ -198,13 +199,12 @@ def _resolve_auto(
     """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
     name, count = persona(kept["train"])
     values: dict[str, tuple[Any, str]] = {
         "max_length": (limit, "the model's context"),
-        "num_workers": (cores, "every core"),
-        "threads": (cores, "every core"),
+        "num_workers": (cores(), "every core"),
+        "threads": (cores(), "every core"),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
         "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
         "freeze_ratio": (freeze_ratio(recipe), f"method {recipe.method}"),

@@ -43,6 +43,9 @@ def check(argv: list[str]) -> int:
     parser.add_argument(
         "--structure-only", action="store_true", help="JSON, roles and emptiness only: the fastest look"
     )
+    parser.add_argument(
+        "--num-workers", type=positive, metavar="N", help="processes [1; every core for files over 32 MB]"
+    )
     parser.add_argument("--explain", action="store_true", help="say which row formats were recognised, and how")
     options = parser.parse_args(argv)
     from tunesmith.cli.progress import Bar
@@ -73,6 +76,7 @@ def check(argv: list[str]) -> int:
             near_duplicates=not options.no_near_duplicates,
             each=each,
             progress=bar,
+            processes=options.num_workers,
         )
     found.issues = by_severity(found.issues)
     word, reasons = grade(found)

@@ -36,6 +36,8 @@ def doctor(argv: list[str]) -> int:
     )
     from importlib.metadata import PackageNotFoundError, version
 
+    from tunesmith.data.spread import cores
+
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -46,7 +48,7 @@ def doctor(argv: list[str]) -> int:
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gb": _memory_gb(),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "gpu": _gpu() if found["torch"] else None,

@@ -80,18 +80,22 @@ class Progress:
 
 
 class Bar:
-    """Progress of reading: called with rows so far and the share of the bytes; as a context it ends its line."""
+    """Progress of work on rows: called with their number, the share that is done and what is done; as a context it ends
+    its line."""
 
     def __init__(self) -> None:
         self._live, self._began, self._last, self._shown = sys.stderr.isatty(), time.monotonic(), time.monotonic(), 0
+        self._doing = ""
 
-    def __call__(self, rows: int, share: float) -> None:
+    def __call__(self, rows: int, share: float, doing: str) -> None:
         now = time.monotonic()
+        if doing != self._doing:
+            self._doing, self._began = doing, now
         if now - self._last < (0.2 if self._live else EVERY_SECONDS):
             return
         self._last, took = now, now - self._began
         eta = took / share * (1 - share) if share else 0.0
-        words = [f"{rows:,} rows", f"{rows / took:,.0f} rows/s", f"ETA {clock(eta)}"]
+        words = [doing, f"{rows:,} rows", f"ETA {clock(eta)}"]
         if self._live:
             text = fit(share, f"{share:4.0%}", "", words)
             _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")

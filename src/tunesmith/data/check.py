@@ -1,14 +1,13 @@
 """Every check of a data set in one pass: what would waste a run is found first, with line, field and fix.
 
 `examine` streams: besides the conversations, where they are asked for, it keeps some 350 bytes a row, whatever the row's
-length. Plain chats in JSONL take a fast road (`formats.plain_chat`), all else `formats.convert`; both make the same rows.
+length.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,15 +15,16 @@ import msgspec
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data import text as texts
 from tunesmith.data.findings import ORDER, finding, graded
-from tunesmith.data.formats import BY_NAME, convert, plain_chat, unused
 from tunesmith.data.language import Sample
 from tunesmith.data.likeness import Likeness
-from tunesmith.data.read import NotLines, array, blocks, container, files, hub, opened, record, rows, unreadable
+from tunesmith.data.read import files
+from tunesmith.data.scan import Block, Progress, Rows, Spare, converted, scan, size
+from tunesmith.data.spread import cores, spread
 from tunesmith.errors import DataError
 
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
 KEPT = 10_000  # findings of one code that are kept with place and text; all are counted
-Progress = Callable[[int, float], None]  # rows so far, share of the bytes read
+LARGE = 32 << 20  # bytes: under a second's work is not worth starting processes for
 
 
 class Loaded(msgspec.Struct):
@@ -77,158 +77,139 @@ def examine(
     near_duplicates: bool = True,
     each: Callable[[Conversation], Iterable[Issue]] | None = None,
     progress: Progress | None = None,
+    processes: int | None = None,
 ) -> Loaded:
     """Check data sets as one. `keep` the conversations; `each` may add findings about every usable one.
 
     Structure only: JSON, roles and emptiness, but nothing about what the texts say or whether rows are alike.
+    `processes`: how many share the work, as far as nothing is kept; None: every core for more than LARGE bytes.
     """
-    found = Loaded(", ".join(datasets))
-    formats: Counter[str] = Counter()
-    spare = Spare()
-    warned: set[str] = set()  # places of the usable rows with a warning
-    alike = None if structure_only else Likeness(near_duplicates)
-    sample = None if structure_only else Sample()
-    quick = structure_only and not keep and not each
-    for batch, plain in scan(datasets, columns or {}, progress, None if quick else spare):
+    how = How(columns or {}, task, provider, keep, structure_only, near_duplicates, each)
+    if processes is None:
+        large = not keep and size((name, files(name)) for name in datasets) > LARGE
+        processes = cores() if large else 1
+    whole = Pass(how, ", ".join(datasets))
+
+    mine = Sample()  # of the process that this comes to run in: what it has seen bounds what it sends
+
+    def one(part: Block | Rows) -> tuple[Pass, float]:
+        done = Pass(how, limit=mine.limit).take(part)
+        if done.sample:
+            mine.extend(done.sample)
+        return done, part.share
+
+    parts = scan(datasets, how.columns)
+    if keep or processes < 2:
+        for part in parts:
+            whole.take(part)
+            if progress:
+                progress(whole.found.rows_in, part.share, "reading")
+    else:
+        for done, share in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
+            whole.add(done)
+            if progress:
+                progress(whole.found.rows_in, share, "reading")
+    return whole.end(progress)
+
+
+class How(msgspec.Struct, frozen=True):
+    """What `examine` was asked for."""
+
+    columns: dict[str, str]
+    task: str | None
+    provider: str | None
+    keep: bool
+    structure_only: bool
+    near_duplicates: bool
+    each: Callable[[Conversation], Iterable[Issue]] | None
+
+
+class Pass:
+    """What is found in some parts of a data set. The passes over its parts, added in order, are that of the whole."""
+
+    def __init__(self, how: How, dataset: str = "", limit: int = 1 << 32) -> None:
+        self.found = Loaded(dataset)
+        self._how = how
+        self._warned: set[str] = set()  # places of the usable rows with a warning
+        self._formats: Counter[str] = Counter()
+        self._spare = Spare()
+        self._alike = None if how.structure_only else Likeness(how.near_duplicates)
+        self.sample = None if how.structure_only else Sample(limit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_how": None}  # a process that is done sends what it found, not what it was asked for
+
+    def take(self, part: Block | Rows) -> Pass:
+        """Look at a part; self."""
+        how, found = self._how, self.found
+        counted_only = how.structure_only and not how.keep and not how.each
+        batch, plain = converted(part, how.columns, None if counted_only else self._spare)
         found.rows_in += len(batch) + plain
         found.usable += plain
-        formats["messages"] += plain
+        self._formats["messages"] += plain
         for item, name, well_formed in batch:
             if isinstance(item, Issue):
-                found.add(graded(item, task, provider))
+                found.add(graded(item, how.task, how.provider))
                 continue
-            formats[name] += 1
+            self._formats[name] += 1
             issues = [] if well_formed else list(structure(item))
-            if not structure_only and not texts.innocent([m.content for m in item.messages]):
+            if not how.structure_only and not texts.innocent([m.content for m in item.messages]):
                 issues += said(item)
-            if each:
-                issues += each(item)
+            if how.each:
+                issues += how.each(item)
             if issues:
-                issues = [graded(i, task, provider) for i in issues]
+                issues = [graded(i, how.task, how.provider) for i in issues]
                 for issue in issues:
                     found.add(issue)
                 if any(i.severity == "error" for i in issues):
                     continue
                 if any(i.severity == "warning" for i in issues):
-                    warned.add(item.source)
+                    self._warned.add(item.source)
             found.usable += 1
-            if alike and sample:
-                alike.add(item)
-                sample.add(item)
-            if keep:
+            if self._alike and self.sample:
+                self._alike.add(item)
+                self.sample.add(item)
+            if how.keep:
                 found.conversations.append(item)
-    for issue in alike.findings() if alike else ():
-        issue = graded(issue, task, provider)
-        if issue.severity == "warning":
-            warned.add(issue.where)
-        found.add(issue)
-    found.warned = len(warned)
-    found.formats = dict(+formats)
-    for issue in (*size(found), *(sample.findings() if sample else ()), *spare.findings(found, provider)):
-        found.add(graded(issue, task, provider))
-    if not found.rows_in:
-        raise DataError("no rows in it", where=found.dataset, fix="is it the right file?")
-    return found
+        if self._alike:
+            self._alike.settle()
+        return self
 
+    def add(self, later: Pass) -> None:
+        """What another pass found in the parts that follow."""
+        for issue in later.found.issues:
+            self.found.add(issue)
+        for code, count in later.found.counts.items():  # beyond those that were kept
+            self.found.counts[code] += max(0, count - KEPT)
+        self.found.rows_in += later.found.rows_in
+        self.found.usable += later.found.usable
+        self._warned |= later._warned
+        self._formats.update(later._formats)
+        self._spare.add(later._spare)
+        if self._alike and self.sample and later._alike and later.sample:
+            self._alike.extend(later._alike)
+            self.sample.extend(later.sample)
 
-# A row, the name of its format ("" of an Issue's), and whether it is already known to have no structural finding
-Item = tuple[Conversation | Issue, str, bool]
-
-
-def scan(
-    datasets: list[str], columns: dict[str, str], progress: Progress | None = None, spare: Spare | None = None
-) -> Iterator[tuple[list[Item], int]]:
-    """The rows of the data sets in order, some at a time; without `spare`, those without structural finding only counted."""
-    listed = [(name, files(name)) for name in datasets]
-    single = sum(len(paths or [0]) for _, paths in listed) == 1
-    total = sum(path.stat().st_size for _, paths in listed for path in paths or ()) or 1
-    before, count = 0, 0
-    for name, paths in listed:
-        if paths is None:
-            yield from (([_converted(row, columns, spare)], 0) for row in hub(name))
-        for path in paths or ():
-            try:
-                if columns or container(path) in (".csv", ".tsv", ".parquet", ".json"):
-                    yield from (([_converted(row, columns, spare)], 0) for row in rows(path))
-                else:
-                    for batch, plain, at in _lines(path, spare):
-                        yield batch, plain
-                        count += len(batch) + plain
-                        if progress:
-                            progress(count, min(1.0, (before + at) / total))
-            except DataError as error:
-                if single:
-                    raise
-                yield [(unreadable(error), "", False)], 0
-            before += path.stat().st_size
-
-
-def _converted(row: Any, columns: dict[str, str], spare: Spare | None) -> Item:
-    result = row if isinstance(row, Issue) else convert(row, columns)
-    if isinstance(result, Issue):
-        return result, "", False
-    if spare and not columns:
-        spare.see(unused(row.value, BY_NAME[result[1]]), row.where)
-    return (*result, False)
-
-
-def _lines(path: Path, spare: Spare | None) -> Iterator[tuple[list[Item], int, int]]:
-    """Blocks of a JSONL file as of `scan`, with the bytes of the file read so far (of .zst: unpacked)."""
-    with opened(path) as stream:
-        if stream is None:
-            yield [_converted(row, {}, spare) for row in rows(path)], 0, 0
-            return
-        at = 0
-        try:
-            for first, block in blocks(path, stream):
-                packed = getattr(stream, "fileobj", None)  # of gzip: how far the packed bytes were read
-                at = packed.tell() if packed else at + len(block)
-                batch: list[Item] = []
-                plain = 0
-                for number, line in enumerate(block.split(b"\n"), first):
-                    if found := plain_chat(line):
-                        if spare is None:
-                            plain += 1
-                            continue
-                        (chat, more), where = found, f"{path}:{number}"
-                        if more:
-                            spare.see(more, where)
-                        batch.append((Conversation(chat.messages, chat.metadata, where, chat.tools), "messages", True))
-                    elif line and not line.isspace():
-                        batch.append(_converted(record(line, f"{path}:{number}"), {}, spare))
-                yield batch, plain, at
-        except NotLines as whole:
-            yield [_converted(row, {}, spare) for row in array(path, stream, whole)], 0, at
-
-
-class Spare:
-    """Columns that nothing is made of: how many rows have each, and where the first stands."""
-
-    def __init__(self) -> None:
-        self._count: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-
-    def see(self, names: Iterable[str], where: str) -> None:
-        for name in names:
-            self._count[name] += 1
-            self._first.setdefault(name, where)
-
-    def findings(self, found: Loaded, provider: str | None) -> Iterator[Issue]:
-        for name, count in self._count.most_common(20):
-            yield finding(
-                "unused-column",
-                self._first[name],
-                f'"{name}" is not trained on ({count} rows)',
-                "--columns maps columns",
-            )
-        if provider == "openai" and (self._count or set(found.formats) - {"messages"}):
-            names = [*(set(found.formats) - {"messages"}), *self._count][:5]
-            yield finding(
-                "extra-field",
-                found.dataset,
-                f"a service takes messages and tools alone; here: {', '.join(names)}",
-                "train --provider openai converts it; for an upload of your own: data convert --strip-metadata",
-            )
+    def end(self, progress: Progress | None) -> Loaded:
+        """The findings, with those about the rows together."""
+        how, found = self._how, self.found
+        if not found.rows_in:
+            raise DataError("no rows in it", where=found.dataset, fix="is it the right file?")
+        for issue in self._alike.findings(progress) if self._alike else ():
+            issue = graded(issue, how.task, how.provider)
+            if issue.severity == "warning":
+                self._warned.add(issue.where)
+            found.add(issue)
+        found.warned = len(self._warned)
+        found.formats = dict(+self._formats)
+        others = [
+            *few(found),
+            *(self.sample.findings() if self.sample else ()),
+            *self._spare.findings(found.dataset, found.formats, how.provider),
+        ]
+        for issue in others:
+            found.add(graded(issue, how.task, how.provider))
+        return found
 
 
 # ---- one conversation
@@ -275,7 +256,7 @@ def said(conversation: Conversation) -> Iterator[Issue]:
             yield finding(code, conversation.source, f"message {i + 1} ({m.role}) {message}", fix)
 
 
-def size(found: Loaded) -> Iterator[Issue]:
+def few(found: Loaded) -> Iterator[Issue]:
     """Whether there are enough rows."""
     n = found.usable
     if n < HOSTED_ROWS:

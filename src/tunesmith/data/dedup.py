@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.conversation import Conversation
+from tunesmith.data.scan import Progress
 
 THRESHOLD = 0.55  # 5 % of the letters edited leaves 0.59 to 0.72; unrelated rows stay under 0.2
 SHORTEST = 40  # bytes: in a shorter text one word is the whole difference
@@ -115,7 +116,10 @@ def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def pairs(
-    sketch: NDArray[np.uint8], threshold: float = THRESHOLD, among: NDArray[np.bool_] | None = None
+    sketch: NDArray[np.uint8],
+    threshold: float = THRESHOLD,
+    among: NDArray[np.bool_] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, int, float]]:
     """(earlier row, later row, likeness) at or over the threshold: enough of them to connect every group.
 
@@ -125,6 +129,8 @@ def pairs(
     group = np.arange(len(sketch))
     bits = np.uint64(len(sketch).bit_length())
     for band in range(BANDS):
+        if progress:
+            progress(len(sketch), band / BANDS, "comparing")
         # key and row in one number: sorting numbers is some times as fast as finding their order
         both = np.sort((_band(sketch, band)[usable] << bits) | usable.astype(np.uint64))
         keys, rows = both >> bits, (both & np.uint64((1 << int(bits)) - 1)).astype(np.int64)

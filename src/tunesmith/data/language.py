@@ -5,8 +5,6 @@ py3langid names the language of a text; it takes 0.75 s to load, so that texts w
 
 from __future__ import annotations
 
-import math
-import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -42,29 +40,38 @@ def languages(texts: list[str]) -> Counter[str]:
 
 
 class Sample:
-    """Texts of some rows, whose languages are looked at in the end: reservoir sampling that draws how many rows to skip
-    rather than a number for each (algorithm L, Li 1994); always the same."""
+    """Texts of some rows, spread evenly over the data set, whose languages are looked at in the end.
 
-    def __init__(self) -> None:
-        self._rng, self._seen, self._next, self._weight = random.Random(0), 0, 1, 1.0
-        self._texts: list[tuple[str, str]] = []
+    A row's rank is its line number times the golden ratio, modulo one: those of the lowest ranks are evenly spaced
+    (Fibonacci hashing), always the same, and samples of parts add up to that of the whole.
+    """
+
+    def __init__(self, limit: int = 1 << 32) -> None:
+        self.limit = limit  # higher ranks are not in it
+        self._texts: list[tuple[int, str, str]] = []  # rank, place, text
 
     def add(self, conversation: Conversation) -> None:
-        self._seen += 1
-        if self._seen < self._next:
-            return
-        said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
-        if len(self._texts) < SAMPLE:
-            self._texts.append((conversation.source, said))
-        else:
-            self._texts[self._rng.randrange(SAMPLE)] = (conversation.source, said)
-        self._next += 1
-        if len(self._texts) == SAMPLE:
-            self._weight *= math.exp(math.log(self._rng.random()) / SAMPLE)
-            self._next += int(math.log(self._rng.random()) / math.log(1 - self._weight))
+        rank = int(conversation.source.rpartition(":")[2]) * 0x9E3779B1 & 0xFFFFFFFF
+        if rank < self.limit:
+            said = " ".join([m.content[:LOOK] for m in conversation.messages if m.role != "system"])
+            self._texts.append((rank, conversation.source, said))
+            if len(self._texts) >= 2 * SAMPLE:
+                self._trim()
+
+    def extend(self, later: Sample) -> None:
+        """The rows of another, after one's own."""
+        self._texts += [item for item in later._texts if item[0] < self.limit]
+        if len(self._texts) >= 2 * SAMPLE:
+            self._trim()
+
+    def _trim(self) -> None:
+        self._texts.sort(key=lambda item: item[0])
+        del self._texts[SAMPLE:]
+        self.limit = self._texts[-1][0]
 
     def findings(self) -> Iterator[Issue]:
-        named = [(language(text), where) for where, text in self._texts]
+        self._texts.sort(key=lambda item: item[0])
+        named = [(language(text), where) for _, where, text in self._texts[:SAMPLE]]
         counts = Counter(name for name, _ in named if name)
         most = max(counts, key=lambda name: counts[name], default=None)
         for name, count in counts.items():

@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.findings import finding
 from tunesmith.data.formats import in_turn
+from tunesmith.data.scan import Progress
 
 
 class Likeness:
@@ -44,6 +45,21 @@ class Likeness:
             if self._held > 1 << 20:  # characters: what waits must not grow with the rows' length
                 self._sketch()
 
+    def settle(self) -> None:
+        """Sketch the texts that still wait."""
+        self._sketch()
+
+    def extend(self, later: Likeness) -> None:
+        """The rows of another, settled one, after one's own."""
+        files = [self._files.setdefault(path, len(self._files)) for path in later._files]
+        self._file.extend(files[i] for i in later._file)
+        for mine, theirs in zip(self._columns(), later._columns(), strict=True):
+            mine.extend(theirs)
+        self._sketches += later._sketches
+
+    def _columns(self) -> tuple[array[int], ...]:
+        return self._content, self._prompt, self._answer, self._line
+
     def _sketch(self) -> None:
         from tunesmith.data.dedup import sketches
 
@@ -61,7 +77,7 @@ class Likeness:
             code, fix = "leak", "remove one of them, if the files are train and held out"
         return finding(code, self._where(later), f"{message} {self._where(first)}", fix)
 
-    def findings(self) -> Iterator[Issue]:
+    def findings(self, progress: Progress | None = None) -> Iterator[Issue]:
         import numpy as np
 
         content, prompt, answer = (np.frombuffer(a, np.int64) for a in (self._content, self._prompt, self._answer))
@@ -82,14 +98,14 @@ class Likeness:
         if self._sketches:
             from tunesmith.data.dedup import BINS
 
-            yield from self._near(np.frombuffer(self._sketches, np.uint8).reshape(-1, BINS), ~again)
+            yield from self._near(np.frombuffer(self._sketches, np.uint8).reshape(-1, BINS), ~again, progress)
 
-    def _near(self, sketch: Any, among: Any) -> Iterator[Issue]:
+    def _near(self, sketch: Any, among: Any, progress: Progress | None) -> Iterator[Issue]:
         """One finding for each near duplicate, or for a whole template."""
         from tunesmith.data.dedup import most_alike, pairs, root
 
         parent = list(range(len(sketch)))
-        found = list(pairs(sketch, among=among))
+        found = list(pairs(sketch, among=among, progress=progress))
         for first, later, _ in found:
             low, high = sorted((root(parent, first), root(parent, later)))
             parent[high] = low

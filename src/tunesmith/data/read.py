@@ -116,15 +116,29 @@ def _open(path: Path) -> IO[bytes]:
 def rows(path: Path) -> Iterator[Row | Issue]:
     """The rows of one file. Raises DataError when it is empty or cannot be read."""
     with opened(path) as stream:
-        if stream is None:
-            fix = f"iconv -f utf-16 -t utf-8 {path.name} > utf8{container(path)}"
-            yield finding("not-utf8", f"{path}:1", "the file is UTF-16, not UTF-8", fix)
-            return
-        kind = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}.get(container(path), _jsonl)
-        try:
-            yield from kind(path, stream)
-        except NotLines as whole:
-            yield from _json(path, stream, whole.head)
+        yield from parsed(path, stream)
+
+
+def parsed(path: Path, stream: IO[bytes] | None) -> Iterator[Row | Issue]:
+    """The rows of a file that has been `opened`."""
+    if stream is None:
+        fix = f"iconv -f utf-16 -t utf-8 {path.name} > utf8{container(path)}"
+        yield finding("not-utf8", f"{path}:1", "the file is UTF-16, not UTF-8", fix)
+        return
+    kind = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}.get(container(path), _jsonl)
+    try:
+        yield from kind(path, stream)
+    except NotLines as whole:
+        yield from _json(path, stream, whole.head)
+
+
+def position(stream: IO[bytes]) -> int:
+    """How many bytes of its file a stream has read (of .gz: packed ones; of .zst, which does not say: unpacked ones)."""
+    packed = getattr(stream, "fileobj", None)
+    try:
+        return int(packed.tell() if packed else stream.tell())
+    except OSError:  # a pipe
+        return 0
 
 
 @contextmanager
@@ -319,7 +333,7 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
             "reading Parquet needs pyarrow", where=str(path), fix="pip install 'tunesmith[local]'"
         ) from None
     number = 0
-    whole = path if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
+    whole = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
     for batch in pq.ParquetFile(whole).iter_batches(4096):
         for value in batch.to_pylist():
             number += 1

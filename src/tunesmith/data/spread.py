@@ -1,0 +1,76 @@
+"""A function over parts of a data set in several processes, with the results in order.
+
+Processes are forked, so that the function may be a closure and `hash` means the same in all of them; where forking is not
+safe (macOS, Windows) everything runs in this one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from tunesmith.errors import DataError
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+AHEAD = 2  # parts that wait for each process: what bounds the memory
+_function: Callable[[Any], Any]  # of this process; set before the fork
+
+
+def spread(
+    function: Callable[[Part], Result], parts: Iterable[Part], processes: int, here: Callable[[Part], bool]
+) -> Iterator[Result]:
+    """`function` of each part, in order. `here`: parts that are cheaper to work on than to send to a process."""
+    if processes < 2 or not can_fork():
+        yield from map(function, parts)
+        return
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    global _function
+    _function = function
+    waiting: deque[Future[Result]] = deque()
+    with ProcessPoolExecutor(processes, get_context("fork"), _begin) as pool:
+        try:
+            for part in parts:
+                if here(part):
+                    done: Future[Result] = Future()
+                    done.set_result(function(part))
+                    waiting.append(done)
+                else:
+                    waiting.append(pool.submit(_call, part))
+                while len(waiting) > AHEAD * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that was checking it was killed",
+                where="data check",
+                fix="is there enough memory? --num-workers 1 takes less",
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def can_fork() -> bool:
+    return sys.platform == "linux"
+
+
+def _begin() -> None:
+    """In a new process: Ctrl-C is the parent's to answer, which then ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _call(part: Any) -> Any:
+    return _function(part)
