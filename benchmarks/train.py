@@ -133,7 +133,7 @@ def make_fixture(options: argparse.Namespace) -> None:
     order = [
         r
         for step in range(options.steps * options.epochs)
-        for r in batches.step_rows(len(train), prepared.plan.recipe, step)[1]
+        for r in batches.step_rows(len(train), prepared.plan.recipe, step)
     ]
     assert isinstance(prepared.plan.recipe, Recipe) and prepared.plan.steps == options.steps * options.epochs
     with (folder / "ordered.jsonl").open("w") as out:

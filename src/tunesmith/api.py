@@ -74,13 +74,35 @@ def train(
     before anything is written, `on_event` every event as it comes. Raises DataError, UsageError, or
     TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and raises Interrupted.
     """
-    prepared = prepare(dataset, config=config, **settings)
-    if on_prepared:
-        on_prepared(prepared)
+
+    def ready() -> planning.Prepared:
+        prepared = prepare(dataset, config=config, **settings)
+        if on_prepared:
+            on_prepared(prepared)
+        return prepared
+
+    if backends.launched():
+        return _together(lambda: (_laid_out(ready()), None), on_event)
+    prepared = ready()
     backend = backends.get(prepared.plan.recipe.provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
     del prepared  # the rows are on disk now
-    return watch(run, backend, on_event)
+    return watch(run, backend.poll, backend.cancel, on_event)
+
+
+def _laid_out(prepared: planning.Prepared) -> Run:
+    from tunesmith.local.backend import lay_out
+
+    if prepared.plan.recipe.provider != "huggingface":
+        raise UsageError("only training on this machine can be shared by processes", where="--provider")
+    return lay_out(prepared, planning.output_path(prepared.plan.recipe))
+
+
+def _together(begin: Callable[[], tuple[Run, int | None]], on_event: Callable[[Run, Event], None] | None) -> Run:
+    """Train as one of several processes that a launcher has started."""
+    from tunesmith.local.together import together
+
+    return together(begin, lambda run, state: watch(run, lambda _: state(), lambda _: None, on_event))
 
 
 def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] | None = None) -> Run:
@@ -100,11 +122,13 @@ def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] 
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
-    backend = backends.get(run.manifest()["provider"])
     run.mend_log()
+    if backends.launched():
+        return _together(lambda: (run, step), on_event)
+    backend = backends.get(run.manifest()["provider"])
     offset = run.log_size()
     backend.resume(run, step)
-    return watch(run, backend, on_event, offset)
+    return watch(run, backend.poll, backend.cancel, on_event, offset)
 
 
 def find_run(path: str | os.PathLike[str]) -> Run:
@@ -117,13 +141,18 @@ def find_run(path: str | os.PathLike[str]) -> Run:
 
 
 def watch(
-    run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0
+    run: Run,
+    poll: Callable[[Run], str],
+    cancel: Callable[[Run], None],
+    on_event: Callable[[Run, Event], None] | None = None,
+    offset: int = 0,
 ) -> Run:
-    """Pass on events until the run ends. Ctrl-C asks the backend to stop (a second one kills the worker with us)."""
+    """Pass on events until the run ends, by what `poll` says. Ctrl-C asks to `cancel` (a second one ends us, and so the
+    worker)."""
     interrupted = False
     while True:
         try:
-            state = backend.poll(run)
+            state = poll(run)
             events, offset = run.events_from(offset)
             for event in events:
                 if on_event:
@@ -135,7 +164,7 @@ def watch(
             if interrupted:
                 raise
             interrupted = True
-            backend.cancel(run)
+            cancel(run)
     if state == "succeeded":
         return run
     if state in ("paused", "cancelled"):

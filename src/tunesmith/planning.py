@@ -204,7 +204,7 @@ def _resolve_auto(
     values: dict[str, tuple[Any, str]] = {
         "max_length": (limit, "the model's context"),
         "num_workers": (cores(), "every core"),
-        "threads": (cores(), "every core"),
+        "threads": (max(1, cores() // recipe.nproc), "every core"),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
         "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
         "freeze_ratio": (freeze_ratio(recipe), f"method {recipe.method}"),

@@ -141,7 +141,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     neftune_alpha: Annotated[
         float, opt("training", "noise on the embeddings, e.g. 5 (NEFTune, Jain et al. 2023); 0: none", ge=0)
     ] = 0.0
-    threads: Annotated[int | Auto, opt("training", "CPU threads; auto: every core")] = "auto"
+    threads: Annotated[int | Auto, opt("training", "CPU threads of each process; auto: every core")] = "auto"
+    nproc: Annotated[
+        int, opt("training", "processes on this machine that share each step: one a GPU; the result is the same", ge=1)
+    ] = 1
 
     eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
     save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = (

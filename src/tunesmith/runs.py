@@ -28,10 +28,13 @@ Event = dict[str, Any]
 
 
 class Run:
-    """A run directory. `str(run)`, `run / "best_model"` and `os.fspath(run)` give its path."""
+    """A run directory. `str(run)`, `run / "best_model"` and `os.fspath(run)` give its path.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    `silent`: `append` does nothing, for those of several processes whose events are the first one's too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], silent: bool = False) -> None:
+        self.path, self.silent = Path(path), silent
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -86,6 +89,8 @@ class Run:
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add an event with the time of now: one write of a whole line, on a line of its own after a half one."""
+        if self.silent:
+            return
         line = msgspec.json.encode({"type": kind, "time": round(time.time(), 3), **fields}) + b"\n"
         with (self / "events.jsonl").open("ab+") as stream:
             if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":

@@ -214,6 +214,13 @@ def test_stats(tmp_path: Path, cli: Cli) -> None:
     assert "only a hosted model" in cli("data", "stats", "echo", "--price", 3).err
 
 
+def test_preview_shows_what_it_can(tmp_path: Path, cli: Cli) -> None:
+    data = write(tmp_path / "d.jsonl", [*rows(3), {"prompt": "no answer", "completion": " "}])
+    shown = cli("data", "preview", data)
+    assert shown.code == 0 and f"{data}:2:" in shown.out and "1 errors; see: tunesmith data check" in shown.err
+    assert cli("data", "preview", write(tmp_path / "bad.jsonl", [{"prompt": "a"}])).code == 3
+
+
 def test_preview_of_the_worst(tmp_path: Path, cli: Cli) -> None:
     data = write(tmp_path / "d.jsonl", [*rows(20), {"prompt": "long", "completion": "word " * 90}])
     shown = cli("data", "preview", data, "--worst", "long", "--rows", 1, "--max-length", 40, "--html", "p.html").out

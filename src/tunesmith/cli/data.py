@@ -188,7 +188,10 @@ def preview(argv: list[str]) -> int:
 
     if options.html and Path(options.html).exists():
         raise UsageError("exists already", where=options.html, fix="choose another name, or remove it")
-    rows = api.check(options.dataset, columns(options.columns), near_duplicates=False).require().conversations
+    found = api.check(options.dataset, columns(options.columns), near_duplicates=False)
+    rows = found.conversations or found.require().conversations
+    if found.errors():  # what can be shown helps to find out why
+        print(f"warning: {found.count('error')} errors; see: tunesmith data check {options.dataset}", file=sys.stderr)
     folder = find(options.model)
     renderer, limit = Renderer(folder), options.max_length or facts(folder).context
     for number in options.row or ():

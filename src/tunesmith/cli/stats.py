@@ -9,6 +9,8 @@ from tunesmith.cli.options import Parser, columns, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
+    from tunesmith.conversation import Conversation
+    from tunesmith.data.scan import Progress
     from tunesmith.data.stats import Spread, Stats
 
 BAR = 40  # characters of the longest bar
@@ -30,6 +32,7 @@ def stats(argv: list[str]) -> int:
     )
     parser.add_argument("--report", metavar="OUT.html", help="write the figures as a page with charts")
     options = parser.parse_args(argv)
+    from tunesmith.cli.progress import Bar
     from tunesmith.data.check import load
     from tunesmith.data.stats import bill, describe, hosted_model, openai_lengths
 
@@ -37,23 +40,18 @@ def stats(argv: list[str]) -> int:
         raise UsageError(f"no price: {options.price}", where="--price", fix="dollars for a million tokens: 3.00")
     if options.report and Path(options.report).exists():
         raise UsageError("exists already", where=options.report, fix="choose another name, or remove it")
-    rows = [
-        row
-        for name in options.dataset
-        for row in load(name, columns(options.columns), near_duplicates=False).require().conversations
-    ]
-    cost = None
-    if hosted_model(options.model):
-        lengths = openai_lengths(rows, options.model)
-        cost = bill(lengths, options.model, options.price)
-    else:
-        if options.price is not None:
-            raise UsageError("only a hosted model has a price", where="--price", fix="--model gpt-4o-mini")
-        from tunesmith.models import find
-        from tunesmith.render import Renderer
-
-        lengths = [len(r.ids) for r in Renderer(find(options.model)).render_all(rows)]
-    found = describe(rows, ", ".join(options.dataset), options.model, lengths, cost)
+    hosted = hosted_model(options.model)
+    if options.price is not None and not hosted:
+        raise UsageError("only a hosted model has a price", where="--price", fix="--model gpt-4o-mini")
+    with Bar() as bar:
+        rows = [
+            row
+            for name in options.dataset
+            for row in load(name, columns(options.columns), near_duplicates=False, progress=bar).require().conversations
+        ]
+        lengths = openai_lengths(rows, options.model, bar) if hosted else model_lengths(rows, options.model, bar)
+        cost = bill(lengths, options.model, options.price) if hosted else None
+        found = describe(rows, ", ".join(options.dataset), options.model, lengths, cost, bar)
     if options.report:
         from tunesmith.data.report import write_stats
 
@@ -63,6 +61,19 @@ def stats(argv: list[str]) -> int:
     else:
         show(found)
     return 0
+
+
+def model_lengths(rows: list[Conversation], model: str, progress: Progress) -> list[int]:
+    """Tokens of each row as a local model sees it."""
+    from tunesmith.models import find
+    from tunesmith.render import Renderer
+
+    lengths = []
+    for rendered in Renderer(find(model)).render_all(rows):
+        lengths.append(len(rendered.ids))
+        if len(lengths) % 1024 == 0:
+            progress(len(rows), len(lengths) / len(rows), "counting tokens")
+    return lengths
 
 
 def show(found: Stats) -> None:

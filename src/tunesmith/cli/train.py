@@ -47,6 +47,8 @@ def train(argv: list[str]) -> int:
             run = api.train(config=options.config, on_prepared=preflight, on_event=progress, **given)
     finally:
         progress.close()
+    if run.silent:  # one of several processes: the first speaks for all
+        return 0
     if options.json:
         show_json(run.summary())
     else:

@@ -7,6 +7,7 @@ Where a format cannot hold something, `to_row` says what would be lost.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,11 +80,16 @@ def with_system(row: Conversation, text: str | None, how: str) -> Conversation:
 
 def emoji_in(text: str) -> int:
     """How many emoji a text has; a sequence that shows as one sign counts as one."""
-    if text.isascii():
+    if text.isascii() or not _PERHAPS.search(text):
         return 0
     import emoji
 
     return int(emoji.emoji_count(text))
+
+
+_PERHAPS = re.compile(
+    "[©®\u203c-\U000e007f]"
+)  # a text without any of these has none: letters with accents, curly quotes
 
 
 def max_emoji(most: int) -> Callable[[Conversation], bool]:

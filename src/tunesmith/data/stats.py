@@ -16,6 +16,7 @@ from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
 from tunesmith.data.dedup import body, pairs, root, sketches
 from tunesmith.data.language import SAMPLE, languages
+from tunesmith.data.scan import Progress
 from tunesmith.errors import DataError, UsageError, did_you_mean
 from tunesmith.recipe import FACTS
 
@@ -67,7 +68,14 @@ class Stats(msgspec.Struct, frozen=True):
     bill: Bill | None = None
 
 
-def describe(rows: list[Conversation], dataset: str, model: str, lengths: list[int], bill: Bill | None = None) -> Stats:
+def describe(
+    rows: list[Conversation],
+    dataset: str,
+    model: str,
+    lengths: list[int],
+    bill: Bill | None = None,
+    progress: Progress | None = None,
+) -> Stats:
     """Figures of conversations whose whole rows are so many tokens long. Raises DataError where there are none."""
     if not rows:
         raise DataError("no usable row", where=dataset, fix="see: tunesmith data check")
@@ -86,7 +94,7 @@ def describe(rows: list[Conversation], dataset: str, model: str, lengths: list[i
         vocabulary=variety(rows),
         emoji=emoji(rows),
         languages=dict(languages([body(row) for row in rows[::step]]).most_common()),
-        near_duplicates=clusters(rows),
+        near_duplicates=clusters(rows, progress),
         bill=bill,
     )
 
@@ -147,10 +155,10 @@ def emoji(rows: list[Conversation]) -> dict[str, float]:
     }
 
 
-def clusters(rows: list[Conversation]) -> dict[str, int]:
+def clusters(rows: list[Conversation], progress: Progress | None = None) -> dict[str, int]:
     """Groups of rows that are nearly the same: how many, how many rows they hold, and the size of the largest."""
     parent = list(range(len(rows)))
-    for a, b, _ in pairs(sketches(map(body, rows))):
+    for a, b, _ in pairs(sketches(map(body, rows)), progress=progress):
         parent[root(parent, b)] = root(parent, a)
     sizes = [size for size in Counter(root(parent, i) for i in range(len(rows))).values() if size > 1]
     return {"clusters": len(sizes), "rows": sum(sizes), "largest": max(sizes, default=1)}
@@ -185,7 +193,7 @@ def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
 _HOSTED = re.compile(r"(?:gpt-[345]|o\d|babbage-|davinci-)[\w.-]*$")
 
 
-def openai_lengths(rows: list[Conversation], model: str) -> list[int]:
+def openai_lengths(rows: list[Conversation], model: str, progress: Progress | None = None) -> list[int]:
     """Tokens of each row by the cookbook's rule: 3 a message, its texts (role included), 1 more a name, 3 a row.
 
     Tools and tool calls, which that rule leaves out, are counted as their JSON.
@@ -205,7 +213,12 @@ def openai_lengths(rows: list[Conversation], model: str) -> list[int]:
             total += tokens(msgspec.json.encode(m.tool_calls).decode()) if m.tool_calls else 0
         return total
 
-    return [length(row) for row in rows]
+    lengths = []
+    for row in rows:
+        lengths.append(length(row))
+        if progress and len(lengths) % 1024 == 0:
+            progress(len(rows), len(lengths) / len(rows), "counting tokens")
+    return lengths
 
 
 def epochs(rows: int) -> int:

@@ -35,14 +35,17 @@ def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def step_rows(rows: int, recipe: Recipe, step: int) -> tuple[int, list[int]]:
-    """(epoch, rows) of the optimizer step `step`, counted from 0. Each epoch is a permutation of its own; its last step
-    takes what is left."""
-    assert isinstance(recipe.batch_size, int)
-    per_step = recipe.batch_size * recipe.gradient_accumulation_steps
-    per_epoch = -(-rows // per_step)
-    epoch, at = divmod(step, per_epoch)
-    return epoch, _order(rows, recipe.seed, epoch)[at * per_step : (at + 1) * per_step].tolist()
+def steps_per_epoch(rows: int, recipe: Recipe) -> int:
+    return -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
+
+
+def step_rows(rows: int, recipe: Recipe, step: int) -> list[int]:
+    """Rows of the optimizer step `step`, counted from 0. Each epoch is a permutation of its own; its last step takes what
+    is left."""
+    per_step = int(recipe.batch_size) * recipe.gradient_accumulation_steps
+    epoch, at = divmod(step, steps_per_epoch(rows, recipe))
+    found: list[int] = _order(rows, recipe.seed, epoch)[at * per_step : (at + 1) * per_step].tolist()
+    return found
 
 
 def in_parts(tokens: Tokens, rows: list[int], most_rows: int, budget: int) -> Iterator[list[int]]:
@@ -59,7 +62,8 @@ def in_parts(tokens: Tokens, rows: list[int], most_rows: int, budget: int) -> It
         yield group
 
 
-def in_order(tokens: Tokens, budget: int) -> Iterator[list[int]]:
-    """All rows, shortest first, in groups of at most `budget` tokens (or one row): for validation."""
+def in_order(tokens: Tokens, budget: int = 8192) -> Iterator[list[int]]:
+    """All rows, shortest first, in groups of at most `budget` tokens (or one row): for validation, where logits exist only
+    chunk by chunk, so that the budget bounds activations."""
     by_length = np.argsort(np.diff(tokens.starts), kind="stable").tolist()
     return in_parts(tokens, by_length, len(by_length), budget)

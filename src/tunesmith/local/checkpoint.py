@@ -25,6 +25,7 @@ from torch import nn
 from tunesmith.data.write import sync_folder, write_json
 from tunesmith.errors import RunError
 from tunesmith.local import model as models
+from tunesmith.local.world import ALONE, World
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
 
@@ -70,7 +71,14 @@ class Position(msgspec.Struct):
         return True
 
 
-def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.Optimizer, position: Position) -> Path:
+def save(
+    run: Run,
+    model: nn.Module,
+    renderer: Renderer,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    rng: dict[str, torch.Tensor],
+) -> Path:
     """Write checkpoint-step-N; returns its folder."""
     final = run / "checkpoints" / f"{PREFIX}{position.step}"
     building = run / "checkpoints" / f".{final.name}.tmp"
@@ -80,7 +88,7 @@ def save(run: Run, model: nn.Module, renderer: Renderer, optimizer: torch.optim.
         models.save(model, building)
         renderer.save(building)
         save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
-        save_file(_rng(), building / "rng.safetensors")
+        save_file(rng, building / "rng.safetensors")
         write_json(building / "trainer.json", position)
         write_json(building / "MANIFEST.json", {p.name: _hash(p) for p in sorted(building.iterdir())})
         mode = 0o666 & ~_umask()
@@ -115,15 +123,15 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _rng() -> dict[str, torch.Tensor]:
-    """Every generator that training draws from: torch's, on each device."""
-    states = {"cpu": torch.get_rng_state()}
+def generators(world: World) -> dict[str, torch.Tensor]:
+    """The state of every generator that training draws from: torch's, on the CPU and the GPU of each process."""
+    states = {f"cpu{i}": state for i, state in enumerate(world.gather(torch.get_rng_state()))}
     if torch.cuda.is_available():
-        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {f"cuda{i}": state for i, state in enumerate(world.gather(torch.cuda.get_rng_state()))}
     return states
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> Position:
     """Put weights, optimizer and random generators back as they were; returns the position."""
     _load_weights(folder, model)
     parameters = dict(model.named_parameters())
@@ -134,9 +142,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         whole = value.dtype == torch.int64  # bitsandbytes counts its steps in a plain int
         optimizer.state[parameters[name]][kind] = int(value) if whole else value.to(place)
     rng = load_file(folder / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if torch.cuda.is_available() and "cuda0" in rng:
-        torch.cuda.set_rng_state_all([rng[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+    if f"cpu{world.rank}" in rng:  # not where there were fewer processes
+        torch.set_rng_state(rng[f"cpu{world.rank}"])
+    if torch.cuda.is_available() and f"cuda{world.rank}" in rng:
+        torch.cuda.set_rng_state(rng[f"cuda{world.rank}"])
     return msgspec.json.decode((folder / "trainer.json").read_bytes(), type=Position)
 
 

@@ -15,14 +15,13 @@ import torch
 from tunesmith.errors import DataError
 from tunesmith.local import batches, methods, optim
 from tunesmith.local import model as models
-from tunesmith.local.loss import LossModule
+from tunesmith.local.score import row_scores
+from tunesmith.local.step import Diverged, Engine
 from tunesmith.local.tokens import Tokens, flatten
 from tunesmith.models import find
 from tunesmith.planning import Prepared
-from tunesmith.recipe import Recipe
 
 SPREAD = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # times the rate of the recipe
-EVAL_TOKENS = 8192
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -51,13 +50,14 @@ def search(prepared: Prepared, steps: int, on_trial: Callable[[Trial], None] = l
     base = models.load(find(recipe.model), True, methods.quantisation(recipe, models.device()))
     module, _ = models.loss_module(methods.apply(base, recipe))
     models.arrange(module, recipe)
+    engine = Engine(module, recipe, sets)
     start = {n: p.detach().clone() for n, p in module.model.named_parameters() if p.requires_grad}
     rates = [float(recipe.learning_rate) * times for times in SPREAD]
     rounds: list[list[Trial]] = []
     while len(rates) > 1:
         trials = []
         for rate in rates:
-            trials.append(_trial(module, start, msgspec.structs.replace(recipe, learning_rate=rate), sets, steps))
+            trials.append(_trial(engine, start, rate, steps))
             on_trial(trials[-1])
         rounds.append(sorted(trials, key=Trial.loss))
         if len(rates) == 2:
@@ -67,41 +67,19 @@ def search(prepared: Prepared, steps: int, on_trial: Callable[[Trial], None] = l
     return rounds
 
 
-def _trial(
-    module: LossModule, start: dict[str, torch.Tensor], recipe: Recipe, sets: dict[str, Tokens], steps: int
-) -> Trial:
-    model = module.model.train()
+def _trial(engine: Engine, start: dict[str, torch.Tensor], rate: float, steps: int) -> Trial:
+    recipe = msgspec.structs.replace(engine.recipe, learning_rate=rate)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in engine.model.train().named_parameters():
             if name in start:
                 parameter.copy_(start[name])
     torch.manual_seed(recipe.seed)
-    optimizer = optim.make(model, recipe)
-    device = next(model.parameters()).device
-    for step in range(steps):
-        _, chosen = batches.step_rows(len(sets["train"]), recipe, step)
-        supervised = sets["train"].supervised(chosen)
-        for group in optimizer.param_groups:
-            group["lr"] = optim.learning_rate(recipe, step, steps)
-        for part in batches.in_parts(sets["train"], chosen, int(recipe.batch_size), int(recipe.micro_batch_tokens)):
-            batch = batches.collate(sets["train"], part, device)
-            loss, _ = module(batch.ids, batch.mask, batch.segments)
-            (loss / supervised).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    losses, tokens = _row_losses(module, sets["valid"], device)
-    return Trial(float(recipe.learning_rate), steps, losses, tokens)
-
-
-def _row_losses(module: LossModule, rows: Tokens, device: torch.device) -> tuple[list[float], list[int]]:
-    module.model.eval()
-    losses, counts = [math.inf] * len(rows), [0] * len(rows)
-    for group in batches.in_order(rows, EVAL_TOKENS):
-        batch = batches.collate(rows, group, device)
-        values, _, owner = module.scores(batch.ids, batch.mask, batch.segments)
-        for i, row in enumerate(group):
-            mine = values[owner.to(values.device) == i].double()
-            losses[row] = float(mine.sum()) if bool(torch.isfinite(mine).all()) else math.inf
-            counts[row] = len(mine)
-    return losses, counts
+    engine.begin()
+    try:
+        for step in range(steps):
+            rows = batches.step_rows(len(engine.sets["train"]), recipe, step)
+            engine.step(rows, optim.learning_rate(recipe, step, steps))
+    except Diverged:
+        return Trial(rate, steps, [math.inf] * len(engine.sets["valid"]), [1] * len(engine.sets["valid"]))
+    scores = row_scores(engine.module, engine.sets["valid"])
+    return Trial(rate, steps, [s.loss for s in scores], [s.tokens for s in scores])

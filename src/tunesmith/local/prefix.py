@@ -25,6 +25,7 @@ from tunesmith.local import methods
 from tunesmith.local.batches import Batch
 from tunesmith.local.loss import LossModule
 from tunesmith.local.tokens import Tokens
+from tunesmith.local.world import ALONE, World
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
@@ -104,15 +105,17 @@ class Below:
     def __init__(self, prefix: Prefix, sets: dict[str, Rows]) -> None:
         self._prefix, self._sets = prefix, sets
 
-    def loss(self, side: str, rows: list[int], batch: Batch) -> tuple[Tensor, int]:
-        """As of LossModule.forward."""
+    def loss(self, forward: Any, side: str, rows: list[int], batch: Batch) -> tuple[Tensor, int]:
+        """As of LossModule.forward, by way of `forward`: the module itself, or what wraps it."""
         hidden = self._sets[side](rows, batch.ids.device)
         with self._prefix.above():
-            result: tuple[Tensor, int] = self._prefix.module(batch.ids, batch.mask, batch.segments, hidden)
+            result: tuple[Tensor, int] = forward(batch.ids, batch.mask, batch.segments, hidden)
             return result
 
 
-def prepare(run: Run, module: LossModule, recipe: Recipe, sets: dict[str, Tokens]) -> Below | None:
+def prepare(
+    run: Run, module: LossModule, recipe: Recipe, sets: dict[str, Tokens], world: World = ALONE
+) -> Below | None:
     """The frozen bottom of a run and what is cached of it, said in the run's log; None where the model is run whole."""
     prefix, reason = split(module, recipe)
     if prefix is None:
@@ -122,6 +125,8 @@ def prepare(run: Run, module: LossModule, recipe: Recipe, sets: dict[str, Tokens
     opened = {}
     for side, tokens in sets.items():
         path, reason = cache_file(prefix, tokens, recipe)
+        if path and not path.exists() and world.size > 1:
+            path, reason = None, "each of several processes would see only some of the rows"
         if reason:
             run.append("warning", message=f"the output of the frozen layers is not kept: {reason}")
         if path:

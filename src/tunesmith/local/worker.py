@@ -7,10 +7,14 @@ so that killing `tunesmith train` kills the training.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 from tunesmith.errors import Interrupted, RunError, TunesmithError
@@ -20,19 +24,23 @@ LOCKED = 75  # exit status when another worker holds the run (EX_TEMPFAIL of sys
 
 
 def main(path: str, attached: bool, step: int | None = None) -> int:
-    run = Run(path)
+    follows = int(os.environ.get("RANK", 0)) > 0  # one of several processes, and not the first
+    run = Run(path, silent=follows)
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     if attached:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        held = run.lock()
+        held = contextlib.nullcontext() if follows else run.lock()
     except RunError as error:  # the log belongs to who holds the lock: not a word in it
         print(f"error: {error}", file=sys.stderr)
         return LOCKED
+    others: list[subprocess.Popen[bytes]] = []
     try:
-        run.mend_log()
+        if not follows:
+            run.mend_log()
+            others = _start_others(run, step)
         from tunesmith.local.loop import train
 
         train(run, stopping.is_set, step)
@@ -54,6 +62,9 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
             ),
         )
     except BaseException as error:
+        lost = _lost(run, others, time.monotonic() + 2) if isinstance(error, RuntimeError) else None
+        if lost:  # a sum with it was waited for in vain
+            return _failed(run, lost)
         _failed(
             run,
             TunesmithError(
@@ -64,13 +75,48 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
         )
         raise
     finally:
-        held.close()
+        with held:
+            pass
     return 0
 
 
-def _failed(run: Run, error: TunesmithError) -> int:
-    import contextlib
+def _start_others(run: Run, step: int | None) -> list[subprocess.Popen[bytes]]:
+    """Where the recipe wants several processes on this machine, and no launcher has made them: start the others."""
+    count = run.recipe().nproc
+    if count < 2 or "RANK" in os.environ:
+        return []
+    from tunesmith.local.world import launch
 
+    command = [sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"]
+    others = launch(command + ([] if step is None else ["--step", str(step)]), count)
+    threading.Thread(target=_watch_over, args=(run, others), daemon=True).start()
+    return others
+
+
+def _watch_over(run: Run, others: list[subprocess.Popen[bytes]]) -> None:
+    """End the run when another process is killed, where waiting for it does not end by itself (NCCL waits ten minutes)."""
+    lost = _lost(run, others)
+    time.sleep(5)  # mostly it does, and then this process says so
+    if lost:
+        os._exit(_failed(run, lost))
+
+
+def _lost(run: Run, others: list[subprocess.Popen[bytes]], until: float = math.inf) -> TunesmithError | None:
+    """Wait for the end of a process that was killed: what to say of it, or None after the time `until`."""
+    while others and time.monotonic() < until:
+        for rank, other in enumerate(others, 1):
+            code = other.poll()
+            if code is not None and code < 0:
+                return TunesmithError(
+                    f"process {rank} of {len(others) + 1} ended with signal {-code}",
+                    where=str(run),
+                    fix=f"go on with: tunesmith train --resume {run}",
+                )
+        time.sleep(0.1)
+    return None
+
+
+def _failed(run: Run, error: TunesmithError) -> int:
     with contextlib.suppress(OSError):  # a full disk takes no event either; the exit status still says it
         run.append("error", message=error.message, where=error.where, fix=error.fix, exit_status=error.exit_status)
         run.append("state", state="failed")
