@@ -13,6 +13,7 @@ from tunesmith.conversation import Conversation
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.preflight import launched
 from tunesmith.recipe import resolve
 from tunesmith.runs import Event, Run, open_run, refuse_taken
 
@@ -81,7 +82,7 @@ def train(
             on_prepared(prepared)
         return prepared
 
-    if backends.launched():
+    if launched():
         return _together(lambda: (_laid_out(ready()), None), on_event)
     prepared = ready()
     backend = backends.get(prepared.plan.recipe.provider)
@@ -123,7 +124,7 @@ def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] 
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
     run.mend_log()
-    if backends.launched():
+    if launched():
         return _together(lambda: (run, step), on_event)
     backend = backends.get(run.manifest()["provider"])
     offset = run.log_size()

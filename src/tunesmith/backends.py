@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -50,11 +49,6 @@ class Completer(Protocol):
     def __call__(
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]: ...
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, or accelerate by way of it) has started several of us to train one run."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def get(provider: str) -> Backend:

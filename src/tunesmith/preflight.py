@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
     idle = [
         (lora, recipe.method in ADAPTERS, f"the method is {recipe.method}", "add --lora"),
         (QUANTISED, recipe.method == "qlora", f"the method is {recipe.method}", "add --method qlora"),
+        (["sharding"], recipe.nproc > 1 or launched(), "there is one process", "add --nproc"),
         (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", "leave one of the two out"),
         (["prefix_cache"], bool(recipe.freeze_ratio), "no layers are frozen", "add --freeze-ratio"),
     ]
@@ -32,6 +34,11 @@ def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
         for name in names:
             if not acts and (origin[name] == "flag" or origin[name].endswith((".toml", ".json"))):
                 yield finding("idle-setting", origin[name], f"{name} has no effect: {reason}", fix)
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, or accelerate by way of it) has started several of us to train one run."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 QUANTISED = ("quant_type", "double_quant", "compute_dtype")
@@ -42,6 +49,9 @@ def refuse_impossible(recipe: Recipe) -> None:
     for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
         if (value == "qlora" or "8bit" in value) and find_spec("bitsandbytes") is None:
             raise UsageError(f"{name} {value} needs bitsandbytes", where=name, fix="pip install 'tunesmith[local]'")
+    if recipe.sharding != "none" and (recipe.method == "qlora" or "8bit" in recipe.optimizer):
+        what = "qlora" if recipe.method == "qlora" else recipe.optimizer
+        raise UsageError(f"{what} cannot be spread over processes", where="sharding", fix="leave --sharding out")
     if recipe.mixed_precision == "fp16" and not Path("/dev/nvidiactl").exists():
         raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 

@@ -146,6 +146,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, opt("training", "processes on this machine that share each step: one a GPU; the result is the same", ge=1)
     ] = 1
 
+    sharding: Annotated[
+        Literal["none", "fsdp2"],
+        opt(
+            "training",
+            "fsdp2: weights, gradients and optimizer state are spread over the processes (slower, less memory)",
+        ),
+    ] = "none"
+
     eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
     save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = (
         "auto"

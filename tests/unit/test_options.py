@@ -113,6 +113,14 @@ def _(b: Bench) -> None:
         b.plan(max_length=100_000)
 
 
+@proves("nproc", "sharding")  # that the work is shared, to the same result: test_processes.py
+def _(b: Bench) -> None:
+    assert b.plan(nproc=2).recipe.threads < b.plan().recipe.threads or b.plan().recipe.threads == 1
+    assert [i.code for i in b.plan(sharding="fsdp2").issues if "sharding" in i.message] == ["idle-setting"]
+    with pytest.raises(UsageError, match="qlora cannot be spread"):
+        b.plan(method="qlora", nproc=2, sharding="fsdp2")
+
+
 @proves("num_workers")
 def _(b: Bench) -> None:
     import os

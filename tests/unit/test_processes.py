@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import Result
 from training import fit, losses, weights
@@ -24,6 +25,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"gradient_accumulation_steps": 3},
     "lora": {"method": "lora", "lora_rank": 4},
     "freeze": {"freeze_ratio": 0.5},
+    "full, spread": {"sharding": "fsdp2", "gradient_accumulation_steps": 3},
+    "lora, spread": {"sharding": "fsdp2", "method": "lora", "lora_rank": 4},
 }
 
 
@@ -47,11 +50,18 @@ def test_two_processes_learn_what_one_does(method: str, tiny: Path, tmp_path: Pa
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert [e["loss"] for e in two.metrics("eval")] == pytest.approx([e["loss"] for e in one.metrics("eval")], rel=1e-5)
     assert next(e for e in two.events() if e.get("state") == "running")["processes"] == 2
+    saved = [
+        {k: v for f in sorted((run / "best_model").glob("*.safetensors")) for k, v in load_file(f).items()}
+        for run in (one, two)
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    for name, weight in saved[0].items():
+        torch.testing.assert_close(saved[1][name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_killed_and_resumed(tiny: Path, tmp_path: Path, data: Path) -> None:
     """The second of two processes is killed: the run ends at once, says so, and goes on to the same bytes."""
-    settings = {"nproc": 2, "method": "lora", "lora_dropout": 0.2, "epochs": 6, "save_steps": 5, "patience": 0}
+    settings = {"nproc": 2, "sharding": "fsdp2", "method": "lora", "lora_dropout": 0.2, "epochs": 2, "save_steps": 5}
     whole = train(tmp_path / "whole", data, tiny, **settings)
 
     def kill(run: Run, event: dict[str, Any]) -> None:
@@ -127,4 +137,3 @@ def test_a_mistake_is_said_once(tmp_path: Path, tiny: Path) -> None:
 def test_plan_shares_the_cores(tiny: Path, data: Path, cli: Callable[..., Result]) -> None:
     plan = cli("plan", "--dataset", data, "--model", tiny, "--nproc", 2, "--json").json()
     assert plan["recipe"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
-    assert time.time()

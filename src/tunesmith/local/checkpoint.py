@@ -15,17 +15,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tunesmith.data.write import sync_folder, write_json
 from tunesmith.errors import RunError
 from tunesmith.local import model as models
-from tunesmith.local.world import ALONE, World
+from tunesmith.local.world import ALONE, World, part_of, whole
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
 
@@ -71,24 +74,52 @@ class Position(msgspec.Struct):
         return True
 
 
-def save(
-    run: Run,
-    model: nn.Module,
-    renderer: Renderer,
-    optimizer: torch.optim.Optimizer,
-    position: Position,
-    rng: dict[str, torch.Tensor],
-) -> Path:
+class State(NamedTuple):
+    """What a checkpoint holds besides the position, by name: weights (None: as they stand in the model), optimizer, rng."""
+
+    weights: dict[str, torch.Tensor] | None
+    optimizer: dict[str, torch.Tensor]
+    rng: dict[str, torch.Tensor]
+
+
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> State:
+    """The state of training in one piece; to be called in every process, of use in the first."""
+    spread = any(isinstance(p, DTensor) for p in model.parameters())
+    weights = _pieces(_weight_items(model), world) if spread else None
+    return State(weights, _pieces(_optimizer_items(model, optimizer), world), _generators(world))
+
+
+def _weight_items(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights and buffers by all their names: tied ones are the same tensor, by which `save_pretrained` knows them."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    yield from every.items()
+    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name not in every)
+
+
+def _pieces(items: Iterable[tuple[str, torch.Tensor]], world: World) -> dict[str, torch.Tensor]:
+    """Tensors by name, each put together from all processes, kept on the CPU of the first."""
+    found: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in items:
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            piece = whole(tensor).detach()
+        if world.rank == 0:
+            found[name] = found[first] if first != name else piece.cpu().contiguous()
+    return found
+
+
+def save(run: Run, model: nn.Module, renderer: Renderer, state: State, position: Position) -> Path:
     """Write checkpoint-step-N; returns its folder."""
     final = run / "checkpoints" / f"{PREFIX}{position.step}"
     building = run / "checkpoints" / f".{final.name}.tmp"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
-        models.save(model, building)
+        models.save(model, building, state.weights)
         renderer.save(building)
-        save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
-        save_file(rng, building / "rng.safetensors")
+        save_file(state.optimizer, building / "optimizer.safetensors")
+        save_file(state.rng, building / "rng.safetensors")
         write_json(building / "trainer.json", position)
         write_json(building / "MANIFEST.json", {p.name: _hash(p) for p in sorted(building.iterdir())})
         mode = 0o666 & ~_umask()
@@ -113,17 +144,15 @@ def _umask() -> int:
     return mask
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_items(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Adam's state by parameter name, e.g. "exp_avg/model.norm.weight"."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{key}/{names[id(p)]}": (value if isinstance(value, torch.Tensor) else torch.tensor(value)).cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            yield f"{key}/{names[id(parameter)]}", value if isinstance(value, torch.Tensor) else torch.tensor(value)
 
 
-def generators(world: World) -> dict[str, torch.Tensor]:
+def _generators(world: World) -> dict[str, torch.Tensor]:
     """The state of every generator that training draws from: torch's, on the CPU and the GPU of each process."""
     states = {f"cpu{i}": state for i, state in enumerate(world.gather(torch.get_rng_state()))}
     if torch.cuda.is_available():
@@ -138,9 +167,14 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     tensors = load_file(folder / "optimizer.safetensors")
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        place = "cpu" if kind == "step" and not optimizer.defaults.get("fused") else parameters[name].device
-        whole = value.dtype == torch.int64  # bitsandbytes counts its steps in a plain int
-        optimizer.state[parameters[name]][kind] = int(value) if whole else value.to(place)
+        parameter = parameters[name]
+        if value.dtype == torch.int64:  # bitsandbytes counts its steps in a plain int
+            optimizer.state[parameter][kind] = int(value)
+        elif kind == "step":
+            place = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.state[parameter][kind] = value.to(place)
+        else:
+            optimizer.state[parameter][kind] = part_of(value, parameter)
     rng = load_file(folder / "rng.safetensors")
     if f"cpu{world.rank}" in rng:  # not where there were fewer processes
         torch.set_rng_state(rng[f"cpu{world.rank}"])
@@ -151,6 +185,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
 
 @torch.no_grad()
 def _load_weights(folder: Path, model: nn.Module) -> None:
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        _load_parts(folder, model)
+        return
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
@@ -163,6 +200,19 @@ def _load_weights(folder: Path, model: nn.Module) -> None:
     tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
     if set(missing) - tied or unexpected:
         raise RunError("the checkpoint's weights are not this model's", where=str(folder), fix="train again")
+
+
+def _load_parts(folder: Path, model: nn.Module) -> None:
+    """Weights that are spread over the processes: each takes its part of every one that was saved."""
+    saved: dict[str, torch.Tensor] = {}
+    for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]):
+        saved |= load_file(file)
+    for name, parameter in model.named_parameters():
+        value = saved.get(name, saved.get(name.replace(".default.", ".")))  # peft saves without its adapter's name
+        if value is not None:
+            parameter.copy_(part_of(value, parameter))
+        elif parameter.requires_grad:
+            raise RunError(f"the checkpoint has no {name}", where=str(folder), fix="train again")
 
 
 def latest(run: Run, step: int | None = None) -> Path | None:

@@ -142,12 +142,12 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         asked, due = (count > 0 for count in world.sum(stop(), world.rank == 0 and over))
         if improved or stopped_early or last or asked or due or position.step % int(recipe.save_steps) == 0:
             saved_at = time.monotonic()
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+            if not engine.finite():
                 raise diverged(run, math.nan, position.step)
             position.scaler = engine.scaler.state_dict() or None
-            generators = checkpoint.generators(world)
+            state = checkpoint.gather(model, engine.optimizer, world)
             if world.rank == 0:
-                saved = checkpoint.save(run, model, renderer, engine.optimizer, position, generators)
+                saved = checkpoint.save(run, model, renderer, state, position)
                 run.append("checkpoint", step=position.step, path=saved.name)
                 checkpoint.prune(run, recipe.save_total_limit, position.best_step)
             saving, saved_at = time.monotonic() - saved_at, time.monotonic()

@@ -126,13 +126,14 @@ def arrange(module: LossModule, recipe: Recipe) -> None:
             layer.compile(dynamic=True)  # each by itself: the same code for all of them, and weights keep their names
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Weights (safetensors) and configuration: a model folder, or an adapter folder for peft."""
+def save(model: nn.Module, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Weights (safetensors) and configuration: a model folder, or an adapter folder for peft. `weights`: instead of those
+    in the model, by the same names."""
     kind: Any = model
     implementation = kind.config._attn_implementation
     kind.config._attn_implementation = "sdpa" if implementation == attention.NAME else implementation
     try:
-        kind.save_pretrained(folder, safe_serialization=True)
+        kind.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     finally:
         kind.config._attn_implementation = implementation
     if hasattr(model, "peft_config"):

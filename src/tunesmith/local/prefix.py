@@ -69,7 +69,7 @@ class Prefix:
             self._parent._modules.update(kept)
 
 
-def split(module: LossModule, recipe: Recipe) -> tuple[Prefix | None, str]:
+def split(module: LossModule, recipe: Recipe, world: World = ALONE) -> tuple[Prefix | None, str]:
     """A model's Prefix, or None and the reason why its bottom cannot be run by itself."""
     model = module.model
     _, layers = methods.decoder_layers(model)
@@ -77,6 +77,8 @@ def split(module: LossModule, recipe: Recipe) -> tuple[Prefix | None, str]:
         return None, ""
     if module.mode != "packed":
         return None, f"the model runs in {module.mode} mode"
+    if recipe.sharding != "none" and world.size > 1:
+        return None, "the weights are spread over the processes"
     if recipe.neftune_alpha:
         return None, "NEFTune's noise enters below the frozen layers"
     prefix = Prefix(module, recipe)
@@ -117,7 +119,7 @@ def prepare(
     run: Run, module: LossModule, recipe: Recipe, sets: dict[str, Tokens], world: World = ALONE
 ) -> Below | None:
     """The frozen bottom of a run and what is cached of it, said in the run's log; None where the model is run whole."""
-    prefix, reason = split(module, recipe)
+    prefix, reason = split(module, recipe, world)
     if prefix is None:
         if reason:
             run.append("warning", message=f"the frozen layers are run in every epoch: {reason}")

@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tunesmith.local import batches, optim
 from tunesmith.local.loss import LossModule
+from tunesmith.local.methods import decoder_layers
 from tunesmith.local.prefix import Below
 from tunesmith.local.tokens import Tokens
-from tunesmith.local.world import ALONE, World
+from tunesmith.local.world import ALONE, World, spread, whole
 from tunesmith.recipe import Recipe
 
 
@@ -56,7 +58,10 @@ class Engine:
         self._below, self._world, self._warn = below, world, warn
         self._most = (int(recipe.batch_size), int(recipe.micro_batch_tokens))  # rows and tokens of a micro-batch
         self._forward: Any = module
-        if world.size > 1:
+        self._spread = world.size > 1 and recipe.sharding == "fsdp2"
+        if self._spread:
+            spread(module, list(decoder_layers(self.model)[1]))
+        elif world.size > 1:
             self._forward = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.begin()
 
@@ -91,7 +96,8 @@ class Engine:
             found = self._backward(rows, supervised)
         total, tokens = self._world.sum(*found)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm or math.inf).item()
+        clip = self.recipe.max_grad_norm or math.inf
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
         if not math.isfinite(total) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise Diverged(total / supervised)
         self.scaler.step(self.optimizer)  # with fp16, not where a gradient has overflowed: the scale is lowered instead
@@ -101,18 +107,28 @@ class Engine:
 
     def _backward(self, rows: list[int], supervised: int) -> tuple[float, int]:
         """Add up the gradient of the step's mean loss; (sum of the losses, tokens) of this process's rows."""
-        train, mine = self.sets["train"], self._world.share(rows)
-        parts = list(batches.in_parts(train, mine or rows[:1], *self._most))
+        train = self.sets["train"]
+        parts = self._alike([list(batches.in_parts(train, mine, *self._most)) for mine in self._shares(rows)])
+        share = supervised if self._spread else supervised / self._world.size  # DDP divides what it adds up
         total, tokens = 0.0, 0
         for number, part in enumerate(parts, 1):
-            last = number == len(parts) or self._world.size == 1
-            with nullcontext() if last else self._forward.no_sync():
-                loss, _ = self.loss("train", part, self._forward)
-                # the gradients of several processes are averaged; one without a row takes part with nothing
-                self.scaler.scale(loss * bool(mine) / (supervised / self._world.size)).backward()
-            if mine:
+            together = self._spread or self._world.size == 1 or number == len(parts)
+            with nullcontext() if together else self._forward.no_sync():
+                loss, _ = self.loss("train", part or rows[:1], self._forward)
+                self.scaler.scale(loss * bool(part) / share).backward()
+            if part:
                 total, tokens = total + loss.item(), tokens + sum(map(train.length, part))
         return total, tokens
+
+    def _shares(self, items: list[Any]) -> list[list[Any]]:
+        return [self._world.share(items, rank) for rank in range(self._world.size)]
+
+    def _alike(self, parts: list[list[list[int]]]) -> list[list[int]]:
+        """This process's parts of those of each. With empty ones where it would take part in too few sums: at least one,
+        and in as many as the others where weights are put together for each."""
+        mine = parts[self._world.rank]
+        count = max(map(len, parts)) if self._spread else max(1, len(mine))
+        return mine + [[] for _ in range(count - len(mine))]
 
     def _halve(self) -> None:
         """Go on with half a micro-batch at a time, to the same result."""
@@ -128,12 +144,22 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
-        for group in self._world.share(list(batches.in_order(self.sets["valid"]))):
-            loss, n = self.loss("valid", group)
-            total, count = total + loss.item(), count + n
+        for group in self._alike(self._shares(list(batches.in_order(self.sets["valid"])))):
+            if not group and not self._spread:
+                continue
+            loss, n = self.loss("valid", group or [0])
+            if group:
+                total, count = total + loss.item(), count + n
         self.model.train(was_training)
+        if self._spread:
+            self._forward.reshard()  # without a backward pass the outermost weights stay whole
         total, counted = self._world.sum(total, count)
         return total / max(counted, 1)
+
+    def finite(self) -> bool:
+        """Whether every trained weight is a number."""
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters() if p.requires_grad]
+        return self._world.sum(*[sum(not bool(torch.isfinite(part).all()) for part in parts)]) == [0]
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -16,9 +16,10 @@ from typing import TypeVar
 import msgspec
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tunesmith.backends import launched
 from tunesmith.errors import RunError
+from tunesmith.preflight import launched
 
 Item = TypeVar("Item")
 
@@ -82,6 +83,32 @@ def join() -> World:
                 fix="can each reach that address and port?",
             ) from None
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def spread(module: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+    """Give each process a share of every weight (FSDP2): a layer is whole only while it is computed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    mesh = init_device_mesh(_where().type, (dist.get_world_size(),))
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):  # gradients are added up: the loss is divided by all processes' tokens
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight that may be spread over the processes, in one piece; to be called in all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor, spread as another is; itself where that is not."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def launch(command: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
