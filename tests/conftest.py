@@ -18,6 +18,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("tunesmith", suppress_health_check=[HealthCheck.too_slow], deadline=None)
 settings.load_profile("tunesmith")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tests run side by side: threads of two trainings that wait for each other stand still
+)
 
 ROOT = Path(__file__).parent.parent
 STARTER = ROOT / "src" / "tunesmith" / "assets" / "starter"

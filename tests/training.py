@@ -14,7 +14,7 @@ from tunesmith.runs import Run
 
 def fit(path: Path, dataset: Path | str, model: Path | str, **settings: Any) -> Run:
     """A finished run. Small and quick unless told otherwise."""
-    defaults = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "threads": 2}
+    defaults = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "threads": 1}
     prepared = api.prepare(str(dataset), model=str(model), **{**defaults, **settings})
     run = lay_out(prepared, path)
     train(run, lambda: False)

@@ -14,8 +14,8 @@ from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.preflight import launched
-from tunesmith.recipe import resolve
-from tunesmith.runs import Event, Run, open_run, refuse_taken
+from tunesmith.recipe import Recipe, changes, resolve
+from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
@@ -106,12 +106,21 @@ def _together(begin: Callable[[], tuple[Run, int | None]], on_event: Callable[[R
     return together(begin, lambda run, state: watch(run, lambda _: state(), lambda _: None, on_event))
 
 
-def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] | None = None) -> Run:
+def resume(
+    path: str | os.PathLike[str],
+    on_event: Callable[[Run, Event], None] | None = None,
+    *,
+    config: str | None = None,
+    **settings: Any,
+) -> Run:
     """Go on with a run from its last whole checkpoint, or from the one whose folder `path` is, and wait for the end.
 
-    A finished run is returned as it is.
+    A bare `checkpoint-step-N` is that of the newest run that has it. A finished run is returned as it is. Settings may be
+    given again; UsageError where one is another than the run's and decides what is learnt (`recipe.SAFE` do not).
     """
+    path = _checkpoint(path, settings)
     run, step = find_run(path), None
+    changed = changes(run.recipe(), settings, config)
     if run.state() == "succeeded":
         return run
     name = Path(path).name
@@ -124,12 +133,27 @@ def resume(path: str | os.PathLike[str], on_event: Callable[[Run, Event], None] 
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
     run.mend_log()
+    if changed:
+        run.append("changed", settings=changed)
     if launched():
         return _together(lambda: (run, step), on_event)
     backend = backends.get(run.manifest()["provider"])
     offset = run.log_size()
     backend.resume(run, step)
     return watch(run, backend.poll, backend.cancel, on_event, offset)
+
+
+def _checkpoint(path: str | os.PathLike[str], settings: dict[str, Any]) -> str | os.PathLike[str]:
+    """The folder of a checkpoint that is named without its run: of --output-dir, or of the newest run that has it."""
+    if not str(path).startswith("checkpoint-step-") or Path(path).exists():
+        return path
+    folder = settings.get("output_dir")
+    runs = [Run(folder)] if folder else listing(Path(settings.get("runs_dir", Recipe().runs_dir)).expanduser())
+    found = next((run / "checkpoints" / path for run in runs if (run / "checkpoints" / path).is_dir()), None)
+    if found is None:
+        where = folder or f"the runs in {settings.get('runs_dir', Recipe().runs_dir)}"
+        raise RunError(f"no {path} here", where=str(where), fix="give the checkpoint's path, or the run's")
+    return found
 
 
 def find_run(path: str | os.PathLike[str]) -> Run:

@@ -189,6 +189,15 @@ def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
 # ---- auto
 
 
+def _threads(recipe: Recipe) -> tuple[int, str]:
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said):
+        return int(said), "OMP_NUM_THREADS"
+    return max(
+        1, cores() // recipe.nproc
+    ), "every core" if recipe.nproc == 1 else f"every core, for {recipe.nproc} processes"
+
+
 def _step(rule: dict[str, Any], size: int) -> Any:
     return next(s["value"] for s in rule["steps"] if size <= s["up_to"])
 
@@ -204,7 +213,7 @@ def _resolve_auto(
     values: dict[str, tuple[Any, str]] = {
         "max_length": (limit, "the model's context"),
         "num_workers": (cores(), "every core"),
-        "threads": (max(1, cores() // recipe.nproc), "every core"),
+        "threads": _threads(recipe),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
         "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
         "freeze_ratio": (freeze_ratio(recipe), f"method {recipe.method}"),

@@ -141,7 +141,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     neftune_alpha: Annotated[
         float, opt("training", "noise on the embeddings, e.g. 5 (NEFTune, Jain et al. 2023); 0: none", ge=0)
     ] = 0.0
-    threads: Annotated[int | Auto, opt("training", "CPU threads of each process; auto: every core")] = "auto"
+    threads: Annotated[
+        int | Auto, opt("training", "CPU threads of each process; auto: OMP_NUM_THREADS, else every core")
+    ] = "auto"
     nproc: Annotated[
         int, opt("training", "processes on this machine that share each step: one a GPU; the result is the same", ge=1)
     ] = 1
@@ -159,6 +161,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "auto"
     )
     save_total_limit: Annotated[int, opt("watching", "checkpoints kept besides the best", ge=1)] = 2
+    save_best_limit: Annotated[
+        int, opt("watching", "checkpoints kept for the lowest validation losses, the best among them", ge=1)
+    ] = 1
     patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
     min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
 
@@ -166,6 +171,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     runs_dir: Annotated[str, opt("output", "where runs without --output-dir go")] = "fine_tuned_models"
 
 
+# What may be changed when a run is gone on with: it decides when to stop or save and how the work is done, not what is learnt
+SAFE = (
+    "save_steps",
+    "save_total_limit",
+    "save_best_limit",
+    "patience",
+    "min_gain",
+    "micro_batch_tokens",
+    "prefix_cache",
+    "threads",
+    "nproc",
+    "sharding",
+)
 POSITIVE = (
     "epochs",
     "max_steps",
@@ -263,6 +281,26 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
             "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
         )
     return recipe, {name: origin.get(name, "default") for name in fields()}
+
+
+def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) -> dict[str, Any]:
+    """Settings that flags and a file give and that differ from a run's. Raises UsageError for one that is not SAFE."""
+    given, origin = resolve(flags, config)
+    found = {}
+    for name in fields():
+        value, now = getattr(given, name), getattr(recipe, name)
+        asked = origin[name] not in ("default", f"task {given.task}") and name not in ("output_dir", "runs_dir")
+        same = value in (now, "auto") or name == "model" and str(Path(value).expanduser().resolve()) == now
+        if not asked or same:
+            continue
+        if name not in SAFE:
+            raise UsageError(
+                f"{name} {value!r} is not the run's {now!r}: another result than that of the run would come out",
+                where="--resume",
+                fix=f"start a new run; what may be changed: {', '.join(SAFE)}",
+            )
+        found[name] = value
+    return found
 
 
 def _typed(name: str, value: Any, place: str) -> Any:

@@ -64,7 +64,9 @@ class Run:
             ) from None
 
     def recipe(self) -> Recipe:
-        return msgspec.convert(self.manifest()["recipe"], Recipe)
+        """What is trained: the manifest's settings, with those that were changed when it was gone on with."""
+        changed = {k: v for e in self.events() if e["type"] == "changed" for k, v in e["settings"].items()}
+        return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
 
     # ---- what happened
 

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import Result, rows, write
 from tunesmith.cli import COMMANDS
+from tunesmith.runs import Run
 
 Cli = Callable[..., Result]
 GOOD = '{"prompt": "q", "completion": "a"}\n'
@@ -173,6 +174,27 @@ def test_a_damaged_run_hides_no_other(tmp_path: Path, data: Path, cli: Cli) -> N
         cli("train", "--resume", "").code == 2
         and cli("train", "--resume", "whole/checkpoints/checkpoint-step-9").code == 2
     )
+
+
+def test_going_on_with_other_settings(tmp_path: Path, data: Path, tiny: Path, cli: Cli) -> None:
+    """What decides what is learnt is refused; what does not is taken, and kept in the run."""
+    settings = ("--dataset", data, "--model", tiny, "--batch-size", 4, "--epochs", 2, "--learning-rate", "1e-3")
+    saving = ("--save-steps", 4, "--save-total-limit", 9, "--patience", 0)
+    assert cli("train", *settings, *saving, "--runs-dir", "runs").code == 0
+    run = tmp_path / "runs" / "chat_data"
+    Run(run).append("state", state="paused")
+    refused = cli("train", "--resume", "checkpoint-step-8", "--runs-dir", "runs", "--learning-rate", 1)
+    assert refused.code == 2 and "learning_rate 1.0 is not the run's 0.001" in refused.err
+    assert cli("train", "--resume", "checkpoint-step-7", "--runs-dir", "runs").err.startswith(
+        "error: the runs in runs: no ch"
+    )
+    given = ("--resume", "checkpoint-step-8", "--runs-dir", "runs", "--save-steps", 3, "--nproc", 1)
+    done = cli("train", *given, *settings)
+    assert done.code == 0, done.err
+    made = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    start = next(i for i, e in enumerate(made) if e["type"] == "resumed")
+    assert made[start]["step"] == 8 and next(e for e in made if e["type"] == "changed")["settings"] == {"save_steps": 3}
+    assert next(e["step"] for e in made[start:] if e["type"] == "checkpoint") == 9
 
 
 def test_the_live_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_a_save_that_fails_leaves_nothing_behind(
 
     monkeypatch.setattr(models, "save", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(run, None, None, None, Position(step=99))  # type: ignore[arg-type]
+        checkpoint.save(run, None, None, checkpoint.State(None, {}, {}), Position(step=99))  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 
 

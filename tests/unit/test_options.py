@@ -115,7 +115,6 @@ def _(b: Bench) -> None:
 
 @proves("nproc", "sharding")  # that the work is shared, to the same result: test_processes.py
 def _(b: Bench) -> None:
-    assert b.plan(nproc=2).recipe.threads < b.plan().recipe.threads or b.plan().recipe.threads == 1
     assert [i.code for i in b.plan(sharding="fsdp2").issues if "sharding" in i.message] == ["idle-setting"]
     with pytest.raises(UsageError, match="qlora cannot be spread"):
         b.plan(method="qlora", nproc=2, sharding="fsdp2")
@@ -369,6 +368,14 @@ def _(b: Bench) -> None:
         > 3
         > len(list((b.run(save_total_limit=1, save_steps=3, patience=0) / "checkpoints").iterdir()))
     )
+
+
+@proves("save_best_limit")
+def _(b: Bench) -> None:
+    run = b.run(eval_steps=2, save_steps=50, save_total_limit=1, save_best_limit=3, patience=0, epochs=2)
+    lowest = sorted((e["loss"], e["step"]) for e in run.metrics("eval") if e["step"])[:3]
+    kept = {int(f.name.rpartition("-")[2]) for f in (run / "checkpoints").iterdir()}
+    assert kept == {step for _, step in lowest} | {24}
 
 
 @proves("patience", "min_gain")

@@ -134,6 +134,13 @@ def test_a_mistake_is_said_once(tmp_path: Path, tiny: Path) -> None:
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "no such file" in done.stderr
 
 
-def test_plan_shares_the_cores(tiny: Path, data: Path, cli: Callable[..., Result]) -> None:
+def test_plan_shares_the_cores(
+    tiny: Path, data: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        cli("plan", "--dataset", data, "--model", tiny, "--json").json()["origin"]["threads"] == "auto: OMP_NUM_THREADS"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS")
     plan = cli("plan", "--dataset", data, "--model", tiny, "--nproc", 2, "--json").json()
     assert plan["recipe"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert plan["origin"]["threads"].startswith("auto: every core")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def train(argv: list[str]) -> int:
     parser = Parser("train", "Fine-tune a model on a data set; the run's directory is printed at the end.").with_json()
     parser.add_argument(
-        "--resume", metavar="RUN", help="go on with a run (or one of its checkpoints' paths) that was stopped or killed"
+        "--resume", metavar="RUN", help="go on with a run that was stopped or killed, or from its checkpoint-step-N"
     )
     parser.add_argument(
         "--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train"
@@ -34,13 +34,11 @@ def train(argv: list[str]) -> int:
             signal.signal(number, signal.default_int_handler)
     try:
         if options.resume is not None:
-            if given or options.config or options.prepare_only:
+            if options.prepare_only:
                 raise UsageError(
-                    "--resume takes the settings of the run; no others",
-                    where="--resume",
-                    fix="leave the other options out, or start a new run",
+                    "--resume goes on with a run that is prepared", where="--prepare-only", fix="leave it out"
                 )
-            run = api.resume(options.resume, progress)
+            run = api.resume(options.resume, progress, config=options.config, **given)
         elif options.prepare_only:
             return _write_prepared(api.prepare(config=options.config, **given), options.json)
         else:

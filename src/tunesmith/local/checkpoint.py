@@ -50,18 +50,28 @@ class Position(msgspec.Struct):
     evaluated: int = 0  # which was after this step
     train_loss: float | None = None  # their mean up to the last validation, and up to the best one
     best_train_loss: float | None = None
+    lowest: list[tuple[float, int]] = []  # validation loss and step of other checkpoints that are worth keeping
     said: int = -1  # the best step that overfitting was last told of
     scaler: dict[str, float] | None = None  # of fp16
 
-    def seen(self, loss: float, improved: bool) -> None:
-        """Take note of a validation."""
+    def seen(self, loss: float, improved: bool, most: int = 1) -> bool:
+        """Take note of a validation; whether its step is among the `most` best, and so worth a checkpoint."""
         self.train_loss = self.since_eval / max(1, self.step - self.evaluated)
         self.since_eval, self.evaluated = 0.0, self.step
         if improved:
+            if self.best_loss is not None:
+                self.lowest.append((self.best_loss, self.best_step))
             self.best_loss, self.best_step, self.since_best = loss, self.step, 0
             self.best_train_loss = self.train_loss
         else:
+            self.lowest.append((loss, self.step))
             self.since_best += 1
+        self.lowest = sorted(self.lowest)[: most - 1]
+        return self.step in self.kept()
+
+    def kept(self) -> set[int]:
+        """Steps whose checkpoints stay for their validation loss."""
+        return {self.best_step, *(step for _, step in self.lowest)}
 
     def overfits(self) -> bool:
         """Whether two validations in a row brought no gain while the training loss fell: true once for each best step."""
@@ -252,10 +262,10 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def prune(run: Run, keep_last: int, best_step: int) -> None:
-    """Delete all but the last N checkpoints and the best."""
+def prune(run: Run, keep_last: int, kept: set[int]) -> None:
+    """Delete all checkpoints but the last N and those of some steps."""
     for folder in existing(run)[:-keep_last]:
-        if folder.name != f"{PREFIX}{best_step}":
+        if int(folder.name.removeprefix(PREFIX)) not in kept:
             shutil.rmtree(folder)
 
 

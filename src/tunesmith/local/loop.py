@@ -131,16 +131,16 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
                 best=improved,
             )
             tracker.scalars(position.step, {"valid/loss": loss_now})
-            position.seen(loss_now, improved)
+            worth_keeping = position.seen(loss_now, improved, recipe.save_best_limit)
             if position.overfits():
                 run.append("overfitting", **overfitting(position, per_epoch))
             stopped_early = 0 < recipe.patience <= position.since_best
         else:
-            improved = False
+            worth_keeping = False
 
         over = time.monotonic() - saved_at > max(SAVE_SECONDS, saving / SAVE_SHARE)
         asked, due = (count > 0 for count in world.sum(stop(), world.rank == 0 and over))
-        if improved or stopped_early or last or asked or due or position.step % int(recipe.save_steps) == 0:
+        if worth_keeping or stopped_early or last or asked or due or position.step % int(recipe.save_steps) == 0:
             saved_at = time.monotonic()
             if not engine.finite():
                 raise diverged(run, math.nan, position.step)
@@ -149,7 +149,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
             if world.rank == 0:
                 saved = checkpoint.save(run, model, renderer, state, position)
                 run.append("checkpoint", step=position.step, path=saved.name)
-                checkpoint.prune(run, recipe.save_total_limit, position.best_step)
+                checkpoint.prune(run, recipe.save_total_limit, position.kept())
             saving, saved_at = time.monotonic() - saved_at, time.monotonic()
         if asked and not last:
             tracker.close()
