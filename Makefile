@@ -29,7 +29,7 @@ types:
 	$(BIN)/mypy
 
 unit:
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # rebuild the starter model from its sources (about 80 minutes on two cores)
 starter: install

@@ -88,7 +88,7 @@ def train(
     backend = backends.get(prepared.plan.recipe.provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
     del prepared  # the rows are on disk now
-    return watch(run, backend.poll, backend.cancel, on_event)
+    return watch(run, backend, on_event)
 
 
 def _laid_out(prepared: planning.Prepared) -> Run:
@@ -103,7 +103,7 @@ def _together(begin: Callable[[], tuple[Run, int | None]], on_event: Callable[[R
     """Train as one of several processes that a launcher has started."""
     from tunesmith.local.together import together
 
-    return together(begin, lambda run, state: watch(run, lambda _: state(), lambda _: None, on_event))
+    return together(begin, lambda run, state: _follow(run, lambda _: state(), lambda _: None, on_event))
 
 
 def resume(
@@ -140,7 +140,7 @@ def resume(
     backend = backends.get(run.manifest()["provider"])
     offset = run.log_size()
     backend.resume(run, step)
-    return watch(run, backend.poll, backend.cancel, on_event, offset)
+    return watch(run, backend, on_event, offset)
 
 
 def _checkpoint(path: str | os.PathLike[str], settings: dict[str, Any]) -> str | os.PathLike[str]:
@@ -166,14 +166,19 @@ def find_run(path: str | os.PathLike[str]) -> Run:
 
 
 def watch(
+    run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0
+) -> Run:
+    """Pass on events until the run ends. Ctrl-C asks the backend to stop (a second one ends us, and so the worker)."""
+    return _follow(run, backend.poll, backend.cancel, on_event, offset)
+
+
+def _follow(
     run: Run,
     poll: Callable[[Run], str],
     cancel: Callable[[Run], None],
     on_event: Callable[[Run, Event], None] | None = None,
     offset: int = 0,
 ) -> Run:
-    """Pass on events until the run ends, by what `poll` says. Ctrl-C asks to `cancel` (a second one ends us, and so the
-    worker)."""
     interrupted = False
     while True:
         try:
