@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import backends, planning
+from tunesmith import backends, costs, planning
 from tunesmith.conversation import Conversation
+from tunesmith.costs import Estimate
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.preflight import launched
-from tunesmith.recipe import Recipe, changes, resolve
+from tunesmith.recipe import Recipe
 from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
+from tunesmith.settings import changes, resolve
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
@@ -40,6 +42,19 @@ def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None
 def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Plan:
     """What training would do and need. Settings as for `train`; writes nothing."""
     return prepare(dataset, config=config, **settings).plan
+
+
+def estimate(prepared: planning.Prepared) -> tuple[Estimate, list[tuple[str, int]]]:
+    """Memory, disk and time that a plan would take on this machine, from a probe of a few seconds; where it does not fit, the
+    options that would make it fit, each with the memory it would need in MB."""
+    from tunesmith.local.backend import probe
+
+    plan = prepared.plan
+    question, found = probe(prepared)
+    valid = plan.tokens.get("valid", 0)
+    need = costs.estimate(question, plan.model, valid, found)
+    fits = need.memory_mb < need.available_mb
+    return need, [] if fits else costs.ways_to_fit(question, plan.model, valid, found)
 
 
 def prepare(

@@ -1,9 +1,15 @@
-"""What a recipe needs: trainable weights (counted from the shapes of the model's own weights) and memory."""
+"""What a recipe needs: trainable weights (counted from the shapes of the model's own weights), memory, disk and time.
+
+Memory and time come from a probe, which measures one and two layers on this machine (`tunesmith.local.probe`).
+"""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from tunesmith.models import ModelFacts, shapes
 from tunesmith.recipe import Recipe
@@ -65,3 +71,120 @@ def memory_mb(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> i
     per_token = 4 * model.hidden * (2 if recipe.gradient_checkpointing else 30) * model.layers
     logits = 2 * 4 * 512 * model.vocabulary
     return round((weights + (4 + moments) * trained + per_token * tokens + logits + LIBRARIES) / 1e6)
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What a probe is asked: the model's folder, the recipe, lengths of the training rows in tokens, the share of tokens
+    that is learnt, and the number of steps."""
+
+    folder: str
+    recipe: Recipe
+    lengths: list[int]
+    supervised: float
+    steps: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a probe measured. Seconds and saved bytes are for a token; `layer`: of one more layer, `rest`: of all beside the
+    layers. The head stands for a vocabulary that is `head_scale` times smaller than the model's."""
+
+    libraries: float  # bytes in memory before a model is loaded
+    available: float  # bytes that are free for this process, on the GPU where there is one
+    tokens_at_most: int  # in a micro-batch of this run
+    layer_seconds: float  # forward and backward
+    layer_forward_seconds: float
+    layer_bytes: float  # of its weights
+    layer_saved_bytes: float  # kept by the forward pass for the backward pass
+    rest_seconds: float
+    rest_forward_seconds: float
+    rest_saved_bytes: float
+    head_scale: float
+    head_seconds: float  # within rest_seconds
+    head_forward_seconds: float
+    optimizer_seconds: float  # for a trained weight
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """Peak memory and disk in MB, seconds of the whole run and of a step, and what is free of memory and disk."""
+
+    memory_mb: int
+    available_mb: int
+    disk_mb: int
+    seconds: float
+    step_seconds: float
+
+
+def estimate(question: Question, model: ModelFacts, valid_tokens: int, found: Answer) -> Estimate:
+    """Memory, disk and time of a run that is not stopped early."""
+    recipe = question.recipe
+    trained, frozen = trainable(recipe, model), frozen_layers(recipe, model.layers)
+    top = model.layers - frozen
+    rest = found.rest_seconds + (found.head_scale - 1) * found.head_seconds
+    again = found.layer_forward_seconds if recipe.gradient_checkpointing else 0.0
+    token = rest + top * (found.layer_seconds + again)
+    once = frozen * found.layer_forward_seconds
+    steps_per_epoch = -(-len(question.lengths) // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
+    epochs, tokens = question.steps / steps_per_epoch, sum(question.lengths)
+    training = epochs * tokens * token + (min(1.0, epochs) if recipe.prefix_cache else epochs) * tokens * once
+    updating = question.steps * trained * found.optimizer_seconds
+    forward = found.rest_forward_seconds + (found.head_scale - 1) * found.head_forward_seconds
+    looks = 1 + -(-question.steps // int(recipe.eval_steps)) if valid_tokens else 0
+    judging = looks * valid_tokens * (forward + model.layers * found.layer_forward_seconds)
+    seconds = (training + judging) / recipe.nproc + updating
+    return Estimate(
+        round(peak(recipe, model, trained, valid_tokens, found) / 1e6),
+        round(found.available / 1e6),
+        round(disk(recipe, model, trained, tokens + valid_tokens) / 1e6),
+        seconds,
+        (training / recipe.nproc + updating) / question.steps,
+    )
+
+
+def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, found: Answer) -> float:
+    """Bytes held at the worst moment: when the forward pass of the largest micro-batch ends, or when all gradients stand."""
+    in_layers = sum(math.prod(s) for n, s in shapes(Path(model.folder)).items() if layer_of(n) is not None)
+    weights = 4 * (model.parameters - in_layers) + model.layers * found.layer_bytes
+    top = model.layers - frozen_layers(recipe, model.layers)
+    moments = (8 if recipe.optimizer == "adamw" else 2) * trained
+    head = 4 * model.vocabulary * model.hidden if trained == model.parameters else 0
+    kept = found.layer_saved_bytes * (1 if recipe.gradient_checkpointing else top)
+    kept += 4 * model.hidden * top if recipe.gradient_checkpointing else 0
+    forward = (kept + found.rest_saved_bytes) * found.tokens_at_most + head + 4 * 512 * model.vocabulary
+    backward = 4 * trained + head
+    validating = found.layer_saved_bytes * min(8192, valid_tokens)
+    return found.libraries + weights + moments + max(forward, backward, validating)
+
+
+def disk(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> float:
+    """Bytes of a run's directory: checkpoints (weights, or adapters, and the optimizer's state), and rows and their tokens."""
+    weights = 4 * (trained if recipe.method in ADAPTERS else model.parameters)
+    kept = recipe.save_total_limit + recipe.save_best_limit
+    return kept * (weights + (8 if recipe.optimizer == "adamw" else 2) * trained) + 10 * tokens
+
+
+def ways_to_fit(question: Question, model: ModelFacts, valid_tokens: int, found: Answer) -> list[tuple[str, int]]:
+    """Changes of a recipe that does not fit, each with the memory it would need in MB: those that fit, the mildest first."""
+    recipe = question.recipe
+    longest = max(question.lengths)
+    fewer = {"micro_batch_tokens": longest}
+    steps: list[tuple[str, dict[str, Any], int]] = [
+        (f"--micro-batch-tokens {longest} (the same result)", fewer, min(longest, found.tokens_at_most)),
+        (
+            "--gradient-checkpointing (the same result, a third slower)",
+            fewer | {"gradient_checkpointing": True},
+            longest,
+        ),
+        ("--optimizer adamw_8bit", {"optimizer": "adamw_8bit", "gradient_checkpointing": True}, longest),
+        ("--lora --gradient-checkpointing", {"method": "lora", "gradient_checkpointing": True}, longest),
+        ("--method qlora --gradient-checkpointing", {"method": "qlora", "gradient_checkpointing": True}, longest),
+    ]
+    result = []
+    for words, changes, tokens in steps:
+        other = msgspec.structs.replace(recipe, **changes)
+        smaller = msgspec.structs.replace(found, tokens_at_most=tokens)
+        if other.method == "qlora" and recipe.method != "qlora":
+            smaller = msgspec.structs.replace(smaller, layer_bytes=0.14 * found.layer_bytes)  # 4.5 bits of 32
+        need = round(peak(other, model, trainable(other, model), valid_tokens, smaller) / 1e6)
+        if need * 1e6 < found.available:
+            result.append((words, need))
+    return result

@@ -49,6 +49,9 @@ def refuse_impossible(recipe: Recipe) -> None:
     for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
         if (value == "qlora" or "8bit" in value) and find_spec("bitsandbytes") is None:
             raise UsageError(f"{name} {value} needs bitsandbytes", where=name, fix="pip install 'tunesmith[local]'")
+    if recipe.track != "none" and find_spec(recipe.track) is None:
+        package = {"mlflow": "mlflow-skinny"}.get(recipe.track, recipe.track)
+        raise UsageError(f"track {recipe.track} needs {package}", where="track", fix=f"pip install {package}")
     if recipe.sharding != "none" and (recipe.method == "qlora" or "8bit" in recipe.optimizer):
         what = "qlora" if recipe.method == "qlora" else recipe.optimizer
         raise UsageError(f"{what} cannot be spread over processes", where="sharding", fix="leave --sharding out")

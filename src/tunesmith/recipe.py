@@ -3,20 +3,19 @@
 Flags, configuration files, the JSON schema, the reference page and a run's manifest are derived from
 it. To add a setting, add a field here and read it where it acts; a test fails while nothing reads it.
 
-Each value's origin is kept: "default", "task chat", "preset quick_test", "config.json", "flag", or "auto: <rule>".
+Values and their origins come together in `settings`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from tunesmith.errors import DataError, UsageError, did_you_mean
+from tunesmith.errors import DataError
 
 FACTS = Path(__file__).parent / "facts"
 Auto = Literal["auto"]
@@ -167,6 +166,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
     min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
 
+    track: Annotated[
+        Literal["none", "wandb", "mlflow"],
+        opt("watching", "send the curves there too; TensorBoard files are always in logs/", "report_to"),
+    ] = "none"
+
     output_dir: Annotated[str | None, opt("output", "the run's directory; default RUNS_DIR/TASK_DATASET")] = None
     runs_dir: Annotated[str, opt("output", "where runs without --output-dir go")] = "fine_tuned_models"
 
@@ -183,6 +187,7 @@ SAFE = (
     "threads",
     "nproc",
     "sharding",
+    "track",
 )
 POSITIVE = (
     "epochs",
@@ -238,161 +243,6 @@ def canonical(key: str) -> str | None:
         if key == field.name or key in field.aliases:
             return field.name
     return None
-
-
-def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, dict[str, str]]:
-    """Defaults, then the task's, the preset's or file's, then flags: (Recipe, origin of each value).
-
-    `flags` values may be strings. Raises UsageError naming the key and where it stood.
-    """
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-
-    def lay(layer: dict[str, Any], name: str) -> None:
-        for key, value in layer.items():
-            if key in SWITCHES:
-                if value and layer.get(SWITCHES[key][0], SWITCHES[key][1]) != SWITCHES[key][1]:
-                    raise UsageError(
-                        f"{key} contradicts {SWITCHES[key][0]} {layer[SWITCHES[key][0]]}",
-                        where=name,
-                        fix="give one of the two",
-                    )
-                key, value = SWITCHES[key][0], SWITCHES[key][1] if value else "full"
-            field = canonical(key)
-            if field is None:
-                known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
-                raise UsageError(
-                    f'unknown setting "{key}"{did_you_mean(key, known)}',
-                    where=name,
-                    fix="tunesmith train --help lists them all",
-                )
-            values[field], origin[field] = _typed(field, value, name), name
-
-    layers = [(_sections(_load_config(config)), _config_name(config))] if config else []
-    layers.append((flags, "flag"))
-    task = next((layer["task"] for layer, _ in reversed(layers) if "task" in layer), "chat")
-    if isinstance(task, str) and (FACTS / "tasks" / f"{task}.toml").exists():
-        lay(_read_toml(FACTS / "tasks" / f"{task}.toml"), f"task {task}")
-    for layer, name in layers:
-        lay(layer, name)
-    recipe = Recipe(**values)
-    if recipe.valid_fraction + recipe.test_fraction >= 1:
-        raise UsageError(
-            "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
-        )
-    return recipe, {name: origin.get(name, "default") for name in fields()}
-
-
-def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) -> dict[str, Any]:
-    """Settings that flags and a file give and that differ from a run's. Raises UsageError for one that is not SAFE."""
-    given, origin = resolve(flags, config)
-    found = {}
-    for name in fields():
-        value, now = getattr(given, name), getattr(recipe, name)
-        asked = origin[name] not in ("default", f"task {given.task}") and name not in ("output_dir", "runs_dir")
-        same = value in (now, "auto") or name == "model" and str(Path(value).expanduser().resolve()) == now
-        if not asked or same:
-            continue
-        if name not in SAFE:
-            raise UsageError(
-                f"{name} {value!r} is not the run's {now!r}: another result than that of the run would come out",
-                where="--resume",
-                fix=f"start a new run; what may be changed: {', '.join(SAFE)}",
-            )
-        found[name] = value
-    return found
-
-
-def _typed(name: str, value: Any, place: str) -> Any:
-    field = fields()[name]
-    if name == "columns" and isinstance(value, str):
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        if not all(key.strip() and sep and column.strip() for key, sep, column in pairs):
-            raise UsageError(
-                f'cannot read columns "{value}"', where=place, fix="write prompt=question,completion=answer"
-            )
-        value = {key.strip(): column.strip() for key, _, column in pairs}
-    meta = get_args(get_type_hints(Recipe, include_extras=True)[name])[1]
-    try:
-        if value == "auto" and "auto" in str(field.type):
-            return value
-        value = msgspec.convert(value, Annotated[field.type, meta], strict=not isinstance(value, str))
-        if value == "" or isinstance(value, int | float) and not _in_range(name, value):
-            raise msgspec.ValidationError
-    except msgspec.ValidationError:
-        raise UsageError(
-            f"{name} is {value!r}; expected {_expected(field, meta)}", where=place, fix=field.help
-        ) from None
-    return value
-
-
-def _in_range(name: str, value: float) -> bool:
-    """What msgspec's limits cannot say of a union ("auto" or a number); JSON and torch take no whole number over 2**63."""
-    least = 1e-300 if name in POSITIVE else 0 if name in ("warmup_steps", *SHARES) else -(2**63)
-    return least <= value < (1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf)
-
-
-def _expected(field: Field, meta: Meta) -> str:
-    """A setting's type and range in words: "a whole number over 0, or auto"."""
-    if field.choices():
-        return f"one of {', '.join(map(str, field.choices()))}"
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
-    parts = get_args(field.type) or (field.type,)
-    words = next((kinds[t] for t in parts if t in kinds), "another kind of value")
-    if field.name in POSITIVE or meta.gt is not None:
-        words += " over 0"
-    if field.name in SHARES:
-        words += " from 0 up to 1 (less than that)"
-    if meta.ge is not None:
-        words += f" from {meta.ge} up"
-    if meta.lt is not None or meta.le is not None:
-        words += f" to {meta.lt if meta.lt is not None else meta.le}" + (
-            " (less than that)" if meta.lt is not None else ""
-        )
-    return words + (", or auto" if "auto" in str(field.type) else "")
-
-
-def _config_name(config: str) -> str:
-    return config if Path(config).exists() else f"preset {config}"
-
-
-def _load_config(config: str) -> dict[str, Any]:
-    """A TOML or JSON file, or the name of a preset."""
-    path = Path(config)
-    if not path.is_file():
-        preset = FACTS / "presets" / f"{config}.toml"
-        names = sorted(p.stem for p in preset.parent.glob("*.toml"))
-        if not preset.exists():
-            raise UsageError(
-                f"no such file or preset{did_you_mean(config, names)}", where=config, fix=f"presets: {', '.join(names)}"
-            )
-        return _read_toml(preset)
-    try:
-        data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read: {error}", where=config, fix="write a JSON object (.json) or TOML") from None
-    if not isinstance(data, dict):
-        raise UsageError("holds no object", where=config, fix='write {"dataset": "data.jsonl", "epochs": 3}')
-    return data
-
-
-def _sections(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings may stand at the top or under their group's name ([training])."""
-    groups = {field.group for field in fields().values()} - set(fields())
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= value if key in groups and isinstance(value, dict) else {key: value}
-    return flat
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    import tomllib  # 3 ms: not on the way to help
-
-    with path.open("rb") as stream:
-        try:
-            return tomllib.load(stream)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"not TOML: {error}", where=str(path), fix="strings need quotes; see toml.io") from None
 
 
 def need_dataset(recipe: Recipe) -> str:

@@ -110,3 +110,37 @@ def test_tree_is_free_of_machine_paths() -> None:
     texts = [p for p in map(ROOT.joinpath, tracked) if p.suffix in (".py", ".md", ".toml", ".jinja", ".json")]
     assert len(texts) > 60
     assert not [str(p) for p in texts if re.search(r"(?<![\w.])/(root|home/\w+)/", p.read_text(encoding="utf-8"))]
+
+
+def test_the_guide_to_several_machines() -> None:
+    """Shell scripts parse, the manifest is YAML that Kubernetes' shapes fit, and every `tunesmith train` takes its options."""
+    import yaml
+
+    from tunesmith.cli.options import Parser, add_settings, settings
+    from tunesmith.settings import resolve
+
+    text = (ROOT / "docs" / "guides" / "several-gpus.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.S)
+    assert [kind for kind, _ in blocks] == ["bash"] * 5 + ["yaml"]
+    lines = []
+    for kind, block in blocks:
+        if kind == "bash":
+            assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
+            joined = block.replace("\\\n", " ").splitlines()
+            lines += [shlex.split(line.strip()) for line in joined if "tunesmith train " in line]
+    service, job = yaml.safe_load_all(blocks[-1][1])
+    assert (service["kind"], job["kind"], job["spec"]["completionMode"]) == ("Service", "Job", "Indexed")
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    volumes = {v["name"] for v in job["spec"]["template"]["spec"]["volumes"]}
+    assert {m["name"] for m in container["volumeMounts"]} == volumes
+    lines.append([*container["command"], *(word for arg in container["args"] for word in arg.split("="))])
+    assert len(lines) == 7
+    for words in lines:
+        given = words[words.index("train") + 1 :]
+        if given == ["${what[@]}"]:  # the SLURM script's, which stand in the line above
+            line = next(row for row in blocks[4][1].splitlines() if "--dataset" in row)
+            given = shlex.split(line.partition("(")[2].rstrip(")").replace("$run", "run"))
+        parser = Parser("train", "")
+        add_settings(parser)
+        recipe, _ = resolve(settings(parser.parse_args(given)))
+        assert recipe.dataset and recipe.model

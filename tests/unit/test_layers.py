@@ -14,7 +14,7 @@ SRC = ROOT / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"conversation"},
-    {"recipe", "models"},
+    {"recipe", "models", "settings"},
     {"data"},
     {"render"},
     {"costs"},

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import ROOT
 from tunesmith.errors import UsageError
-from tunesmith.recipe import FACTS, Recipe, canonical, fields, resolve
+from tunesmith.recipe import FACTS, Recipe, canonical, fields
+from tunesmith.settings import resolve
 
 
 def test_layers_and_origins(tmp_path: Path) -> None:

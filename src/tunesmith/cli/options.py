@@ -91,7 +91,7 @@ def coloured(stream: Any) -> bool:
 
 def columns(text: str | None) -> dict[str, str]:
     """--columns as a mapping of our field names to the file's."""
-    from tunesmith.recipe import resolve
+    from tunesmith.settings import resolve
 
     return resolve({"columns": text})[0].columns if text else {}
 

@@ -11,6 +11,9 @@ from tunesmith.cli.options import Parser, add_settings, coloured, settings, show
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tunesmith.costs import Estimate
     from tunesmith.planning import Plan, Prepared
 
 
@@ -81,15 +84,20 @@ def plan(argv: list[str]) -> int:
     parser = Parser(
         "plan", "Show what `train` with the same options would do and need. Nothing is written."
     ).with_json()
+    parser.add_argument("--no-probe", action="store_true", help="no estimate of memory and time: it takes some seconds")
     add_settings(parser)
     options: argparse.Namespace = parser.parse_args(argv)
+    import msgspec
+
     from tunesmith import api
 
     prepared = api.prepare(config=options.config, **settings(options))
+    here = prepared.plan.recipe.provider == "huggingface" and not options.no_probe
+    need, ways = api.estimate(prepared) if here else (None, [])
     if options.json:
-        show_json(prepared.plan)
+        show_json(msgspec.to_builtins(prepared.plan) | {"estimate": need, "ways_to_fit": [words for words, _ in ways]})
         return 0
-    describe(prepared.plan)
+    describe(prepared.plan, need, ways)
     print("\nsettings")
     from tunesmith.cli.progress import table
     from tunesmith.recipe import fields
@@ -99,9 +107,10 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
-def describe(plan: Plan) -> None:
+def describe(plan: Plan, need: Estimate | None = None, ways: Sequence[tuple[str, int]] = ()) -> None:
     """The plan in a few lines on stdout."""
     from tunesmith.cli.data import summary
+    from tunesmith.cli.progress import clock
 
     rows, tokens = plan.rows, plan.tokens
     print(
@@ -114,7 +123,19 @@ def describe(plan: Plan) -> None:
     )
     print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
     print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
-    print(f"memory   about {plan.memory_mb} MB at most")
+    if need is None:
+        print(f"memory   {plan.memory_mb} MB at most")
+    else:
+        fits = need.memory_mb < need.available_mb
+        print(
+            f"memory   about {need.memory_mb} MB of {need.available_mb} MB that are free{'' if fits else ': TOO MUCH'}"
+        )
+        for words, memory in ways:
+            print(f"           fits with {words}: about {memory} MB")
+        if not fits and not ways:
+            print("           nothing makes this model fit here: take a smaller one")
+        print(f"time     {clock(need.seconds)} at most on this machine ({need.step_seconds:.2f} s a step)")
+        print(f"disk     {need.disk_mb} MB at most")
     for line in summary(plan.issues):
         print(line)
 

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tunesmith.backends import Completer, create_run
+from tunesmith.costs import Answer, Question
 from tunesmith.errors import RunError
 from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
@@ -28,12 +31,6 @@ class LocalBackend:
 
     def resume(self, run: Run, step: int | None = None) -> None:
         run.append("state", state="queued")  # so that an older word is not taken for this worker's
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "true",
-            "PYTHONWARNINGS": "ignore",
-        }
         with (run / "worker.log").open("ab") as log:
             _workers[str(run)] = subprocess.Popen(
                 [
@@ -47,7 +44,7 @@ class LocalBackend:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=_environment(),
                 start_new_session=True,
             )
 
@@ -91,6 +88,27 @@ class LocalBackend:
 
         chat: Any = Chat(model)
         return chat  # type: ignore[no-any-return]
+
+
+def probe(prepared: Prepared) -> tuple[Question, Answer]:
+    """What a step of this plan costs here, measured in a process of its own. Raises RunError where that is not possible."""
+    plan, rows = prepared.plan, prepared.rendered["train"]
+    learnt = plan.supervised_tokens["train"] / plan.tokens["train"]
+    question = Question(plan.model.folder, plan.recipe, [len(r.ids) for r in rows], learnt, plan.steps)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith.local.probe"],
+        input=msgspec.json.encode(question),
+        capture_output=True,
+        env=_environment(),
+    )
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+        raise RunError(f"the probe failed: {words[-1]}", where=plan.recipe.model, fix="leave it out: --no-probe")
+    return question, msgspec.json.decode(done.stdout, type=Answer)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
 
 
 def lay_out(prepared: Prepared, path: Path) -> Run:

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import torch
@@ -84,7 +83,7 @@ class Position(msgspec.Struct):
         return True
 
 
-class State(NamedTuple):
+class State(msgspec.Struct, frozen=True):
     """What a checkpoint holds besides the position, by name: weights (None: as they stand in the model), optimizer, rng."""
 
     weights: dict[str, torch.Tensor] | None

@@ -69,7 +69,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         run.append("resumed", step=position.step)
         if position.scaler:
             engine.scaler.load_state_dict(position.scaler)
-    tracker = Tracker(run / "logs", position.step, silent=run.silent)
+    tracker = Tracker(run, recipe, position.step)
     run.append(
         "state",
         state="running",
@@ -152,7 +152,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
                 checkpoint.prune(run, recipe.save_total_limit, position.kept())
             saving, saved_at = time.monotonic() - saved_at, time.monotonic()
         if asked and not last:
-            tracker.close()
+            tracker.close(False)
             run.append("state", state="paused")
             raise Interrupted(
                 f"stopped at step {position.step} of {planned}, after a checkpoint",
@@ -162,7 +162,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
     if not len(valid_set):
         position.best_step = position.step
-    tracker.close()
+    tracker.close(True)
     if world.rank == 0:
         publish(run, position)
     run.append(
