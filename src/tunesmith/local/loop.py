@@ -7,8 +7,6 @@ also when training was killed and resumed in between.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from tunesmith.local import batches, checkpoint, methods, optim, prefix
 from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
+from tunesmith.local.machine import peak_memory_mb, tune
 from tunesmith.local.step import Diverged, Engine
 from tunesmith.local.tokens import load_tokens
 from tunesmith.local.tracking import Tracker
@@ -43,6 +42,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     run.append("state", state="preparing")
     recipe, plan = run.recipe(), run.manifest()["plan"]
     planned, rows = plan["steps"], plan["rows"]
+    tune()
     torch.set_num_threads(int(recipe.threads))
     torch.manual_seed(recipe.seed)
 
@@ -203,11 +203,3 @@ def publish(run: Run, position: Position) -> None:
     best = folders.get(f"{checkpoint.PREFIX}{position.best_step}", final)
     for source, target in ((final, run / "final_model"), (best, run / "best_model"), (best, run.path)):
         checkpoint.publish(source, target)
-
-
-def peak_memory_mb() -> int:
-    """Most memory this process held, in MB (Linux counts it in KB, macOS in bytes); on a GPU, there."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

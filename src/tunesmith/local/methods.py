@@ -93,6 +93,15 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
     return get_peft_model(model, config)
 
 
+def half_type(recipe: Recipe) -> torch.dtype:
+    return torch.float16 if recipe.mixed_precision == "fp16" else torch.bfloat16
+
+
+def use_half(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the model runs in 16 bits (its weights stay in 32)."""
+    return recipe.mixed_precision in ("bf16", "fp16") or (recipe.mixed_precision == "auto" and device.type == "cuda")
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of decoder layers, and its attribute's name ("layers", "h")."""
     count = model.config.get_text_config().num_hidden_layers

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.local import attention
 from tunesmith.local.loss import LossModule
-from tunesmith.local.methods import decoder_layers
+from tunesmith.local.methods import decoder_layers, use_half
 from tunesmith.models import find, read_json
 from tunesmith.recipe import Recipe
 
@@ -121,6 +121,10 @@ def arrange(module: LossModule, recipe: Recipe) -> None:
     if recipe.neftune_alpha and module.mode == "logits":
         raise UsageError("neftune_alpha: this model's embeddings cannot be reached", fix="leave it out")
     module.neftune_alpha = recipe.neftune_alpha
+    if hasattr(module.model, "peft_config") and not use_half(recipe, device()):
+        from tunesmith.local.adapters import fuse
+
+        fuse(module.model)
     if recipe.torch_compile:
         for layer in decoder_layers(module.model)[1]:
             layer.compile(dynamic=True)  # each by itself: the same code for all of them, and weights keep their names

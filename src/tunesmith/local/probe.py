@@ -8,7 +8,6 @@ and optimizer. What two layers cost more than one is what each further layer cos
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from tunesmith.costs import Answer, Question
 from tunesmith.local import batches, methods
 from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
+from tunesmith.local.machine import free_memory, resident, tune
 from tunesmith.local.step import Engine
 from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
@@ -46,6 +46,7 @@ def answer(question: Question) -> Answer:
     )
     if recipe.method == "freeze":
         recipe = msgspec.structs.replace(recipe, method="full")
+    tune()
     torch.set_num_threads(int(recipe.threads))
     libraries = resident()
     segments = typical(question.lengths)
@@ -75,22 +76,6 @@ def answer(question: Question) -> Answer:
         head_forward_seconds=one["head_forward"] / tokens,
         optimizer_seconds=one["optimizer"],
     )
-
-
-def resident() -> float:
-    """Most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
-
-
-def free_memory() -> float:
-    """Bytes that a further process could take: of the GPU, else of the machine (inf where it does not say)."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 1e15
-    return 1024.0 * int(text.partition("MemAvailable:")[2].split()[0])
 
 
 def typical(lengths: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tunesmith.local import batches, optim
 from tunesmith.local.loss import LossModule
-from tunesmith.local.methods import decoder_layers
+from tunesmith.local.methods import decoder_layers, half_type, use_half
 from tunesmith.local.prefix import Below
 from tunesmith.local.tokens import Tokens
 from tunesmith.local.world import ALONE, World, spread, whole
@@ -165,12 +165,3 @@ class Engine:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is for want of memory: of a GPU, or of torch's CPU allocator, which has no type of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def half_type(recipe: Recipe) -> torch.dtype:
-    return torch.float16 if recipe.mixed_precision == "fp16" else torch.bfloat16
-
-
-def use_half(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the model runs in 16 bits (its weights stay in 32)."""
-    return recipe.mixed_precision in ("bf16", "fp16") or (recipe.mixed_precision == "auto" and device.type == "cuda")

@@ -1,0 +1,51 @@
+"""What the processor and the memory of this machine are told and asked."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def tune() -> None:
+    """Settings of this process that make training on a CPU faster, to be made before the first work on tensors.
+
+    The allocator keeps what it has: glibc otherwise gives each large tensor back and asks for it again, whose pages the
+    system then fills with zeros (0.8 GB a step of a 20M model, 7 % of its time). Numbers under 1e-38 count as zero: the
+    processor takes some 40 times as long for them, and probabilities and Adam's moments are full of them.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError:  # musl
+            return
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def peak_memory_mb() -> int:
+    """Most memory this process held, in MB (Linux counts it in KB, macOS in bytes); on a GPU, there."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resident() / 2**20)
+
+
+def resident() -> float:
+    """Most bytes of the machine's memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def free_memory() -> float:
+    """Bytes that a further process could take: of the GPU, else of the machine (1e15 where it does not say)."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 1e15
+    return 1024.0 * int(text.partition("MemAvailable:")[2].split()[0])
