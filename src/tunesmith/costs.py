@@ -151,8 +151,11 @@ def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, fou
     kept += 4 * model.hidden * top if recipe.gradient_checkpointing else 0
     forward = (kept + found.rest_saved_bytes) * found.tokens_at_most + head + 4 * 512 * model.vocabulary
     backward = 4 * trained + head
+    passing = (
+        2 * found.layer_saved_bytes * found.tokens_at_most + 60e6
+    )  # gradients on their way; fitted to benchmarks/memory.py
     validating = found.layer_saved_bytes * min(8192, valid_tokens)
-    return found.libraries + weights + moments + max(forward, backward, validating)
+    return found.libraries + weights + moments + max(forward, backward, validating) + passing
 
 
 def disk(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> float:

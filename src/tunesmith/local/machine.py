@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -38,6 +39,14 @@ def peak_memory_mb() -> int:
 def resident() -> float:
     """Most bytes of the machine's memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def held() -> float:
+    """Bytes of the machine's memory that this process holds now (where the system does not say: its peak)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * float(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resident()
 
 
 def free_memory() -> float:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.costs import Answer, Question
+from tunesmith.costs import ADAPTERS, Answer, Question
 from tunesmith.local import batches, methods
 from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
-from tunesmith.local.machine import free_memory, resident, tune
+from tunesmith.local.machine import free_memory, held, tune
 from tunesmith.local.step import Engine
 from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
@@ -48,7 +48,8 @@ def answer(question: Question) -> Answer:
         recipe = msgspec.structs.replace(recipe, method="full")
     tune()
     torch.set_num_threads(int(recipe.threads))
-    libraries = resident()
+    imported(recipe)
+    libraries = held()
     segments = typical(question.lengths)
     tokens = sum(segments)
     ends = time.perf_counter() + BUDGET
@@ -76,6 +77,21 @@ def answer(question: Question) -> Answer:
         head_forward_seconds=one["head_forward"] / tokens,
         optimizer_seconds=one["optimizer"],
     )
+
+
+def imported(recipe: Recipe) -> None:
+    """Import what a training process has besides what this one has."""
+    import tunesmith.local.loop
+
+    assert tunesmith.local.loop
+    if recipe.method in ADAPTERS:
+        import peft
+
+        assert peft
+    if "8bit" in recipe.optimizer or recipe.method == "qlora":
+        import bitsandbytes
+
+        assert bitsandbytes
 
 
 def typical(lengths: list[int]) -> list[int]:
