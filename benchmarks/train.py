@@ -267,9 +267,12 @@ def run_trainer(options: argparse.Namespace, rows: list[dict[str, Any]], trl: bo
         if trl:
             from trl import SFTConfig, SFTTrainer
 
-            data = Dataset.from_list([{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows])
+            data = Dataset.from_list(
+                [{"input_ids": r["ids"], "completion_mask": list(map(int, r["mask"]))} for r in rows]
+            )
             trainer = SFTTrainer(
-                model=model, args=SFTConfig(**arguments, max_length=1024, packing=False), train_dataset=data,
+                model=model, args=SFTConfig(**arguments, max_length=1024, packing=False, completion_only_loss=True),
+                train_dataset=data,
                 processing_class=tokenizer, peft_config=peft, callbacks=[Spy()],
             )  # fmt: skip
         else:

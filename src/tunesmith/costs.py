@@ -151,9 +151,9 @@ def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, fou
     kept += 4 * model.hidden * top if recipe.gradient_checkpointing else 0
     forward = (kept + found.rest_saved_bytes) * found.tokens_at_most + head + 4 * 512 * model.vocabulary
     backward = 4 * trained + head
-    passing = (
-        2 * found.layer_saved_bytes * found.tokens_at_most + 60e6
-    )  # gradients on their way; fitted to benchmarks/memory.py
+    # Gradients on their way, and what lies between blocks that are freed and taken again: fitted to benchmarks/memory.py
+    share = 0.85 if recipe.method == "qlora" else 0.25
+    passing = (found.layer_saved_bytes + share * kept) * found.tokens_at_most + 60e6
     validating = found.layer_saved_bytes * min(8192, valid_tokens)
     return found.libraries + weights + moments + max(forward, backward, validating) + passing
 
