@@ -62,10 +62,9 @@ def memory_mb(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> i
     """Peak in MB for batches of `tokens`: weights, gradients and Adam's moments of what is trained, activations kept for
     the backward pass, one chunk of logits, and the libraries."""
     embedding = model.vocabulary * model.hidden
-    frozen = model.parameters if recipe.method in ADAPTERS else 0
     quantised = max(0, model.parameters - embedding) if recipe.method == "qlora" else 0
     moments = 8 if recipe.optimizer == "adamw" else 2
-    weights = 4 * (max(frozen, model.parameters) - quantised) + 0.55 * quantised
+    weights = 4 * (model.parameters - quantised) + 0.55 * quantised
     if recipe.method in ADAPTERS:
         weights += 4 * trained
     per_token = 4 * model.hidden * (2 if recipe.gradient_checkpointing else 30) * model.layers

@@ -92,8 +92,9 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
             + (" or a greater --max-length" if recipe.max_length != "auto" else ""),
         )
     issues.extend(token_issues(rendered["train"], renderer, model))
-    lost = [tool_calls_lost(row, r) for row, r in zip(kept["train"], rendered["train"], strict=True) if has_calls(row)]
-    issues.extend([issue for issue in lost if issue][:1])
+    both = zip(kept["train"], rendered["train"], strict=True)
+    lost = next((issue for row, r in both if has_calls(row) and (issue := tool_calls_lost(row, r))), None)
+    issues.extend([lost] if lost else [])
     stop = next((i for i in issues if i.severity == "error"), None)
     if stop:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)

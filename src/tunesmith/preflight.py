@@ -98,12 +98,7 @@ def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
     renderer, limit = Renderer(folder), facts(folder).context
 
     def check(row: Conversation) -> list[Issue]:
-        # byte-level tokens are a byte at least; a template adds some 10 tokens a turn, and more than 500 only with tools
-        if (
-            not row.tools
-            and not has_calls(row)
-            and sum(len(m.content) * (1 if m.content.isascii() else 4) + 20 for m in row.messages) + 500 < limit
-        ):
+        if surely_under(row, limit - 500):  # a template adds more than that only with tools
             return []
         rendered = renderer.render(row)
         length = len(rendered.ids)
@@ -120,18 +115,23 @@ def _over_long_hosted(name: str, known: dict[str, Any]) -> Callable[[Conversatio
     limit = known["training_context"]
 
     def check(row: Conversation) -> list[Issue]:
-        if (
-            sum(len(m.content.encode(errors="replace")) + 20 for m in row.messages) < limit
-            and not row.tools
-            and not has_calls(row)
-        ):
-            return []  # no token is shorter than a byte
+        if surely_under(row, limit):
+            return []
         length = openai_lengths([row], name)[0]
         if length <= limit:
             return []
         return [finding("over-long", row.source, f"{length} tokens; {name} trains on the first {limit}", "shorten it")]
 
     return check
+
+
+def surely_under(row: Conversation, limit: int) -> bool:
+    """Whether a row must be under so many tokens: none is shorter than a byte, and a template adds some 10 a turn."""
+    return (
+        not row.tools
+        and not has_calls(row)
+        and sum(len(m.content) * (1 if m.content.isascii() else 4) + 20 for m in row.messages) < limit
+    )
 
 
 def has_calls(row: Conversation) -> bool:

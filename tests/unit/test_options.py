@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +123,6 @@ def _(b: Bench) -> None:
 
 @proves("num_workers")
 def _(b: Bench) -> None:
-    import os
-
     b.plan(num_workers=1)
     assert os.environ.pop("RAYON_NUM_THREADS") == "1"
 
@@ -376,6 +375,13 @@ def _(b: Bench) -> None:
     lowest = sorted((e["loss"], e["step"]) for e in run.metrics("eval") if e["step"])[:3]
     kept = {int(f.name.rpartition("-")[2]) for f in (run / "checkpoints").iterdir()}
     assert kept == {step for _, step in lowest} | {24}
+
+
+@proves("track")  # what arrives there: test_tracking.py
+def _(b: Bench) -> None:
+    os.environ["WANDB_MODE"] = "offline"
+    run = b.run(track="wandb", max_steps=1)
+    assert list((run / "logs" / "wandb").glob("offline-run-*")) and (run / "logs" / "wandb.id").exists()
 
 
 @proves("patience", "min_gain")

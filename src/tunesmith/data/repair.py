@@ -18,23 +18,13 @@ import msgspec
 
 from tunesmith.conversation import ROLES, Issue
 from tunesmith.data import text as texts
-from tunesmith.data.formats import SHAREGPT_ROLES
+from tunesmith.data.formats import FORMATS, SHAREGPT_ROLES
 from tunesmith.data.read import Row, read
 from tunesmith.data.write import sync_folder
 from tunesmith.errors import UsageError
 
 Change = dict[str, Any]  # row (its place), code, before, after
-ROLE_NAMES = {
-    "ai": "assistant",
-    "model": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-} | {
-    "human": "user",
-    "sys": "system",
-    "instruction": "system",
-}
+ROLE_NAMES: dict[str, str] = {**SHAREGPT_ROLES, "ai": "assistant", "sys": "system", "instruction": "system"}
 
 
 def refuse_taken(out: Path) -> Path:
@@ -99,19 +89,11 @@ def _row(item: Row | Issue, found: list[Change]) -> dict[str, Any] | None:
     return value
 
 
-SAID = (
-    "prompt",
-    "completion",
-    "response",
-    "instruction",
-    "input",
-    "output",
-    "question",
-    "answer",
-    "system",
-    "text",
-    "code",
-)
+SAID = frozenset().union(*(f.required | f.optional for f in FORMATS), {"system"}) - {
+    "messages",
+    "conversations",
+    "tools",
+}
 
 
 def _turn(turn: Any, where: str, found: list[Change]) -> Any:

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from tunesmith.evaluation.stats import compare
 
-
-class Trial(Protocol):
-    """A short run: see `tunesmith.local.lr_finder.Trial`."""
-
-    @property
-    def rate(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def losses(self) -> list[float]: ...
-    @property
-    def tokens(self) -> list[int]: ...
-    def loss(self) -> float: ...
+if TYPE_CHECKING:
+    from tunesmith.local.lr_finder import Trial
 
 
 class Advice(msgspec.Struct, frozen=True):
@@ -44,7 +33,6 @@ def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:
     best, second = rounds[-1][0], rounds[-1][1]
     if not math.isfinite(best.loss()):
         return Advice(min(best.rate, second.rate) / 8, False, "every rate diverged: far lower ones are needed", table)
-    lead = second.loss() - best.loss()
     if math.isfinite(second.loss()):
         sides = (np.array(second.losses), np.array(best.losses), np.array(best.tokens, float))
         verdict = compare("loss", *sides, lower_is_better=True)
@@ -54,7 +42,7 @@ def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:
             reason = f"cannot tell {best.rate:.2g} from {second.rate:.2g} on {len(best.losses)} rows ({words}): the lower one"
             return Advice(lower, False, reason, table)
         return Advice(best.rate, True, f"better than {second.rate:.2g}: {words}", table)
-    return Advice(best.rate, lead > 0, f"{second.rate:.2g} diverged", table)
+    return Advice(best.rate, True, f"{second.rate:.2g} diverged", table)
 
 
 def chart(advice: Advice) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +159,9 @@ class Rows:
             os.utime(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent)
             self._building = path.with_suffix(f".{os.getpid()}.tmp")
+            self._abandon = weakref.finalize(self, self._building.unlink, missing_ok=True)
             self._file = np.memmap(self._building, np.float32, "w+", shape=size)
 
     def __call__(self, rows: list[int], device: torch.device) -> Tensor:
@@ -182,12 +185,22 @@ class Rows:
         """All rows are there: the file gets its name, for this run and for others."""
         assert isinstance(self._file, np.memmap) and self._building and self._path
         self._file.flush()
+        with self._building.open("rb") as stream:
+            os.fsync(stream.fileno())
         self._building.replace(self._path)
+        self._abandon.detach()
         self._building = None
 
-    def __del__(self) -> None:
-        if self._building:  # a file that was not completed
-            self._building.unlink(missing_ok=True)
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what processes that were killed had begun."""
+    for file in folder.glob("*.tmp"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            pass
 
 
 def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | None, str]:

@@ -6,6 +6,8 @@ What a service cannot take is said once and never stops training.
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +50,10 @@ class Wandb:
     """Weights & Biases: project "tunesmith", or $WANDB_PROJECT; $WANDB_MODE=offline keeps all in logs/wandb."""
 
     def __init__(self, run: Run, recipe: Recipe, step: int) -> None:
-        import os
-
         import wandb
 
         known = run / "logs" / "wandb.id"
-        identity = known.read_text() if known.exists() else wandb.util.generate_id()
+        identity = known.read_text() if known.exists() else secrets.token_hex(4)
         known.write_text(identity)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tunesmith"),
@@ -64,7 +64,6 @@ class Wandb:
             config=_settings(recipe),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self._from = step
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -77,8 +76,6 @@ class MLflow:
     """MLflow, at $MLFLOW_TRACKING_URI (a server, or a folder); experiment "tunesmith", or $MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, run: Run, recipe: Recipe, step: int) -> None:
-        import os
-
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
