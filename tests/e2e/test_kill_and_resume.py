@@ -17,7 +17,7 @@ import pytest
 from conftest import Result, rows, write
 from training import weights
 
-KILLS = 3  # times that one run is killed
+KILLS = int(os.environ.get("TUNESMITH_KILLS", 3))  # times that one run is killed
 
 
 def command(*arguments: object) -> list[str]:
@@ -89,6 +89,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     for _ in range(KILLS):
         target = steps(run) + rng.randint(1, max(2, planned // KILLS - 2))
         wait_for(lambda target=target: steps(run) >= target, process)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.1))  # also in the middle of a step or of a save, which takes some 50 ms
         if process.poll() is not None:
             break
         victim = rng.choice([process.pid, worker_of(run) or process.pid])
@@ -97,7 +98,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         killed += 1
         process = start(["train", "--resume", run], tmp_path)
     process.wait(120)
-    assert killed >= 2
+    assert killed >= KILLS - 1
     final = cli("train", "--resume", run)  # of a finished run: says so and does nothing
     assert final.code == 0, final.err
     for name in ("final_model", "best_model"):
