@@ -212,7 +212,9 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     from tunesmith import api
     from tunesmith.local.backend import lay_out
     from tunesmith.local.loop import train
+    from tunesmith.local.machine import tune
 
+    tune()  # as a worker does
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         prepared = api.prepare(

@@ -18,7 +18,7 @@ from tunesmith.local import batches, checkpoint, methods, optim, prefix
 from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
-from tunesmith.local.machine import peak_memory_mb, tune
+from tunesmith.local.machine import peak_memory_mb
 from tunesmith.local.step import Diverged, Engine
 from tunesmith.local.tokens import load_tokens
 from tunesmith.local.tracking import Tracker
@@ -42,7 +42,6 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     run.append("state", state="preparing")
     recipe, plan = run.recipe(), run.manifest()["plan"]
     planned, rows = plan["steps"], plan["rows"]
-    tune()
     torch.set_num_threads(int(recipe.threads))
     torch.manual_seed(recipe.seed)
 

@@ -12,7 +12,7 @@ import torch
 
 
 def tune() -> None:
-    """Settings of this process that make training on a CPU faster, to be made before the first work on tensors.
+    """Settings of this whole process that make training on a CPU faster, to be made before the first work on tensors.
 
     The allocator keeps what it has: glibc otherwise gives each large tensor back and asks for it again, whose pages the
     system then fills with zeros (0.8 GB a step of a 20M model, 7 % of its time). Numbers under 1e-38 count as zero: the

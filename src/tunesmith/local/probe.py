@@ -46,7 +46,6 @@ def answer(question: Question) -> Answer:
     )
     if recipe.method == "freeze":
         recipe = msgspec.structs.replace(recipe, method="full")
-    tune()
     torch.set_num_threads(int(recipe.threads))
     imported(recipe)
     libraries = held()
@@ -206,4 +205,5 @@ def _seconds(work: Callable[[], object], ends: float) -> float:
 
 
 if __name__ == "__main__":
+    tune()
     sys.stdout.buffer.write(msgspec.json.encode(answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Question))))

@@ -42,7 +42,9 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
             run.mend_log()
             others = _start_others(run, step)
         from tunesmith.local.loop import train
+        from tunesmith.local.machine import tune
 
+        tune()
         train(run, stopping.is_set, step)
     except Interrupted as error:
         return error.exit_status
