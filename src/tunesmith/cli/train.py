@@ -87,12 +87,15 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("--no-probe", action="store_true", help="no estimate of memory and time: it takes some seconds")
     add_settings(parser)
     options: argparse.Namespace = parser.parse_args(argv)
+    from importlib.util import find_spec
+
     import msgspec
 
     from tunesmith import api
 
     prepared = api.prepare(config=options.config, **settings(options))
-    here = prepared.plan.recipe.provider == "huggingface" and not options.no_probe
+    local = prepared.plan.recipe.provider == "huggingface" and find_spec("torch") is not None
+    here = local and not options.no_probe
     need, ways = api.estimate(prepared) if here else (None, [])
     if options.json:
         show_json(msgspec.to_builtins(prepared.plan) | {"estimate": need, "ways_to_fit": [words for words, _ in ways]})
