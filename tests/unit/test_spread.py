@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,11 +35,14 @@ def damaged(tmp_path: Path) -> list[str]:
     chats[33]["messages"][1]["role"] = "bot"
     chats[350] = chats[3]
     write(tmp_path / "a.jsonl", chats)
-    with (tmp_path / "a.jsonl").open("a") as more:
-        more.write("{broken\n\n")
+    plain = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + plain + b"{broken\n\n")  # with a byte order mark
     (tmp_path / "b.csv").write_text("prompt,completion\n" + "".join(f"q{i},answer {i}\n" for i in range(40)))
-    write(tmp_path / "c.jsonl", [*chats[:5], {"prompt": "Wie geht es dir?", "completion": "Gut, danke der Nachfrage."}])
-    return [str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.jsonl")]
+    last = write(
+        tmp_path / "c.jsonl", [*chats[:5], {"prompt": "Wie geht es dir?", "completion": "Gut, danke der Nachfrage."}]
+    )
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(last.read_bytes()))
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.csv", "c.jsonl.gz")]
 
 
 def examined(monkeypatch: pytest.MonkeyPatch, paths: list[str], processes: int, **options: bool) -> Loaded:

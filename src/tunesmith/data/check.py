@@ -19,7 +19,7 @@ from tunesmith.data.language import Sample
 from tunesmith.data.likeness import Likeness
 from tunesmith.data.read import files
 from tunesmith.data.scan import Block, Progress, Rows, Spare, converted, scan, size
-from tunesmith.data.spread import cores, spread
+from tunesmith.data.spread import can_fork, cores, spread
 from tunesmith.errors import DataError
 
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
@@ -98,8 +98,9 @@ def examine(
             mine.extend(done.sample)
         return done, part.share
 
-    parts = scan(datasets, how.columns)
-    if keep or processes < 2:
+    alone = keep or processes < 2 or not can_fork()
+    parts = scan(datasets, how.columns, placed=not alone)
+    if alone:
         for part in parts:
             whole.take(part)
             if progress:

@@ -18,6 +18,7 @@ from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.findings import finding
 from tunesmith.data.formats import BY_NAME, convert, plain_chat, unused
 from tunesmith.data.read import (
+    PACKED,
     NotLines,
     Row,
     array,
@@ -38,12 +39,25 @@ AT_A_TIME = 1000  # rows of the containers that have no lines
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """Whole lines of a JSONL file, the number of the first, and the share of the data set that has been read with them."""
+    """Whole lines of a JSONL file, the number of the first, and the share of the data set that has been read with them.
+
+    With `span`, their place in the file (first byte, length), `lines` is empty: who works on them reads them.
+    """
 
     path: str
     first: int
     lines: bytes
     share: float
+    span: tuple[int, int] | None = None
+
+    def text(self) -> bytes:
+        """The lines, read again where they were only placed."""
+        if not self.span:
+            return self.lines
+        with open(self.path, "rb") as stream:
+            stream.seek(self.span[0])
+            found = stream.read(self.span[1])
+        return found.removeprefix(b"\xef\xbb\xbf") if self.first == 1 else found
 
 
 class Rows(msgspec.Struct, frozen=True, gc=False):
@@ -57,8 +71,9 @@ class Rows(msgspec.Struct, frozen=True, gc=False):
 Item = tuple[Conversation | Issue, str, bool]
 
 
-def scan(datasets: list[str], columns: dict[str, str]) -> Iterator[Block | Rows]:
-    """The rows of the data sets in order, some at a time. Raises DataError where nothing can be read at all."""
+def scan(datasets: list[str], columns: dict[str, str], placed: bool = False) -> Iterator[Block | Rows]:
+    """The rows of the data sets in order, some at a time. `placed`: blocks of plain files come without their lines, to be sent
+    to another process for less. Raises DataError where nothing can be read at all."""
     listed = [(name, files(name)) for name in datasets]
     single = sum(len(paths or [0]) for _, paths in listed) == 1
     total = size(listed) or 1
@@ -68,7 +83,7 @@ def scan(datasets: list[str], columns: dict[str, str]) -> Iterator[Block | Rows]
             yield from _some(hub(name), lambda: 0.0)
         for path in paths or ():
             try:
-                yield from _file(path, bool(columns), partial(_share, before, total))
+                yield from _file(path, bool(columns), placed, partial(_share, before, total))
             except DataError as error:
                 if single:
                     raise
@@ -85,15 +100,21 @@ def size(listed: Iterable[tuple[str, list[Path] | None]]) -> int:
     return sum(path.stat().st_size for _, paths in listed for path in paths or ())
 
 
-def _file(path: Path, mapped: bool, share: Callable[[int], float]) -> Iterator[Block | Rows]:
+def _file(path: Path, mapped: bool, placed: bool, share: Callable[[int], float]) -> Iterator[Block | Rows]:
     lines = container(path) not in (".csv", ".tsv", ".parquet", ".json") and not mapped
     with opened(path) as stream:
         if stream is None or not lines:
             yield from _some(parsed(path, stream), lambda: share(position(stream) if stream else 0))
             return
         try:
+            placed = placed and path.is_file() and path.suffix.lower() not in PACKED
+            before = 0
             for first, block in blocks(path, stream):
-                yield Block(str(path), first, block, share(position(stream)))
+                at = position(stream)
+                yield Block(
+                    str(path), first, b"" if placed else block, share(at), (before, at - before) if placed else None
+                )
+                before = at
         except NotLines as whole:
             yield from _some(array(path, stream, whole), lambda: share(position(stream)))
 
@@ -109,7 +130,7 @@ def converted(part: Block | Rows, columns: dict[str, str], spare: Spare | None) 
         return [_converted(row, columns, spare) for row in part.items], 0
     batch: list[Item] = []
     plain = 0
-    for number, line in enumerate(part.lines.split(b"\n"), part.first):
+    for number, line in enumerate(part.text().split(b"\n"), part.first):
         if found := plain_chat(line):
             if spare is None:
                 plain += 1
