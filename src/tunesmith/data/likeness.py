@@ -43,11 +43,7 @@ class Likeness:
             self._texts.append(" ".join(contents[skip:]))
             self._held += len(self._texts[-1])
             if self._held > 1 << 20:  # characters: what waits must not grow with the rows' length
-                self._sketch()
-
-    def settle(self) -> None:
-        """Sketch the texts that still wait."""
-        self._sketch()
+                self.settle()
 
     def extend(self, later: Likeness) -> None:
         """The rows of another, settled one, after one's own."""
@@ -60,7 +56,8 @@ class Likeness:
     def _columns(self) -> tuple[array[int], ...]:
         return self._content, self._prompt, self._answer, self._line
 
-    def _sketch(self) -> None:
+    def settle(self) -> None:
+        """Sketch the texts that still wait."""
         from tunesmith.data.dedup import sketches
 
         if self._texts:
@@ -94,7 +91,7 @@ class Likeness:
                     "asks the same, and is answered otherwise, as",
                     "keep the better answer",
                 )
-        self._sketch()
+        self.settle()
         if self._sketches:
             from tunesmith.data.dedup import BINS
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,11 @@ def answer(question: Question) -> Answer:
 
 def imported(recipe: Recipe) -> None:
     """Import what a training process has besides what this one has."""
-    import tunesmith.local.loop
-
-    assert tunesmith.local.loop
+    import_module("tunesmith.local.loop")
     if recipe.method in ADAPTERS:
-        import peft
-
-        assert peft
+        import_module("peft")
     if "8bit" in recipe.optimizer or recipe.method == "qlora":
-        import bitsandbytes
-
-        assert bitsandbytes
+        import_module("bitsandbytes")
 
 
 def typical(lengths: list[int]) -> list[int]:
@@ -174,15 +169,18 @@ def _measure(engine: Engine, ends: float) -> dict[str, float]:
 
     sup = engine.sets["train"].supervised(rows)
     hidden = torch.randn(sup, head.weight.shape[1], device=engine.device, requires_grad=True)
-    weight = head.weight if hasattr(head, "weight") else next(head.parameters())
     targets = torch.zeros(sup, dtype=torch.int64, device=engine.device)
+
+    def through_head() -> None:
+        chunked_cross_entropy(hidden, head.weight, None, targets)
+
     with torch.no_grad():
-        head_forward = _seconds(lambda: chunked_cross_entropy(hidden, weight, None, targets), ends)
+        head_forward = _seconds(through_head, ends)
     return {
         "step": _seconds(forward_backward, ends),
         "forward": _seconds(engine.validate, ends),
         "optimizer": optimizer / sum(g.numel() for g in grads),
-        "head": _seconds(lambda: chunked_cross_entropy(hidden, weight, None, targets), ends),
+        "head": _seconds(through_head, ends),
         "head_forward": head_forward,
         "weights": float(sum(p.nbytes for p in {id(p): p for p in engine.model.parameters()}.values())),
         "saved": float(sum(saved.values())),
