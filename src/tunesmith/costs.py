@@ -18,6 +18,11 @@ ADAPTERS = ("lora", "qlora")  # the methods that leave the base as it is
 LIBRARIES = 450e6  # bytes that torch, transformers and peft take by themselves (CPU build, measured)
 
 
+def steps_per_epoch(rows: int, recipe: Recipe) -> int:
+    """Optimizer steps of one pass over so many rows, the last of which takes what is left."""
+    return -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
+
+
 def frozen_layers(recipe: Recipe, layers: int) -> int:
     """How many layers, from the bottom, stay as they are."""
     return math.floor(freeze_ratio(recipe) * layers)
@@ -122,8 +127,7 @@ def estimate(question: Question, model: ModelFacts, valid_tokens: int, found: An
     again = found.layer_forward_seconds if recipe.gradient_checkpointing else 0.0
     token = rest + top * (found.layer_seconds + again)
     once = frozen * found.layer_forward_seconds
-    steps_per_epoch = -(-len(question.lengths) // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
-    epochs, tokens = question.steps / steps_per_epoch, sum(question.lengths)
+    epochs, tokens = question.steps / steps_per_epoch(len(question.lengths), recipe), sum(question.lengths)
     training = epochs * tokens * token + (min(1.0, epochs) if recipe.prefix_cache else epochs) * tokens * once
     updating = question.steps * trained * found.optimizer_seconds
     forward = found.rest_forward_seconds + (found.head_scale - 1) * found.head_forward_seconds

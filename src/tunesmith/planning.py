@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from tunesmith.conversation import Conversation, Issue
-from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, trainable
+from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, steps_per_epoch, trainable
 from tunesmith.data.check import load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import persona
@@ -252,7 +252,7 @@ def _plan(
     assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
     budget = int(recipe.micro_batch_tokens)
     rows = {side: len(part) for side, part in rendered.items()}
-    per_epoch = math.ceil(rows["train"] / (recipe.batch_size * recipe.gradient_accumulation_steps))
+    per_epoch = steps_per_epoch(rows["train"], recipe)
     steps = per_epoch * recipe.epochs
     lengths = sorted(len(r.ids) for r in rendered["train"])
     longest = max(len(r.ids) for part in rendered.values() for r in part)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tunesmith.costs import steps_per_epoch
 from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
 
@@ -33,10 +34,6 @@ def collate(tokens: Tokens, rows: list[int], device: torch.device) -> Batch:
 @functools.lru_cache(maxsize=2)
 def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def steps_per_epoch(rows: int, recipe: Recipe) -> int:
-    return -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
 
 
 def step_rows(rows: int, recipe: Recipe, step: int) -> list[int]:

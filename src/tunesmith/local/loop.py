@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.costs import steps_per_epoch
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.local import batches, checkpoint, methods, optim, prefix
 from tunesmith.local import model as models
@@ -79,7 +80,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         processes=world.size,
     )
     began, before = time.perf_counter(), position.seconds
-    per_epoch = batches.steps_per_epoch(len(train_set), recipe)
+    per_epoch = steps_per_epoch(len(train_set), recipe)
     stopped_early = 0 < recipe.patience <= position.since_best
     saved_at, saving = time.monotonic(), 0.0
 
