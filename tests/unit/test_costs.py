@@ -96,7 +96,8 @@ def test_the_probe_measures_what_it_says(method: str, tiny: Path, data: Path) ->
     assert 0.75 * by_hand < found.layer_saved_bytes < 1.6 * by_hand
     batch = int(plan.recipe.batch_size)
     assert max(lengths) <= found.tokens_at_most <= sum(sorted(lengths)[-batch:])
-    assert found.layer_seconds > 0 and found.head_seconds > 0 and found.libraries > 50e6
+    assert found.layer_seconds >= 0 and found.layer_forward_seconds >= 0  # too small here to be told from noise
+    assert found.layer_seconds + found.rest_seconds > 0 and found.head_seconds > 0 and found.libraries > 50e6
     whole = 4 * 9280  # bytes of a layer in fp32
     assert found.layer_bytes < whole / 2 if method == "qlora" else found.layer_bytes >= whole
 
