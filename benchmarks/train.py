@@ -119,7 +119,7 @@ def make_fixture(options: argparse.Namespace) -> None:
     model = folder / options.shape
     if not (model / "config.json").exists():
         save_model(options.shape, model)
-    data = folder / "rows.jsonl"
+    data = folder / "texts.jsonl"
     if not data.exists():
         data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts(256)))
     from tunesmith import api
@@ -170,19 +170,22 @@ def save_model(shape: str, folder: Path) -> None:
 
 
 def texts(count: int) -> list[dict[str, str]]:
-    """Questions with answers of several joined texts: 250 to 1,000 tokens, most of them long."""
+    """Questions about a passage, and answers of several joined texts: two in five as long as fits, the others of any length."""
     rng = random.Random(0)
     read = [json.loads(line) for line in (ROOT / "tools/starter/talk.jsonl").open()]
     pairs = [(row["prompt"], row["completion"]) for row in read if "prompt" in row]
-    rng.shuffle(pairs)
-    rest = iter(pairs)
+
+    def text(begin: str, characters: int) -> str:
+        while len(begin) < characters:
+            begin += "\n\n" + rng.choice(pairs)[1]
+        return begin[:characters].strip()
+
     rows = []
     for _ in range(count):
-        ask, answer = next(rest)
-        target = rng.choice((1000, 2200, 3000, 3200, 3400, 3500))  # characters, of 3.8 to a token
-        while len(answer) < target:
-            answer += "\n\n" + next(rest)[1]
-        rows.append({"prompt": ask[:400], "completion": answer[:3500].strip()})
+        whole = 3900 if rng.random() < 0.4 else rng.randrange(1000, 3200)  # characters, of 3.8 to a token
+        asking = int(whole * rng.uniform(0.05, 0.3))
+        ask, answer = rng.choice(pairs)
+        rows.append({"prompt": text(ask, asking), "completion": text(answer, whole - asking)})
     return rows
 
 

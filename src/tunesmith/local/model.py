@@ -121,10 +121,10 @@ def arrange(module: LossModule, recipe: Recipe) -> None:
     if recipe.neftune_alpha and module.mode == "logits":
         raise UsageError("neftune_alpha: this model's embeddings cannot be reached", fix="leave it out")
     module.neftune_alpha = recipe.neftune_alpha
-    if hasattr(module.model, "peft_config") and not use_half(recipe, device()):
-        from tunesmith.local.adapters import fuse
+    if not recipe.torch_compile and not use_half(recipe, device()):
+        from tunesmith.local.fused import fuse
 
-        fuse(module.model)
+        fuse(module.model, again=not recipe.gradient_checkpointing)
     if recipe.torch_compile:
         for layer in decoder_layers(module.model)[1]:
             layer.compile(dynamic=True)  # each by itself: the same code for all of them, and weights keep their names
