@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import shutil
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
 from tunesmith.models import read_json
 from tunesmith.recipe import FACTS
+from tunesmith.words import Words, apart, parts
 
 DEFAULT_TEMPLATE = FACTS / "templates" / "default.jinja"
 TOKENIZER_FILES = (
@@ -117,6 +119,8 @@ class Renderer:
             self.special["bos_token"] = self.tokenizer.decode(prefix, skip_special_tokens=False) if prefix else ""
         self.stop_ids = self._stops(read_json(folder / "generation_config.json"))
         self.pad_id = self._id(self.special["pad_token"]) if self.special["pad_token"] else self.stop_ids[0]
+        self._words = Words(self.tokenizer) if apart(self.tokenizer) else None
+        self._at_border = lru_cache(1 << 16)(self._border)
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -204,9 +208,9 @@ class Renderer:
         return next(self.render_all([conversation]))
 
     def render_all(self, conversations: Iterable[Conversation], chunk: int = 1024) -> Iterator[Rendered]:
-        """Many conversations, tokenised in chunks on every core."""
+        """Many conversations, in order. A tokenizer that has to see them whole is given chunks, for every core."""
         rest = iter(conversations)
-        while rows := list(islice(rest, chunk)):
+        while rows := list(islice(rest, chunk if self._words is None else 1)):
             texts = []
             for row in rows:
                 try:
@@ -214,13 +218,49 @@ class Renderer:
                 except DataError as error:
                     error.where = error.where or row.source
                     raise
+            if self._words is not None:
+                for row, (text, spans) in zip(rows, texts, strict=True):
+                    yield Rendered(*self._by_words(self._words, text, spans), text, row.source)
+                continue
             encodings = self.tokenizer.encode_batch([t for t, _ in texts], add_special_tokens=False)
             for row, (text, spans), encoding in zip(rows, texts, encodings, strict=True):
                 ids, offsets = self._unstraddled(text, spans, encoding)
                 yield Rendered(ids, _mask(offsets, spans), text, row.source)
 
+    def _by_words(self, words: Words, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """(ids, mask) as of `_unstraddled` and `_mask`; only where an answer begins or ends within a word is it looked into."""
+        cut = parts(text)
+        places = [place for span in spans for place in span]
+        ends = list(accumulate(map(len, cut)))
+        for here in sorted({bisect_right(ends, place) for place in places if place < len(text)}, reverse=True):
+            cut[here : here + 1] = words.around_added(cut[here])
+        ends = list(accumulate(map(len, cut)))
+        ids: list[int] = []
+        mask: list[int] = []
+        at = 0  # words that are done
+        for number, place in enumerate(places):
+            here = bisect_right(ends, place)
+            if here < at:  # in the word that was just done
+                continue
+            ids += words.ids(cut[at:here])
+            mask += [number % 2] * (len(ids) - len(mask))  # learnt between a span's first place and its last
+            at = here
+            if here < len(cut) and (start := ends[here] - len(cut[here])) < place:
+                inside = tuple((max(a - start, 0), b - start) for a, b in spans if b > start and a < ends[here])
+                found, learnt = self._at_border(cut[here], inside)
+                ids += found
+                mask += learnt
+                at += 1
+        ids += words.ids(cut[at:])
+        return ids, mask + [0] * (len(ids) - len(mask))
+
+    def _border(self, text: str, spans: tuple[tuple[int, int], ...]) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a word in which a span begins or ends."""
+        ids, offsets = self._unstraddled(text, spans, self.tokenizer.encode(text, add_special_tokens=False))
+        return ids, _mask(offsets, spans)
+
     def _unstraddled(
-        self, text: str, spans: list[tuple[int, int]], encoding: Encoding
+        self, text: str, spans: Sequence[tuple[int, int]], encoding: Encoding
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, character offsets) such that no token lies across the start of an answer.
 
@@ -243,6 +283,8 @@ class Renderer:
     def prompt_ids(self, messages: Iterable[Message], tools: Any = None) -> list[int]:
         """Ids after which the model speaks as the assistant."""
         text, spans = _unmark(self._render(messages, tools, prompt=True))
+        if self._words is not None:
+            return self._by_words(self._words, text, spans)[0]
         return self._unstraddled(text, spans, self.tokenizer.encode(text, add_special_tokens=False))[0]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
@@ -283,7 +325,7 @@ def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+def _mask(offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """1 for the tokens that lie inside a span. Tokens are in text order."""
     mask = [0] * len(offsets)
     for first, last in spans:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from conftest import STARTER
 from tunesmith.conversation import Conversation, Message
 from tunesmith.render import Renderer
+from tunesmith.words import Words, apart, parts
 
 renderer = Renderer(STARTER)
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(lambda t: "<|" not in t)
@@ -55,3 +58,85 @@ def test_weight_zero_is_not_learnt(pairs: list[tuple[str, str]], draw: st.DataOb
     row = renderer.render(Conversation(messages))
     learnt = renderer.decode([i for i, m in zip(row.ids, row.mask, strict=True) if m], special=True)
     assert learnt == "".join(f"{answer}<|im_end|>" for (_, answer), keep in zip(pairs, kept, strict=True) if keep)
+
+
+# ---- words, each encoded once, against the whole text
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+words = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                " ",
+                "  ",
+                "\n",
+                " \n ",
+                "\t",
+                "\u00a0",
+                "\u3000",
+                "the",
+                "cat",
+                " the",
+                ".",
+                "'s",
+                "1234",
+                "<|im_end|>",
+                "e\u0301",
+            ]
+        ),
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6),
+    ),
+    max_size=12,
+).map("".join)
+
+
+def trained(kind: str) -> Tokenizer:
+    """A tokenizer of some family, with merges learnt from the starter's rows."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    metaspace = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = {"gpt2": level, "metaspace": metaspace}.get(kind, pre_tokenizers.Sequence([split, level]))
+    if kind == "llama2":  # no pieces at all: a token may reach over a space
+        tokenizer.pre_tokenizer = None
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if kind == "qwen":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, initial_alphabet=alphabet, show_progress=False, special_tokens=["<|im_end|>"]
+    )
+    tokenizer.train_from_iterator((STARTER.parent / "data" / "echo.jsonl").read_text().splitlines(), trainer)
+    if kind == "strips":
+        tokenizer.add_special_tokens([AddedToken("<|im_end|>", rstrip=True)])
+    return tokenizer
+
+
+KINDS = {kind: trained(kind) for kind in ("gpt2", "llama3", "qwen", "metaspace")} | {"starter": renderer.tokenizer}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=300)
+@given(said=words)
+def test_word_by_word_is_the_same(kind: str, said: str) -> None:
+    tokenizer = KINDS[kind]
+    assert "".join(parts(said)) == said
+    assert Words(tokenizer).ids(parts(said)) == tokenizer.encode(said, add_special_tokens=False).ids
+
+
+def test_which_tokenizers_treat_words_apart() -> None:
+    assert all(apart(tokenizer) for tokenizer in KINDS.values())
+    assert not any(apart(trained(kind)) for kind in ("llama2", "strips"))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
+def test_the_same_ids_and_mask(pairs: list[tuple[str, str]]) -> None:
+    """As of the whole text, whose tokens are divided where an answer begins."""
+    whole = Renderer(STARTER)
+    whole._words = None
+    row = Conversation(tuple(m for ask, answer in pairs for m in (Message("user", ask), Message("assistant", answer))))
+    want = next(whole.render_all([row]))
+    got = next(renderer.render_all([row]))
+    assert (got.ids, got.mask, got.text) == (want.ids, want.mask, want.text)

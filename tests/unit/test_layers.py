@@ -16,6 +16,7 @@ LAYERS = [
     {"conversation"},
     {"recipe", "models", "settings"},
     {"data"},
+    {"words"},
     {"render"},
     {"costs"},
     {"preflight"},

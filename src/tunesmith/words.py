@@ -1,0 +1,99 @@
+"""Tokens of a text by way of its words, each of which the tokenizer has to see only once.
+
+Most tokenizers begin a new piece of the text wherever one space stands between two characters that are none, and no token
+reaches across. What such a piece becomes does not depend on its neighbours, and most of them are words that came before:
+looking them up takes a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import chain, product
+
+from tokenizers import Tokenizer
+
+MOST = 1 << 18  # words that are remembered: some 60 MB
+LONGEST = 40  # characters of a word worth remembering
+_BORDER = re.compile(r"(?<=\S)(?= \S)")
+_SIDES = (
+    "a",
+    "Z",
+    "7",
+    ".",
+    "'",
+    '"',
+    "(",
+    "}",
+    "-",
+    "_",
+    "/",
+    "#",
+    "=",
+    "é",
+    "ß",
+    "я",
+    "你",
+    "か",
+    "ع",
+    "한",
+    "😀",
+    "\u0301",
+    "<|",
+    "'s",
+)
+
+
+def parts(text: str) -> list[str]:
+    """A text in parts that begin at such spaces."""
+    return _BORDER.split(text)
+
+
+def apart(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer treats such parts one by one: tried on pairs of letters, digits, marks and scripts."""
+    if tokenizer.pre_tokenizer is None or getattr(tokenizer.model, "dropout", None):
+        return False
+    for token in tokenizer.get_added_tokens_decoder().values():
+        melts = token.lstrip or token.rstrip or token.single_word or token.normalized and tokenizer.normalizer
+        if melts or any(c.isspace() for c in token.content):
+            return False
+
+    lefts, rights = [f" m{side}" for side in _SIDES], [f" {side}m" for side in _SIDES]
+    said = [word for pair in product(lefts, rights) for word in pair]
+    text = "".join(said)
+    pieces = {word: tokenizer.pre_tokenizer.pre_tokenize_str(word) for word in {*said}}
+    ids = {word: tokenizer.encode(word, add_special_tokens=False).ids for word in {*said}}
+    whole = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return (
+        parts(text) == said
+        and whole == [piece for word in said for piece, _ in pieces[word]]
+        and tokenizer.encode(text, add_special_tokens=False).ids == [i for word in said for i in ids[word]]
+    )
+
+
+class Words(dict[str, list[int]]):
+    """Ids of each word, encoded when first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        added = sorted(
+            (token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
+        )
+        self._added = re.compile(f"({'|'.join(map(re.escape, added))})") if added else None
+
+    def __missing__(self, word: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
+        if len(word) <= LONGEST:
+            if len(self) >= MOST:
+                self.clear()
+            self[word] = ids
+        return ids
+
+    def around_added(self, word: str) -> list[str]:
+        """A word in parts: its special tokens, and what stands between them."""
+        return [part for part in self._added.split(word) if part] if self._added else [word]
+
+    def ids(self, words: Iterable[str]) -> list[int]:
+        """Those of some words, one after the other."""
+        return list(chain.from_iterable(map(self.__getitem__, words)))
