@@ -138,7 +138,7 @@ def make_fixture(options: argparse.Namespace) -> None:
     assert isinstance(prepared.plan.recipe, Recipe) and prepared.plan.steps == options.steps * options.epochs
     with (folder / "ordered.jsonl").open("w") as out:
         for r in order:
-            ids, mask = prepared.rendered["train"][r].ids, prepared.rendered["train"][r].mask
+            ids, mask = prepared.tokens["train"].row(r)
             said = [{"role": m.role, "content": m.content} for m in train[r].messages]
             out.write(json.dumps({"ids": ids, "mask": [bool(m) for m in mask], "messages": said}) + "\n")
 

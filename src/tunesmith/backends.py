@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.conversation import Conversation
+from tunesmith.data.store import Conversations
 from tunesmith.data.write import as_row, write_json, write_jsonl
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.planning import Plan, Prepared
@@ -67,7 +69,7 @@ def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lam
     """A run directory with manifest and splits: the same for every backend, which may `fill` in its own files."""
     with create(path, _manifest(prepared.plan, prepared)) as run:
         for side, rows in prepared.splits.items():
-            if rows:
+            if len(rows):
                 write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
         write_json(run / "data" / "check.json", prepared.plan.issues)
         fill(run)
@@ -92,12 +94,20 @@ def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
             "memory_mb": plan.memory_mb,
         },
         "model": plan.model,
-        "data_hashes": {side: [row.digest() for row in rows] for side, rows in prepared.splits.items()},
+        "data_hashes": {side: _digest(rows) for side, rows in prepared.splits.items()},
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
         },
     }
+
+
+def _digest(rows: Conversations) -> str:
+    """Hash of what a side's rows say, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(bytes.fromhex(row.digest()))
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from tunesmith.conversation import Conversation, Issue
+from tunesmith.conversation import Issue
 from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, steps_per_epoch, trainable
-from tunesmith.data.check import load
-from tunesmith.data.findings import finding
-from tunesmith.data.persona import persona
-from tunesmith.data.split import Splits, leaks, prompt_key, split
+from tunesmith.data.split import Splits
 from tunesmith.data.spread import cores
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
-from tunesmith.preflight import fit, has_calls, idle_settings, refuse_impossible, token_issues, tool_calls_lost
+from tunesmith.preflight import idle_settings, refuse_impossible
+from tunesmith.preparing import Data, prepare_data
 from tunesmith.recipe import FACTS, Recipe, need_dataset
-from tunesmith.render import Rendered, Renderer
+from tunesmith.render import Renderer
+from tunesmith.tokens import Tokens
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -52,7 +52,7 @@ class Prepared(msgspec.Struct, frozen=True):
 
     plan: Plan
     splits: Splits
-    rendered: dict[str, list[Rendered]]
+    tokens: dict[str, Tokens]
 
 
 def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
@@ -63,9 +63,6 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
         recipe = msgspec.structs.replace(recipe, model=str(folder.resolve()))
     model = facts(folder)
     _check_targets(recipe, folder)
-    splits, issues, formats = _splits(recipe)
-    if recipe.num_workers != "auto":
-        os.environ["RAYON_NUM_THREADS"] = str(recipe.num_workers)  # read by tokenizers when its pool starts
     renderer = Renderer(folder)
     limit = model.context if recipe.max_length == "auto" else recipe.max_length
     if limit > model.context:
@@ -74,15 +71,9 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
             where=recipe.model,
             fix=f"set --max-length {model.context} or less",
         )
-    rendered, kept, dropped = {}, {}, 0
-    for side, rows in splits.items():
-        whole = list(renderer.render_all(rows))
-        fits, found = fit(whole, limit, recipe.over_long, side)
-        issues.extend(found)
-        rendered[side] = [r for r in fits if r]
-        kept[side] = [row for row, r in zip(rows, fits, strict=True) if r]
-        dropped += len(rows) - len(kept[side])
-    if not rendered["train"]:
+    found = prepare_data(recipe, renderer, model, limit)
+    issues = list(found.issues)
+    if not len(found.rows["train"]):
         cut = recipe.over_long == "truncate"
         raise DataError(
             f"all rows are longer than {limit} tokens"
@@ -91,16 +82,12 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
             fix="shorten them, or use a model with a longer context"
             + (" or a greater --max-length" if recipe.max_length != "auto" else ""),
         )
-    issues.extend(token_issues(rendered["train"], renderer, model))
-    both = zip(kept["train"], rendered["train"], strict=True)
-    lost = next((issue for row, r in both if has_calls(row) and (issue := tool_calls_lost(row, r))), None)
-    issues.extend([lost] if lost else [])
     stop = next((i for i in issues if i.severity == "error"), None)
     if stop:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
-    recipe, origin = _resolve_auto(recipe, origin, model, len(kept["train"]), limit, kept)
+    recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
     issues.extend(idle_settings(recipe, origin))
-    return Prepared(_plan(recipe, origin, model, rendered, dropped, formats, issues), kept, rendered)
+    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -124,69 +111,6 @@ def _check_targets(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def _refuse_parts(dataset: str) -> None:
-    """UsageError for a folder that holds a split already: read as one data set, its parts would be mixed again."""
-    folder = Path(dataset)
-    files = {p.name.split(".")[0].rpartition("_")[2]: p for p in sorted(folder.glob("*.*"))} if folder.is_dir() else {}
-    held = [files[side] for side in ("valid", "val", "validation", "test") if side in files]
-    if "train" in files and held:
-        flag = "--test-dataset" if "test" in held[0].name else "--valid-dataset"
-        raise UsageError(
-            "this folder holds train and held-out files, which training would mix",
-            where=dataset,
-            fix=f"--dataset {files['train']} {flag} {held[0]}",
-        )
-
-
-def _splits(recipe: Recipe) -> tuple[Splits, list[Issue], dict[str, int]]:
-    _refuse_parts(need_dataset(recipe))
-    how = {"task": recipe.task, "provider": recipe.provider}
-    loaded = load(need_dataset(recipe), recipe.columns, **how).require()
-    issues, apart = list(loaded.issues), {}
-    for side, name in (("valid", recipe.valid_dataset), ("test", recipe.test_dataset)):
-        if name:
-            part = load(name, recipe.columns, **how).require()
-            apart[side] = part.conversations
-            issues.extend(part.issues)
-    splits = split(
-        loaded.conversations,
-        0 if "valid" in apart else recipe.valid_fraction,
-        0 if "test" in apart else recipe.test_fraction,
-        method=recipe.split_method,
-        seed=recipe.seed,
-        group_by=recipe.group_by,
-    )
-    trained, seen = ({key(row) for row in splits["train"]} for key in (prompt_key, Conversation.digest))
-    for side, rows in apart.items():
-        splits[side] = rows
-        same = [row for row in rows if row.digest() in seen]
-        if same:
-            message = f"{len(same)} rows of the {side} set are training rows"
-            raise DataError(f"{message} [leak]", where=same[0].source, fix="remove them from one of the two")
-        both = [row for row in rows if prompt_key(row) in trained]
-        if both:
-            issues.append(
-                finding(
-                    "leak",
-                    both[0].source,
-                    f"{len(both)} rows of the {side} set ask what a training row asks",
-                    "remove them from one of the two",
-                )
-            )
-    if apart and set(map(prompt_key, splits["valid"])) & (tested := set(map(prompt_key, splits["test"]))):
-        both = [row for row in splits["valid"] if prompt_key(row) in tested]
-        raise DataError(
-            f"{len(both)} validation rows ask what a test row asks: the best step would be chosen on the test [leak]",
-            where=both[0].source,
-            fix="remove them from one of the two",
-        )
-    near = [leak for leak in leaks(splits) if "alike" in leak.message]
-    if near:
-        message = f"{len(near)} rows are nearly the same on two sides: {near[0].message}"
-        issues.append(msgspec.structs.replace(near[0], message=message))
-    return splits, issues, loaded.formats
-
-
 # ---- auto
 
 
@@ -204,13 +128,13 @@ def _step(rule: dict[str, Any], size: int) -> Any:
 
 
 def _resolve_auto(
-    recipe: Recipe, origin: dict[str, str], model: ModelFacts, rows: int, limit: int, kept: Splits
+    recipe: Recipe, origin: dict[str, str], model: ModelFacts, limit: int, data: Data
 ) -> tuple[Recipe, dict[str, str]]:
     """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
     rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
-    name, count = persona(kept["train"])
+    rows, (name, count) = len(data.rows["train"]), data.persona
     values: dict[str, tuple[Any, str]] = {
         "max_length": (limit, "the model's context"),
         "num_workers": (cores(), "every core"),
@@ -244,33 +168,33 @@ def _plan(
     recipe: Recipe,
     origin: dict[str, str],
     model: ModelFacts,
-    rendered: dict[str, list[Rendered]],
-    dropped: int,
-    formats: dict[str, int],
+    data: Data,
     issues: list[Issue],
 ) -> Plan:
     assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
     budget = int(recipe.micro_batch_tokens)
-    rows = {side: len(part) for side, part in rendered.items()}
+    rows = {side: len(part) for side, part in data.rows.items()}
     per_epoch = steps_per_epoch(rows["train"], recipe)
     steps = per_epoch * recipe.epochs
-    lengths = sorted(len(r.ids) for r in rendered["train"])
-    longest = max(len(r.ids) for part in rendered.values() for r in part)
+    lengths = np.sort(data.tokens["train"].lengths())
+    longest = max(int(part.lengths().max()) for part in data.tokens.values() if len(part))
     trained = trainable(recipe, model)
     return Plan(
         recipe,
         origin,
         model,
         rows,
-        tokens={s: sum(len(r.ids) for r in p) for s, p in rendered.items()},
-        supervised_tokens={s: sum(sum(r.mask[1:]) for r in p) for s, p in rendered.items()},
+        tokens={side: len(part.ids) for side, part in data.tokens.items()},
+        supervised_tokens={side: part.all_supervised() for side, part in data.tokens.items()},
         longest=longest,
-        dropped=dropped,
-        formats=formats,
+        dropped=data.dropped,
+        formats=data.formats,
         steps_per_epoch=per_epoch,
         steps=min(steps, recipe.max_steps or steps),
         trainable_parameters=trained,
-        memory_mb=memory_mb(recipe, model, trained, min(sum(lengths[-recipe.batch_size :]), max(budget, longest))),
+        memory_mb=memory_mb(
+            recipe, model, trained, min(int(lengths[-recipe.batch_size :].sum()), max(budget, longest))
+        ),
         issues=issues,
     )
 

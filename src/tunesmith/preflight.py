@@ -15,7 +15,7 @@ from tunesmith.costs import ADAPTERS
 from tunesmith.data.findings import finding
 from tunesmith.data.stats import hosted_model, openai_lengths
 from tunesmith.errors import UsageError
-from tunesmith.models import ModelFacts, facts, find
+from tunesmith.models import facts, find
 from tunesmith.recipe import Recipe, fields
 from tunesmith.render import Rendered, Renderer
 
@@ -59,31 +59,94 @@ def refuse_impossible(recipe: Recipe) -> None:
         raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 
 
-def fit(rows: list[Rendered], limit: int, policy: str, side: str) -> tuple[list[Rendered | None], list[Issue]]:
-    """Rows within the limit; over-long ones as the policy says: None (dropped), cut, or kept with an error."""
-    long = [r for r in rows if len(r.ids) > limit]
-    if not long:
-        return list(rows), []
-    worst = max(long, key=lambda r: len(r.ids))
-    message = f"{len(long)} of {len(rows)} {side} rows are over {limit} tokens (the longest: {len(worst.ids)})"
-    if policy == "error":
-        if len(long) == len(rows):
-            message = f"all rows are over-long: {message}"
-        return list(rows), [
-            finding(
-                "over-long",
-                worst.source,
-                f"{message}; the answer would be cut",
-                "shorten them, or --over-long drop (or truncate)",
-            )
-        ]
-    if policy == "drop":
-        kept: list[Rendered | None] = [r if len(r.ids) <= limit else None for r in rows]
-        return kept, [finding("cut", worst.source, f"{message}; left out")]
-    cut = [msgspec.structs.replace(r, ids=r.ids[:limit], mask=r.mask[:limit]) for r in rows]
-    kept = [r if any(r.mask[1:]) else None for r in cut]
-    empty = f"; {kept.count(None)} of them keep nothing of the answer and are left out" if None in kept else ""
-    return kept, [finding("cut", worst.source, f"{message}; their ends are cut{empty}")]
+class Seen(msgspec.Struct):
+    """What rendering some rows of a side has shown, added up: `issues` says what of it matters.
+
+    First places are the earliest of what was counted. `limit` in tokens; `policy` as of the recipe's over_long.
+    """
+
+    limit: int
+    policy: str
+    stops: list[int]
+    rows: int = 0
+    long: int = 0
+    longest: tuple[int, str] = (0, "")
+    emptied: int = 0  # cut, with nothing left of the answer
+    kept: int = 0
+    first: str = ""
+    silent: tuple[int, str] = (0, "")  # no token to learn
+    endless: tuple[int, str] = (0, "")  # no end of an answer
+    top: int = 0  # highest token id
+    lost: Issue | None = None  # the first tool call that the template leaves out
+
+    def take(self, row: Conversation, rendered: Rendered) -> Rendered | None:
+        """The row as it will be trained on; None where it is left out."""
+        self.rows += 1
+        length = len(rendered.ids)
+        if length > self.limit:
+            self.long += 1
+            if length > self.longest[0]:
+                self.longest = (length, rendered.source)
+            if self.policy == "drop":
+                return None
+            if self.policy == "truncate":
+                ids, mask = rendered.ids[: self.limit], rendered.mask[: self.limit]
+                if not any(mask[1:]):
+                    self.emptied += 1
+                    return None
+                rendered = msgspec.structs.replace(rendered, ids=ids, mask=mask)
+        self.kept += 1
+        self.first = self.first or rendered.source
+        learnt = {i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m}
+        if not any(rendered.mask[1:]):
+            self.silent = (self.silent[0] + 1, self.silent[1] or rendered.source)
+        if learnt.isdisjoint(self.stops):
+            self.endless = (self.endless[0] + 1, self.endless[1] or rendered.source)
+        self.top = max(self.top, max(rendered.ids, default=0))
+        if self.lost is None and has_calls(row):
+            self.lost = tool_calls_lost(row, rendered)
+        return rendered
+
+    def add(self, later: Seen) -> None:
+        """What was seen of the rows that follow."""
+        for name in ("rows", "long", "emptied", "kept"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.longest = max(self.longest, later.longest, key=lambda found: found[0])
+        self.silent = (self.silent[0] + later.silent[0], self.silent[1] or later.silent[1])
+        self.endless = (self.endless[0] + later.endless[0], self.endless[1] or later.endless[1])
+        self.first, self.top = self.first or later.first, max(self.top, later.top)
+        self.lost = self.lost or later.lost
+
+    def lengths(self, side: str) -> list[Issue]:
+        """Whether rows were too long."""
+        if not self.long:
+            return []
+        length, where = self.longest
+        message = f"{self.long} of {self.rows} {side} rows are over {self.limit} tokens (the longest: {length})"
+        if self.policy == "error":
+            if self.long == self.rows:
+                message = f"all rows are over-long: {message}"
+            fix = "shorten them, or --over-long drop (or truncate)"
+            return [finding("over-long", where, f"{message}; the answer would be cut", fix)]
+        if self.policy == "drop":
+            return [finding("cut", where, f"{message}; left out")]
+        empty = f"; {self.emptied} of them keep nothing of the answer and are left out" if self.emptied else ""
+        return [finding("cut", where, f"{message}; their ends are cut{empty}")]
+
+    def training(self, vocabulary: int) -> list[Issue]:
+        """The preflight of the training side: what makes a healthy-looking loss curve worthless."""
+        issues = []
+        if self.silent[0]:
+            message = f"{self.silent[0]} rows have no token to learn"
+            issues.append(finding("no-supervised-token", self.silent[1], message, "is the answer empty, or cut off?"))
+        if self.top >= vocabulary:
+            message = f"token id {self.top} is outside the model's vocabulary of {vocabulary}"
+            issues.append(finding("id-out-of-range", self.first, message, "the tokenizer is not this model's"))
+        if self.endless[0]:
+            message = f"{self.endless[0]} of {self.kept} rows never teach the model to stop"
+            fix = "end the answer with the EOS token in the chat template"
+            issues.append(finding("no-end-of-turn", self.endless[1], message, fix))
+        return issues + ([self.lost] if self.lost else [])
 
 
 def over_long(model: str) -> Callable[[Conversation], list[Issue]]:
@@ -146,40 +209,3 @@ def tool_calls_lost(row: Conversation, rendered: Rendered) -> Issue | None:
         return None
     message = f'the model\'s chat template leaves out the call of "{missing}": an empty answer would be learnt'
     return finding("tool-calls-lost", row.source, message, "use a model whose template has tools")
-
-
-def token_issues(rows: list[Rendered], renderer: Renderer, model: ModelFacts) -> list[Issue]:
-    """The preflight: what makes a healthy-looking loss curve worthless."""
-    issues = []
-    silent = [r for r in rows if not any(r.mask[1:])]
-    if silent:
-        issues.append(
-            finding(
-                "no-supervised-token",
-                silent[0].source,
-                f"{len(silent)} rows have no token to learn",
-                "is the answer empty, or cut off?",
-            )
-        )
-    top = max(max(r.ids, default=0) for r in rows)
-    if top >= model.vocabulary:
-        issues.append(
-            finding(
-                "id-out-of-range",
-                rows[0].source,
-                f"token id {top} is outside the model's vocabulary of {model.vocabulary}",
-                "the tokenizer is not this model's",
-            )
-        )
-    stops = set(renderer.stop_ids)
-    endless = [r for r in rows if not any(m and i in stops for i, m in zip(r.ids, r.mask, strict=True))]
-    if endless:
-        issues.append(
-            finding(
-                "no-end-of-turn",
-                endless[0].source,
-                f"{len(endless)} of {len(rows)} rows never teach the model to stop",
-                "end the answer with the EOS token in the chat template",
-            )
-        )
-    return issues

@@ -8,7 +8,6 @@ looking them up takes a tenth of the time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from itertools import chain, product
 
 from tokenizers import Tokenizer
@@ -71,29 +70,30 @@ def apart(tokenizer: Tokenizer) -> bool:
     )
 
 
-class Words(dict[str, list[int]]):
-    """Ids of each word, encoded when first asked for."""
+class Words:
+    """Ids of words, each encoded when it is first asked for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
         self._tokenizer = tokenizer
-        added = sorted(
-            (token.content for token in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True
-        )
+        self._known: dict[str, list[int]] = {}
+        added = sorted((t.content for t in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, added))})") if added else None
 
-    def __missing__(self, word: str) -> list[int]:
+    def ids(self, words: list[str]) -> list[int]:
+        """Those of some words, one after the other."""
+        try:
+            return list(chain.from_iterable(map(self._known.__getitem__, words)))
+        except KeyError:
+            return list(chain.from_iterable(self._known.get(word) or self._new(word) for word in words))
+
+    def _new(self, word: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
         if len(word) <= LONGEST:
-            if len(self) >= MOST:
-                self.clear()
-            self[word] = ids
+            if len(self._known) >= MOST:
+                self._known.clear()
+            self._known[word] = ids
         return ids
 
     def around_added(self, word: str) -> list[str]:
         """A word in parts: its special tokens, and what stands between them."""
         return [part for part in self._added.split(word) if part] if self._added else [word]
-
-    def ids(self, words: Iterable[str]) -> list[int]:
-        """Those of some words, one after the other."""
-        return list(chain.from_iterable(map(self.__getitem__, words)))

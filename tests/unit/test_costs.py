@@ -90,7 +90,7 @@ def test_the_probe_measures_what_it_says(method: str, tiny: Path, data: Path) ->
 
     prepared = api.prepare(str(data), model=str(tiny), method=method, lora_rank=4)
     plan = prepared.plan
-    lengths = [len(r.ids) for r in prepared.rendered["train"]]
+    lengths = prepared.tokens["train"].lengths().tolist()
     found = answer(Question(plan.model.folder, plan.recipe, lengths, 0.5, plan.steps))
     by_hand = 4 * (7 * 32 + 2 * 16 + 2 * 64)  # norms, queries, keys, values, attention, the gated inner layer
     assert 0.75 * by_hand < found.layer_saved_bytes < 1.6 * by_hand

@@ -11,9 +11,9 @@ from torch import nn
 
 from conftest import rows, write
 from training import architecture, fit, losses, weights
+from tunesmith import tokens as tokens_file
 from tunesmith.local import batches
 from tunesmith.local import model as models
-from tunesmith.local import tokens as tokens_file
 from tunesmith.local.loss import CHUNK, LossModule, chunked_cross_entropy, supervised, token_scores
 from tunesmith.local.optim import learning_rate, make
 from tunesmith.recipe import Recipe
@@ -145,15 +145,17 @@ def test_batches_are_a_pure_function_of_their_arguments() -> None:
 
 
 def test_validation_groups_hold_every_row_once() -> None:
-    tokens = tokens_file.Tokens(*tokens_file.flatten([Rendered([1] * n, [1] * n, "") for n in (5, 100, 3, 8, 20)]))
+    tokens = tokens_file.flatten(Rendered([1] * n, [1] * n, "") for n in (5, 100, 3, 8, 20))
     groups = list(batches.in_order(tokens, 30))
     assert sorted(r for g in groups for r in g) == [0, 1, 2, 3, 4]
     assert all(len(g) == 1 or sum(tokens.length(r) for r in g) <= 30 for g in groups)
 
 
 def test_collate_and_memory_mapped_tokens(tmp_path: Path) -> None:
-    tokens_file.save_tokens([Rendered([1, 2], [0, 1], ""), Rendered([3, 4, 5], [1, 0, 1], "")], tmp_path, "train")
+    flat = tokens_file.flatten([Rendered([1, 2], [0, 1], ""), Rendered([3, 4, 5], [1, 0, 1], "")])
+    tokens_file.save_tokens(flat, tmp_path, "train")
     tokens = tokens_file.load_tokens(tmp_path, "train", 2)
+    assert tokens.row(1) == flat.row(1) == ([3, 4, 5], [1, 0, 1]) and tokens.all_supervised() == 2
     assert isinstance(tokens.ids, np.memmap) and len(tokens) == 2 and tokens.supervised([0, 1]) == 2
     batch = batches.collate(tokens, [1, 0], torch.device("cpu"))
     assert (batch.ids.tolist(), batch.mask.tolist(), batch.segments) == (

@@ -13,7 +13,7 @@ import torch
 
 from conftest import rows, write
 from training import fit, losses, weights
-from tunesmith import api, planning
+from tunesmith import api, planning, preparing
 from tunesmith.errors import DataError, UsageError
 from tunesmith.planning import Plan
 from tunesmith.recipe import fields
@@ -123,8 +123,17 @@ def _(b: Bench) -> None:
 
 @proves("num_workers")
 def _(b: Bench) -> None:
-    b.plan(num_workers=1)
-    assert os.environ.pop("RAYON_NUM_THREADS") == "1"
+    """How many processes render: what the rows become is the same."""
+    seen: list[int] = []
+    spread = preparing.spread
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "PART", 4)
+        patch.setattr(preparing, "spread", lambda f, parts, n, here: seen.append(n) or spread(f, parts, n, here))
+        one, three = b.prepare(num_workers=1), b.prepare(num_workers=3)
+    assert seen[0] == 1 and seen[3] == 3
+    for side in ("train", "valid", "test"):
+        assert one.tokens[side].ids.tolist() == three.tokens[side].ids.tolist() != []
+        assert one.tokens[side].starts.tolist() == three.tokens[side].starts.tolist()
 
 
 @proves("provider")

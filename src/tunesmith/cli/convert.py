@@ -12,6 +12,7 @@ from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.conversation import Conversation
+    from tunesmith.data.store import Conversations
 
 SHOWN = 3  # leaks printed; --json has all
 
@@ -95,10 +96,10 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
     return rows
 
 
-def _without_metadata(rows: list[Conversation], strip: bool) -> list[Conversation]:
+def _without_metadata(rows: Conversations, strip: bool) -> list[Conversation]:
     import msgspec
 
-    return [msgspec.structs.replace(row, metadata={}) for row in rows] if strip else rows
+    return [msgspec.structs.replace(row, metadata={}) if strip else row for row in rows]
 
 
 def _numbers(text: str) -> list[float]:

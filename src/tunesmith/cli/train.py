@@ -69,7 +69,7 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for side, rows in prepared.splits.items():
-        if rows:
+        if len(rows):
             files.append(folder / f"{side}.jsonl")
             write_jsonl(files[-1], (as_row(row) for row in rows))
     if as_json:
@@ -158,10 +158,11 @@ def preflight(prepared: Prepared) -> None:
     if plan.issues:
         print(f"all findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
     from tunesmith.models import find
-    from tunesmith.render import Renderer
+    from tunesmith.render import Rendered, Renderer
 
-    shown = prepared.rendered["train"][0]
+    renderer, source = Renderer(find(plan.recipe.model)), prepared.splits["train"][0].source
+    shown = Rendered(*prepared.tokens["train"].row(0), "")
     print(
-        f"for example {shown.source}:\n{highlight(shown, Renderer(find(plan.recipe.model)), coloured(sys.stderr), limit=600)}",
+        f"for example {source}:\n{highlight(shown, renderer, coloured(sys.stderr), limit=600)}",
         file=sys.stderr,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +23,9 @@ from tunesmith.data.scan import Block, Progress, Rows, Spare, converted, scan, s
 from tunesmith.data.spread import can_fork, cores, spread
 from tunesmith.errors import DataError
 
+if TYPE_CHECKING:
+    from tunesmith.data.store import Conversations, Packed, Store
+
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
 KEPT = 10_000  # findings of one code that are kept with place and text; all are counted
 LARGE = 32 << 20  # bytes: under a second's work is not worth starting processes for
@@ -32,12 +36,17 @@ class Loaded(msgspec.Struct):
 
     dataset: str
     conversations: list[Conversation] = []
+    stored: Store | None = None  # instead of them
     issues: list[Issue] = []
     rows_in: int = 0
     usable: int = 0
     warned: int = 0  # usable rows with a warning
     formats: dict[str, int] = {}
     counts: dict[str, int] = {}
+
+    def rows(self) -> Conversations:
+        """What is usable, in memory or on disk."""
+        return self.conversations if self.stored is None else self.stored
 
     def errors(self) -> list[Issue]:
         return [i for i in self.issues if i.severity == "error"]
@@ -78,39 +87,62 @@ def examine(
     each: Callable[[Conversation], Iterable[Issue]] | None = None,
     progress: Progress | None = None,
     processes: int | None = None,
+    store: Path | None = None,
 ) -> Loaded:
     """Check data sets as one. `keep` the conversations; `each` may add findings about every usable one.
 
     Structure only: JSON, roles and emptiness, but nothing about what the texts say or whether rows are alike.
-    `processes`: how many share the work, as far as nothing is kept; None: every core for more than LARGE bytes.
+    `store`: the file in which conversations are kept, instead of in memory. `processes`: how many share the work, unless they
+    are kept in memory; None: every core for more than LARGE bytes.
     """
+    keep = keep or store is not None
     how = How(columns or {}, task, provider, keep, structure_only, near_duplicates, each)
     if processes is None:
-        large = not keep and size((name, files(name)) for name in datasets) > LARGE
+        large = size((name, files(name)) for name in datasets) > LARGE
         processes = cores() if large else 1
     whole = Pass(how, ", ".join(datasets))
 
     mine = Sample()  # of the process that this comes to run in: what it has seen bounds what it sends
 
-    def one(part: Block | Rows) -> tuple[Pass, float]:
+    def one(part: Block | Rows) -> tuple[Pass, float, Packed | None]:
         done = Pass(how, limit=mine.limit).take(part)
         if done.sample:
             mine.extend(done.sample)
-        return done, part.share
+        return done, part.share, _packed(done) if store else None
 
-    alone = keep or processes < 2 or not can_fork()
-    parts = scan(datasets, how.columns, placed=not alone)
-    if alone:
+    alone = processes < 2 or not can_fork()
+    parts = scan(datasets, how.columns, placed=not alone and not (keep and store is None))
+    if store:
+        from tunesmith.data.store import StoreWriter
+
+        writer = StoreWriter(store)
+        for done, share, packed in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
+            whole.add(done)
+            if packed:
+                writer.add(packed)
+            if progress:
+                progress(whole.found.rows_in, share, "reading")
+        whole.found.stored = writer.close()
+    elif alone or keep:
         for part in parts:
             whole.take(part)
             if progress:
                 progress(whole.found.rows_in, part.share, "reading")
     else:
-        for done, share in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
+        for done, share, _ in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
             whole.add(done)
             if progress:
                 progress(whole.found.rows_in, share, "reading")
     return whole.end(progress)
+
+
+def _packed(done: Pass) -> Packed:
+    """The conversations of a part, which it then has no longer."""
+    from tunesmith.data.store import Packed
+
+    found = Packed.of(done.kept)
+    done.kept.clear()
+    return found
 
 
 class How(msgspec.Struct, frozen=True):
@@ -129,7 +161,8 @@ class Pass:
     """What is found in some parts of a data set. The passes over its parts, added in order, are that of the whole."""
 
     def __init__(self, how: How, dataset: str = "", limit: int = 1 << 32) -> None:
-        self.found = Loaded(dataset)
+        self.kept: list[Conversation] = []
+        self.found = Loaded(dataset, self.kept)
         self._how = how
         self._warned: set[str] = set()  # places of the usable rows with a warning
         self._formats: Counter[str] = Counter()
@@ -171,7 +204,7 @@ class Pass:
                 self._alike.add(item)
                 self.sample.add(item)
             if how.keep:
-                found.conversations.append(item)
+                self.kept.append(item)
         if self._alike:
             self._alike.settle()
         return self

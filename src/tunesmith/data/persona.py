@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from tunesmith.conversation import Conversation
+from tunesmith.data.store import Conversations
 
 NO_NAMES = {"OK", "Okay", "Not", "No", "Sorry", "Sure", "Yes", "Here", "So", "Very", "AI", "English", "I"}  # “I'm OK”
 
 
-def persona(rows: list[Conversation]) -> tuple[str, int]:
+def persona(rows: Conversations) -> tuple[str, int]:
     """The name that answers give to their speaker ("I'm Deep Tree Echo", "my name is …"), and how many do.
 
     At least two capitalised words or four answers, and 3 % of the rows; else ("none", 0).

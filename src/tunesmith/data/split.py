@@ -11,20 +11,24 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from array import array
+from bisect import bisect_right
 from collections import Counter, defaultdict
+from itertools import accumulate
 from typing import Any
 
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.dedup import body, most_alike, pairs, root, sketches
 from tunesmith.data.findings import finding
+from tunesmith.data.store import Conversations, pick
 from tunesmith.errors import DataError, UsageError
 
 SIDES = ("train", "valid", "test")
-Splits = dict[str, list[Conversation]]
+Splits = dict[str, Conversations]
 
 
 def split(
-    rows: list[Conversation],
+    rows: Conversations,
     valid: float = 0.1,
     test: float = 0.1,
     *,
@@ -50,21 +54,27 @@ def split(
     if method == "threshold":
         sides = _by_threshold(rows, valid, test, seed, group_by)
     else:
-        near = _near(rows)
+        digests = [row.digest() for row in rows]
+        near = _near(rows, digests)
+        order = _order(seed, digests)
+        del digests
         for apart in (False, True):
             groups = _groups(rows, group_by, near, apart)
             if method == "hash":
-                groups.sort(key=lambda group: min(_hash(seed, rows[i].digest()) for i in group))
+                groups.sort(key=lambda group: min(map(order.__getitem__, group)))
             else:
                 random.Random(seed).shuffle(groups)
             sides = _fill(len(rows), groups, wanted)
             if all(2 * sides.count(side) >= count for side, count in wanted.items()):
                 break
-    result: Splits = {side: [row for row, s in zip(rows, sides, strict=True) if s == side] for side in SIDES}
+    numbers: dict[str, list[int]] = {side: [] for side in SIDES}
+    for number, side in enumerate(sides):
+        numbers[side].append(number)
     if method == "hash":  # the sides' own order, too, must not depend on the file's
-        result = {side: sorted(part, key=lambda row: _hash(seed, row.digest())) for side, part in result.items()}
+        numbers = {side: sorted(part, key=order.__getitem__) for side, part in numbers.items()}
+    result = {side: pick(rows, part) for side, part in numbers.items()}
     for side, share in (("train", 1.0), ("valid", valid), ("test", test)):
-        if share and not result[side]:
+        if share and not len(result[side]):
             raise DataError(
                 f"the {side} part would be empty",
                 where=_file(rows),
@@ -75,17 +85,30 @@ def split(
 
 def leaks(parts: Splits) -> list[Issue]:
     """Rows of one side that are (nearly) the same as one of another: what is left after splitting."""
-    rows = [(side, row) for side in SIDES for row in parts[side]]
+    ends = list(accumulate(len(parts[side]) for side in SIDES))
+
+    def at(number: int) -> tuple[str, Conversation]:
+        side = bisect_right(ends, number)
+        return SIDES[side], parts[SIDES[side]][number - ([0, *ends])[side]]
+
     found = []
-    seen: dict[str, int] = {}
-    for i, (side, row) in enumerate(rows):
-        first = seen.setdefault(prompt_key(row), i)
-        if rows[first][0] != side:
-            found.append(_leak(row, side, "asks the same as", *rows[first]))
-    for a, b, alike in pairs(sketches(body(row) for _, row in rows)):
-        if rows[a][0] != rows[b][0] and prompt_key(rows[a][1]) != prompt_key(rows[b][1]):
-            found.append(_leak(rows[b][1], rows[b][0], f"is {alike:.0%} alike to", *rows[a]))
+    seen: dict[bytes, int] = {}
+    asked = []
+    for i, row in enumerate(row for side in SIDES for row in parts[side]):
+        asked.append(_short(prompt_key(row)))
+        first = seen.setdefault(asked[i], i)
+        if bisect_right(ends, first) != bisect_right(ends, i):
+            found.append(_leak(row, at(i)[0], "asks the same as", *at(first)))
+    for a, b, alike in pairs(sketches(body(row) for side in SIDES for row in parts[side])):
+        if bisect_right(ends, a) != bisect_right(ends, b) and asked[a] != asked[b]:
+            side, row = at(b)
+            found.append(_leak(row, side, f"is {alike:.0%} alike to", *at(a)))
     return found
+
+
+def _short(digest: str) -> bytes:
+    """Half of a hash, in a tenth of the memory."""
+    return bytes.fromhex(digest[:32])
 
 
 def _leak(row: Conversation, side: str, how: str, other_side: str, other: Conversation) -> Issue:
@@ -105,7 +128,7 @@ def _fill(n: int, groups: list[list[int]], wanted: dict[str, int]) -> list[str]:
     return sides
 
 
-def _by_threshold(rows: list[Conversation], valid: float, test: float, seed: int, group_by: str | None) -> list[str]:
+def _by_threshold(rows: Conversations, valid: float, test: float, seed: int, group_by: str | None) -> list[str]:
     sides = []
     for row in rows:
         share = int(_hash(seed, _group(row, group_by) if group_by else prompt_key(row))[:13], 16) / 16**13
@@ -113,24 +136,29 @@ def _by_threshold(rows: list[Conversation], valid: float, test: float, seed: int
     return sides
 
 
-def _near(rows: list[Conversation]) -> list[int]:
+def _order(seed: int, digests: list[str]) -> array[int]:
+    """For each row a number by which they are in an order of their own (64 bits of a hash)."""
+    return array("Q", (int(_hash(seed, digest)[:16], 16) for digest in digests))
+
+
+def _near(rows: Conversations, digests: list[str]) -> list[int]:
     """For each row the representative of its group of near duplicates."""
     near = list(range(len(rows)))
-    order = sorted(near, key=lambda i: rows[i].digest())  # the pairs found must not depend on the file's order
+    order = sorted(near, key=digests.__getitem__)  # the pairs found must not depend on the file's order
     for a, b, _ in pairs(sketches(body(rows[i]) for i in order)):
         near[root(near, order[b])] = root(near, order[a])
     return [root(near, i) for i in range(len(rows))]
 
 
-def _groups(rows: list[Conversation], group_by: str | None, near: list[int], apart: bool) -> list[list[int]]:
+def _groups(rows: Conversations, group_by: str | None, near: list[int], apart: bool) -> list[list[int]]:
     """Rows that ask the same, are nearly the same or share a group, as lists of indices, in order of first appearance.
 
     `apart`: rows that are nearly the same because they are a template filled in do not count as such.
     """
     parent = list(range(len(rows)))
-    seen: dict[str, int] = {}
+    seen: dict[bytes, int] = {}
     for i, row in enumerate(rows):
-        keys = ["p" + prompt_key(row)] + (["g" + _group(row, group_by)] if group_by else [])
+        keys: list[bytes] = [_short(prompt_key(row))] + ([_group(row, group_by).encode()] if group_by else [])
         for key in keys:
             parent[root(parent, i)] = root(parent, seen.setdefault(key, i))
     sizes = Counter(near)
@@ -168,5 +196,5 @@ def _hash(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def _file(rows: list[Conversation]) -> str:
-    return rows[0].source.rpartition(":")[0] if rows else ""
+def _file(rows: Conversations) -> str:
+    return rows[0].source.rpartition(":")[0] if len(rows) else ""

@@ -15,10 +15,14 @@ from tunesmith.errors import UsageError
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` atomically: after a crash it is the old file or the new one."""
+    _replace(path, [data])
+
+
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -44,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    write_bytes(path, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    _replace(path, (msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -92,9 +92,9 @@ class LocalBackend:
 
 def probe(prepared: Prepared) -> tuple[Question, Answer]:
     """What a step of this plan costs here, measured in a process of its own. Raises RunError where that is not possible."""
-    plan, rows = prepared.plan, prepared.rendered["train"]
+    plan, rows = prepared.plan, prepared.tokens["train"]
     learnt = plan.supervised_tokens["train"] / plan.tokens["train"]
-    question = Question(plan.model.folder, plan.recipe, [len(r.ids) for r in rows], learnt, plan.steps)
+    question = Question(plan.model.folder, plan.recipe, rows.lengths().tolist(), learnt, plan.steps)
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith.local.probe"],
         input=msgspec.json.encode(question),
@@ -113,11 +113,11 @@ def _environment() -> dict[str, str]:
 
 def lay_out(prepared: Prepared, path: Path) -> Run:
     """A run directory with everything the loop needs."""
-    from tunesmith.local.tokens import save_tokens
+    from tunesmith.tokens import save_tokens
 
     def fill(run: Run) -> None:
-        for side, rows in prepared.rendered.items():
-            if rows:
+        for side, rows in prepared.tokens.items():
+            if len(rows):
                 save_tokens(rows, run / "data", side)
 
     return create_run(prepared, path, fill)

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.costs import steps_per_epoch
-from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
+from tunesmith.tokens import Tokens
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -21,12 +21,12 @@ from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
 from tunesmith.local.machine import peak_memory_mb
 from tunesmith.local.step import Diverged, Engine
-from tunesmith.local.tokens import load_tokens
 from tunesmith.local.tracking import Tracker
 from tunesmith.local.world import join
 from tunesmith.models import find
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
+from tunesmith.tokens import load_tokens
 
 SAVE_SECONDS, SAVE_SHARE = 60, 0.03  # a kill costs a minute at most, unless saving would then take over 3 % of the time
 

@@ -17,7 +17,6 @@ from tunesmith.local import batches, methods, optim
 from tunesmith.local import model as models
 from tunesmith.local.score import row_scores
 from tunesmith.local.step import Diverged, Engine
-from tunesmith.local.tokens import Tokens, flatten
 from tunesmith.models import find
 from tunesmith.planning import Prepared
 
@@ -43,7 +42,7 @@ def search(prepared: Prepared, steps: int, on_trial: Callable[[Trial], None] = l
     Raises DataError where there are no validation rows.
     """
     recipe = prepared.plan.recipe
-    sets = {side: Tokens(*flatten(rows)) for side, rows in prepared.rendered.items() if rows}
+    sets = {side: rows for side, rows in prepared.tokens.items() if len(rows)}
     if "valid" not in sets:
         raise DataError("no validation rows to judge by", where=recipe.dataset or "", fix="raise --valid-fraction")
     torch.set_num_threads(int(recipe.threads))

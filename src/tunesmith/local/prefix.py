@@ -25,10 +25,10 @@ from tunesmith.costs import frozen_layers
 from tunesmith.local import methods
 from tunesmith.local.batches import Batch
 from tunesmith.local.loss import LossModule
-from tunesmith.local.tokens import Tokens
 from tunesmith.local.world import ALONE, World
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
+from tunesmith.tokens import Tokens
 
 SHARE_OF_DISK = 0.5  # of the free space: a cache that would take more is not made
 

@@ -27,8 +27,8 @@ from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
 from tunesmith.local.machine import free_memory, held, tune
 from tunesmith.local.step import Engine
-from tunesmith.local.tokens import Tokens
 from tunesmith.recipe import Recipe
+from tunesmith.tokens import Tokens
 
 TOKENS = 1024  # of a step that is timed, at most
 HEAD = 20e6  # numbers in the embedding of the probed model, at most: the head's cost is proportional to them

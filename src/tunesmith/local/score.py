@@ -11,9 +11,9 @@ from tunesmith.conversation import Conversation
 from tunesmith.local import batches
 from tunesmith.local import model as models
 from tunesmith.local.loss import LossModule
-from tunesmith.local.tokens import Tokens, flatten
 from tunesmith.models import find
 from tunesmith.render import Rendered, Renderer
+from tunesmith.tokens import Tokens, flatten
 
 
 class RowScore(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ def score(name: str, rows: list[Conversation]) -> list[RowScore]:
     module, _ = models.loss_module(model)
     limit = model.config.get_text_config().max_position_embeddings
     cut = [Rendered(r.ids[:limit], r.mask[:limit], "", r.source) for r in renderer.render_all(rows)]
-    return row_scores(module, Tokens(*flatten(cut)))
+    return row_scores(module, flatten(cut))
 
 
 def row_scores(module: LossModule, rows: Tokens) -> list[RowScore]:

@@ -16,9 +16,9 @@ from tunesmith.local import batches, optim
 from tunesmith.local.loss import LossModule
 from tunesmith.local.methods import decoder_layers, half_type, use_half
 from tunesmith.local.prefix import Below
-from tunesmith.local.tokens import Tokens
 from tunesmith.local.world import ALONE, World, spread, whole
 from tunesmith.recipe import Recipe
+from tunesmith.tokens import Tokens
 
 
 class Diverged(Exception):

@@ -1,0 +1,261 @@
+"""The data of a run: read, checked, split and rendered. A large one is kept on disk, and used again by its hash.
+
+A data set of over LARGE bytes never stands in memory whole: its rows and their tokens lie in files under
+$XDG_CACHE_HOME/tunesmith/data, in a folder named by a hash of all that decides their content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from tunesmith.conversation import Conversation, Issue
+from tunesmith.data.check import Loaded, load
+from tunesmith.data.findings import finding
+from tunesmith.data.persona import persona
+from tunesmith.data.read import files
+from tunesmith.data.scan import size
+from tunesmith.data.split import Splits, leaks, prompt_key, split
+from tunesmith.data.spread import cores, spread
+from tunesmith.data.store import Chosen, Conversations, Store, pick
+from tunesmith.data.write import sync_folder, write_json
+from tunesmith.errors import DataError, UsageError
+from tunesmith.models import ModelFacts
+from tunesmith.preflight import Seen
+from tunesmith.recipe import Recipe, need_dataset
+from tunesmith.render import TOKENIZER_FILES, Renderer
+from tunesmith.tokens import Flat, Tokens, Writer, load_tokens
+
+LARGE = 32 << 20  # bytes of a data set that is kept on disk instead of in memory
+PART = 2048  # rows rendered at a time
+DECIDE = (
+    *("dataset", "valid_dataset", "test_dataset", "columns", "task", "provider"),
+    *("valid_fraction", "test_fraction", "split_method", "seed", "group_by", "over_long"),
+)
+UNUSED = 30 * 86400  # seconds after which what is kept of a data set is removed
+
+
+class Data(msgspec.Struct, frozen=True):
+    """Rows and tokens of each side, in the same order; `dropped`: over-long rows left out; `persona`: of `data.persona`."""
+
+    rows: Splits
+    tokens: dict[str, Tokens]
+    issues: list[Issue]
+    formats: dict[str, int]
+    dropped: int
+    persona: tuple[str, int]
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What is kept of a Data besides its arrays."""
+
+    issues: list[Issue]
+    formats: dict[str, int]
+    dropped: int
+    persona: tuple[str, int]
+    stores: dict[str, str]  # of each side, the name of the file its rows are in
+
+
+def prepare_data(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int) -> Data:
+    """The data of a run with rows of `limit` tokens at most. Raises DataError where it cannot be used at all."""
+    listed = [(name, files(name)) for name in _datasets(recipe)]
+    if any(paths is None for _, paths in listed) or size(listed) < LARGE:
+        return _made(recipe, renderer, model, limit, None)
+    folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, limit)
+    if (folder / "facts.json").exists():
+        os.utime(folder)
+        return _opened(folder)
+    _tidy(folder.parent)
+    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    building.mkdir(parents=True)
+    try:
+        made = _made(recipe, renderer, model, limit, building)
+        if any(issue.severity == "error" for issue in made.issues) or not len(made.rows["train"]):
+            return made  # and nothing is kept: the files stay open until it is gone
+        _save(made, building)
+        if not folder.exists():
+            building.replace(folder)
+            sync_folder(folder.parent)
+        return _opened(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _datasets(recipe: Recipe) -> list[str]:
+    return [name for name in (need_dataset(recipe), recipe.valid_dataset, recipe.test_dataset) if name]
+
+
+# ---- kept on disk
+
+
+def _kept_in() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "data"
+
+
+def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, limit: int) -> str:
+    """Hash of all that decides what is kept: the files' bytes and names, the settings, the tokenizer with its template."""
+    said = [getattr(recipe, name) for name in DECIDE]
+    digest = hashlib.sha256(repr((version("tunesmith"), version("tokenizers"), limit, said)).encode())
+    for name in TOKENIZER_FILES:
+        if (renderer.folder / name).exists():
+            digest.update((renderer.folder / name).read_bytes())
+    for path in paths:
+        digest.update(str(path).encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what was not used for a month, and what killed processes had begun."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        begun = entry.name.endswith(".tmp")
+        alive = begun and Path(f"/proc/{entry.name.split('.')[-2]}").exists()
+        if (begun and not alive) or time.time() - entry.stat().st_mtime > UNUSED:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _save(data: Data, folder: Path) -> None:
+    stores = {}
+    for side, rows in data.rows.items():
+        store = rows.store if isinstance(rows, Chosen) else rows
+        assert isinstance(store, Store)
+        stores[side] = store.path.name
+        np.save(folder / f"{store.path.name}.starts.npy", store.starts)
+        np.save(folder / f"{side}.rows.npy", rows.rows if isinstance(rows, Chosen) else np.arange(len(store)))
+    write_json(folder / "facts.json", Facts(data.issues, data.formats, data.dropped, data.persona, stores))
+
+
+def _opened(folder: Path) -> Data:
+    facts = msgspec.json.decode((folder / "facts.json").read_bytes(), type=Facts)
+    rows: Splits = {}
+    tokens = {}
+    for side, name in facts.stores.items():
+        store = Store(folder / name, np.load(folder / f"{name}.starts.npy"))
+        rows[side] = Chosen(store, np.load(folder / f"{side}.rows.npy"))
+        tokens[side] = load_tokens(folder, side, len(rows[side]))
+    return Data(rows, tokens, facts.issues, facts.formats, facts.dropped, facts.persona)
+
+
+# ---- made
+
+
+def _made(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None) -> Data:
+    """The whole road. With `folder`, rows and tokens lie there instead of in memory."""
+    splits, issues, formats = _splits(recipe, folder)
+    kept: Splits = {}
+    tokens, training = {}, []
+    for side, rows in splits.items():
+        seen, numbers, tokens[side] = _rendered(rows, renderer, limit, recipe, side, folder)
+        issues += seen.lengths(side)
+        kept[side] = rows if len(numbers) == len(rows) else pick(rows, numbers)
+        if side == "train" and len(numbers):
+            training = seen.training(model.vocabulary)
+    dropped = sum(map(len, splits.values())) - sum(map(len, kept.values()))
+    return Data(kept, tokens, issues + training, formats, dropped, persona(kept["train"]))
+
+
+def _rendered(
+    rows: Conversations, renderer: Renderer, limit: int, recipe: Recipe, side: str, folder: Path | None
+) -> tuple[Seen, list[int], Tokens]:
+    """What was seen, the numbers of the rows that are kept, and their tokens."""
+
+    def begin() -> Seen:
+        return Seen(limit, recipe.over_long, renderer.stop_ids)
+
+    def one(start: int) -> tuple[Seen, list[int], Flat]:
+        seen, numbers = begin(), range(start, min(start + PART, len(rows)))
+        mine = [rows[i] for i in numbers]
+        taken = [seen.take(row, rendered) for row, rendered in zip(mine, renderer.render_all(mine), strict=True)]
+        return seen, [i for i, r in zip(numbers, taken, strict=True) if r], Flat.of(r for r in taken if r)
+
+    processes = cores() if recipe.num_workers == "auto" else recipe.num_workers
+    seen, kept, writer = begin(), [], Writer(folder, side)
+    parts = range(0, len(rows), PART)
+    for found, numbers, flat in spread(one, parts, min(processes, len(parts)), lambda _: False):
+        seen.add(found)
+        kept += numbers
+        writer.add(flat)
+    return seen, kept, writer.close()
+
+
+def _refuse_parts(dataset: str) -> None:
+    """UsageError for a folder that holds a split already: read as one data set, its parts would be mixed again."""
+    folder = Path(dataset)
+    files = {p.name.split(".")[0].rpartition("_")[2]: p for p in sorted(folder.glob("*.*"))} if folder.is_dir() else {}
+    held = [files[side] for side in ("valid", "val", "validation", "test") if side in files]
+    if "train" in files and held:
+        flag = "--test-dataset" if "test" in held[0].name else "--valid-dataset"
+        raise UsageError(
+            "this folder holds train and held-out files, which training would mix",
+            where=dataset,
+            fix=f"--dataset {files['train']} {flag} {held[0]}",
+        )
+
+
+def _splits(recipe: Recipe, folder: Path | None) -> tuple[Splits, list[Issue], dict[str, int]]:
+    _refuse_parts(need_dataset(recipe))
+    how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider}
+    if recipe.num_workers != "auto":
+        how["processes"] = recipe.num_workers
+
+    def read(dataset: str, name: str) -> Loaded:
+        store = folder / f"{name}.jsonl" if folder else None
+        return load(dataset, recipe.columns, store=store, **how).require()
+
+    loaded = read(need_dataset(recipe), "all")
+    issues = list(loaded.issues)
+    apart: Splits = {}
+    for side, name in (("valid", recipe.valid_dataset), ("test", recipe.test_dataset)):
+        if name:
+            part = read(name, side)
+            apart[side] = part.rows()
+            issues.extend(part.issues)
+    splits = split(
+        loaded.rows(),
+        0 if "valid" in apart else recipe.valid_fraction,
+        0 if "test" in apart else recipe.test_fraction,
+        method=recipe.split_method,
+        seed=recipe.seed,
+        group_by=recipe.group_by,
+    )
+    if apart:
+        issues.extend(_shared(splits, apart))
+        splits.update(apart)
+    near = [leak for leak in leaks(splits) if "alike" in leak.message]
+    if near:
+        message = f"{len(near)} rows are nearly the same on two sides: {near[0].message}"
+        issues.append(msgspec.structs.replace(near[0], message=message))
+    return splits, issues, loaded.formats
+
+
+def _shared(splits: Splits, apart: Splits) -> Iterator[Issue]:
+    """What held-out files have in common with the training rows, and with each other."""
+    trained, seen = ({key(row) for row in splits["train"]} for key in (prompt_key, Conversation.digest))
+    for side, rows in apart.items():
+        same = [row for row in rows if row.digest() in seen]
+        if same:
+            message = f"{len(same)} rows of the {side} set are training rows"
+            raise DataError(f"{message} [leak]", where=same[0].source, fix="remove them from one of the two")
+        both = [row for row in rows if prompt_key(row) in trained]
+        if both:
+            message = f"{len(both)} rows of the {side} set ask what a training row asks"
+            yield finding("leak", both[0].source, message, "remove them from one of the two")
+    held = {**splits, **apart}
+    tested = set(map(prompt_key, held["test"]))
+    both = [row for row in held["valid"] if prompt_key(row) in tested]
+    if both:
+        raise DataError(
+            f"{len(both)} validation rows ask what a test row asks: the best step would be chosen on the test [leak]",
+            where=both[0].source,
+            fix="remove them from one of the two",
+        )
