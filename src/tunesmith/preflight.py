@@ -97,10 +97,9 @@ class Seen(msgspec.Struct):
                 rendered = msgspec.structs.replace(rendered, ids=ids, mask=mask)
         self.kept += 1
         self.first = self.first or rendered.source
-        learnt = {i for i, m in zip(rendered.ids, rendered.mask, strict=True) if m}
-        if not any(rendered.mask[1:]):
+        if 1 not in rendered.mask[1:]:
             self.silent = (self.silent[0] + 1, self.silent[1] or rendered.source)
-        if learnt.isdisjoint(self.stops):
+        if not stops(rendered, self.stops):
             self.endless = (self.endless[0] + 1, self.endless[1] or rendered.source)
         self.top = max(self.top, max(rendered.ids, default=0))
         if self.lost is None and has_calls(row):
@@ -147,6 +146,14 @@ class Seen(msgspec.Struct):
             fix = "end the answer with the EOS token in the chat template"
             issues.append(finding("no-end-of-turn", self.endless[1], message, fix))
         return issues + ([self.lost] if self.lost else [])
+
+
+def stops(rendered: Rendered, ends: list[int]) -> bool:
+    """Whether a row teaches the model to stop: an end of a turn is learnt. Mostly it is the last token that is."""
+    ids, mask = rendered.ids, rendered.mask
+    if 1 in mask and ids[len(mask) - 1 - mask[::-1].index(1)] in ends:
+        return True
+    return any(m and i in ends for i, m in zip(ids, mask, strict=True))
 
 
 def over_long(model: str) -> Callable[[Conversation], list[Issue]]:

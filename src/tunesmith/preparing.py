@@ -26,7 +26,7 @@ from tunesmith.data.read import files
 from tunesmith.data.scan import size
 from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
-from tunesmith.data.store import Chosen, Conversations, Store, pick
+from tunesmith.data.store import Chosen, Store, pick
 from tunesmith.data.write import sync_folder, write_json
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import ModelFacts
@@ -36,7 +36,7 @@ from tunesmith.render import TOKENIZER_FILES, Renderer
 from tunesmith.tokens import Flat, Tokens, Writer, load_tokens
 
 LARGE = 32 << 20  # bytes of a data set that is kept on disk instead of in memory
-PART = 2048  # rows rendered at a time
+PART = 1024  # rows rendered at a time
 DECIDE = (
     *("dataset", "valid_dataset", "test_dataset", "columns", "task", "provider"),
     *("valid_fraction", "test_fraction", "split_method", "seed", "group_by", "over_long"),
@@ -152,40 +152,54 @@ def _opened(folder: Path) -> Data:
 def _made(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None) -> Data:
     """The whole road. With `folder`, rows and tokens lie there instead of in memory."""
     splits, issues, formats = _splits(recipe, folder)
+    sides = rendered(splits, renderer, limit, recipe, folder)
     kept: Splits = {}
-    tokens, training = {}, []
     for side, rows in splits.items():
-        seen, numbers, tokens[side] = _rendered(rows, renderer, limit, recipe, side, folder)
-        issues += seen.lengths(side)
-        kept[side] = rows if len(numbers) == len(rows) else pick(rows, numbers)
-        if side == "train" and len(numbers):
-            training = seen.training(model.vocabulary)
+        found = sides[side]
+        issues += found.seen.lengths(side)
+        kept[side] = rows if len(found.numbers) == len(rows) else pick(rows, found.numbers)
+    if len(kept["train"]):
+        issues += sides["train"].seen.training(model.vocabulary)
     dropped = sum(map(len, splits.values())) - sum(map(len, kept.values()))
-    return Data(kept, tokens, issues + training, formats, dropped, persona(kept["train"]))
+    tokens = {side: found.tokens for side, found in sides.items()}
+    return Data(kept, tokens, issues, formats, dropped, persona(kept["train"]))
 
 
-def _rendered(
-    rows: Conversations, renderer: Renderer, limit: int, recipe: Recipe, side: str, folder: Path | None
-) -> tuple[Seen, list[int], Tokens]:
-    """What was seen, the numbers of the rows that are kept, and their tokens."""
+class Side(msgspec.Struct):
+    """What was seen when a side's rows were rendered, the numbers of those that are kept, and their tokens."""
+
+    seen: Seen
+    numbers: list[int]
+    tokens: Tokens
+
+
+def rendered(
+    splits: Splits, renderer: Renderer, limit: int, recipe: Recipe, folder: Path | None = None
+) -> dict[str, Side]:
+    """Every side's rows as tokens, by `num_workers` processes."""
 
     def begin() -> Seen:
         return Seen(limit, recipe.over_long, renderer.stop_ids)
 
-    def one(start: int) -> tuple[Seen, list[int], Flat]:
+    def one(part: tuple[str, int]) -> tuple[str, Seen, list[int], Flat]:
+        side, start = part
+        rows = splits[side]
         seen, numbers = begin(), range(start, min(start + PART, len(rows)))
         mine = [rows[i] for i in numbers]
-        taken = [seen.take(row, rendered) for row, rendered in zip(mine, renderer.render_all(mine), strict=True)]
-        return seen, [i for i, r in zip(numbers, taken, strict=True) if r], Flat.of(r for r in taken if r)
+        taken = [seen.take(row, r) for row, r in zip(mine, renderer.render_all(mine), strict=True)]
+        return side, seen, [i for i, r in zip(numbers, taken, strict=True) if r], Flat.of(r for r in taken if r)
 
+    parts = [(side, start) for side, rows in splits.items() for start in range(0, len(rows), PART)]
     processes = cores() if recipe.num_workers == "auto" else recipe.num_workers
-    seen, kept, writer = begin(), [], Writer(folder, side)
-    parts = range(0, len(rows), PART)
-    for found, numbers, flat in spread(one, parts, min(processes, len(parts)), lambda _: False):
-        seen.add(found)
-        kept += numbers
-        writer.add(flat)
-    return seen, kept, writer.close()
+    seen = {side: begin() for side in splits}
+    kept: dict[str, list[int]] = {side: [] for side in splits}
+    writers = {side: Writer(folder, side) for side in splits}
+    # The first part is rendered here: the processes begin with the words that it has taught the renderer
+    for side, found, numbers, flat in spread(one, parts, min(processes, len(parts)), lambda part: part == parts[0]):
+        seen[side].add(found)
+        kept[side] += numbers
+        writers[side].add(flat)
+    return {side: Side(seen[side], kept[side], writers[side].close()) for side in splits}
 
 
 def _refuse_parts(dataset: str) -> None:

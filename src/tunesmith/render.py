@@ -30,7 +30,7 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
 from tunesmith.models import read_json
 from tunesmith.recipe import FACTS
-from tunesmith.words import Words, apart, parts
+from tunesmith.words import Words, border
 
 DEFAULT_TEMPLATE = FACTS / "templates" / "default.jinja"
 TOKENIZER_FILES = (
@@ -119,7 +119,8 @@ class Renderer:
             self.special["bos_token"] = self.tokenizer.decode(prefix, skip_special_tokens=False) if prefix else ""
         self.stop_ids = self._stops(read_json(folder / "generation_config.json"))
         self.pad_id = self._id(self.special["pad_token"]) if self.special["pad_token"] else self.stop_ids[0]
-        self._words = Words(self.tokenizer) if apart(self.tokenizer) else None
+        at = border(self.tokenizer)
+        self._words = Words(self.tokenizer, at) if at else None
         self._at_border = lru_cache(1 << 16)(self._border)
 
     def _id(self, token: str) -> int:
@@ -229,7 +230,7 @@ class Renderer:
 
     def _by_words(self, words: Words, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """(ids, mask) as of `_unstraddled` and `_mask`; only where an answer begins or ends within a word is it looked into."""
-        cut = parts(text)
+        cut = words.split(text)
         places = [place for span in spans for place in span]
         ends = list(accumulate(map(len, cut)))
         for here in sorted({bisect_right(ends, place) for place in places if place < len(text)}, reverse=True):

@@ -14,77 +14,64 @@ from tokenizers import Tokenizer
 
 MOST = 1 << 18  # words that are remembered: some 60 MB
 LONGEST = 40  # characters of a word worth remembering
-_BORDER = re.compile(r"(?<=\S)(?= \S)")
+_WORDS = re.compile(r"(?<=\S)(?= \S)")
+_LINES = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
 _SIDES = (
-    "a",
-    "Z",
-    "7",
-    ".",
-    "'",
-    '"',
-    "(",
-    "}",
-    "-",
-    "_",
-    "/",
-    "#",
-    "=",
-    "é",
-    "ß",
-    "я",
-    "你",
-    "か",
-    "ع",
-    "한",
-    "😀",
-    "\u0301",
-    "<|",
-    "'s",
+    *("a", "Z", "7", "é", "ß", "я", "你", "か", "ع", "한", "😀", "\u0301", "<|", "'s"),
+    *(".", ",", "'", '"', "(", "}", "-", "_", "/", "#", "="),
 )
 
 
-def parts(text: str) -> list[str]:
-    """A text in parts that begin at such spaces."""
-    return _BORDER.split(text)
-
-
-def apart(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer treats such parts one by one: tried on pairs of letters, digits, marks and scripts."""
+def border(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Where a text can be cut into words that a tokenizer treats one by one: before a space, for many also after a line
+    break. None: nowhere. Tried on pairs of letters, digits, marks and scripts."""
     if tokenizer.pre_tokenizer is None or getattr(tokenizer.model, "dropout", None):
-        return False
+        return None
     for token in tokenizer.get_added_tokens_decoder().values():
         melts = token.lstrip or token.rstrip or token.single_word or token.normalized and tokenizer.normalizer
         if melts or any(c.isspace() for c in token.content):
-            return False
+            return None
+    spaced = [(f" m{left}", f" {right}m") for left, right in product(_SIDES, _SIDES)]
+    broken = [
+        (f" m{left}{end}", f"{right}m")
+        for left, right in product(_SIDES[::3], _SIDES[::2])
+        for end in ("\n", "\n\n", " \n")
+    ]
+    return next(
+        (at for at, pairs in ((_LINES, spaced + broken), (_WORDS, spaced)) if _apart(tokenizer, at, pairs)), None
+    )
 
-    lefts, rights = [f" m{side}" for side in _SIDES], [f" {side}m" for side in _SIDES]
-    said = [word for pair in product(lefts, rights) for word in pair]
+
+def _apart(tokenizer: Tokenizer, at: re.Pattern[str], pairs: list[tuple[str, str]]) -> bool:
+    said = [word for pair in pairs for word in pair]
     text = "".join(said)
     pieces = {word: tokenizer.pre_tokenizer.pre_tokenize_str(word) for word in {*said}}
     ids = {word: tokenizer.encode(word, add_special_tokens=False).ids for word in {*said}}
     whole = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     return (
-        parts(text) == said
+        at.split(text) == said
         and whole == [piece for word in said for piece, _ in pieces[word]]
         and tokenizer.encode(text, add_special_tokens=False).ids == [i for word in said for i in ids[word]]
     )
 
 
 class Words:
-    """Ids of words, each encoded when it is first asked for."""
+    """Ids of words, each encoded when it is first asked for. `border`: of the tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, border: re.Pattern[str]) -> None:
         self._tokenizer = tokenizer
+        self.split = border.split
         self._known: dict[str, list[int]] = {}
         added = sorted((t.content for t in tokenizer.get_added_tokens_decoder().values()), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, added))})") if added else None
 
     def ids(self, words: list[str]) -> list[int]:
         """Those of some words, one after the other."""
+        known = self._known
         try:
-            return list(chain.from_iterable(map(self._known.__getitem__, words)))
+            return list(chain.from_iterable(map(known.__getitem__, words)))
         except KeyError:
-            return list(chain.from_iterable(self._known.get(word) or self._new(word) for word in words))
+            return list(chain.from_iterable([known[word] if word in known else self._new(word) for word in words]))
 
     def _new(self, word: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids

@@ -130,7 +130,7 @@ def _(b: Bench) -> None:
         patch.setattr(preparing, "PART", 4)
         patch.setattr(preparing, "spread", lambda f, parts, n, here: seen.append(n) or spread(f, parts, n, here))
         one, three = b.prepare(num_workers=1), b.prepare(num_workers=3)
-    assert seen[0] == 1 and seen[3] == 3
+    assert seen == [1, 3]
     for side in ("train", "valid", "test"):
         assert one.tokens[side].ids.tolist() == three.tokens[side].ids.tolist() != []
         assert one.tokens[side].starts.tolist() == three.tokens[side].starts.tolist()
