@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from conftest import rows, write
 from training import fit
 from tunesmith import api
-from tunesmith.data.persona import persona
+from tunesmith.data.persona import names, persona
 from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation import report
 from tunesmith.evaluation.stats import compare
@@ -80,15 +81,11 @@ def test_wrong_verdicts_are_as_rare_as_promised() -> None:
 
 
 def test_persona_is_mined() -> None:
-    def conversations(answers: list[str]) -> list[object]:
-        from tunesmith.conversation import Conversation, Message
-
-        return [Conversation((Message("user", f"q{i}"), Message("assistant", a))) for i, a in enumerate(answers)]
-
     answers = ["I am Ada Lovelace Bot, hello."] * 3 + ["I am happy"] * 7
-    assert persona(conversations(answers)) == ("Ada Lovelace Bot", 3)  # type: ignore[arg-type]
-    assert persona(conversations(["I'm Sam."] * 3)) == ("none", 0)  # type: ignore[arg-type]
-    assert persona(conversations(["I think so", "Yes"])) == ("none", 0)  # type: ignore[arg-type]
+    assert persona(Counter(n for a in answers for n in names(a)), len(answers)) == ("Ada Lovelace Bot", 3)
+    assert names("I'm Sam. Call me Sam, my name is Sam Vimes; I am OK, and I’m Here") == {"Sam", "Sam Vimes"}
+    assert persona(Counter({"Sam": 3}), 3) == ("none", 0) and persona(Counter({"Sam": 4}), 100) == ("Sam", 4)
+    assert persona(Counter(), 2) == ("none", 0)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from collections import Counter, defaultdict
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.dedup import body, most_alike, pairs, root, sketches
 from tunesmith.data.findings import finding
@@ -54,10 +56,8 @@ def split(
     if method == "threshold":
         sides = _by_threshold(rows, valid, test, seed, group_by)
     else:
-        digests = [row.digest() for row in rows]
-        near = _near(rows, digests)
-        order = _order(seed, digests)
-        del digests
+        content, order = _orders(seed, rows)
+        near = _near(rows, content)
         for apart in (False, True):
             groups = _groups(rows, group_by, near, apart)
             if method == "hash":
@@ -136,26 +136,33 @@ def _by_threshold(rows: Conversations, valid: float, test: float, seed: int, gro
     return sides
 
 
-def _order(seed: int, digests: list[str]) -> array[int]:
-    """For each row a number by which they are in an order of their own (64 bits of a hash)."""
-    return array("Q", (int(_hash(seed, digest)[:16], 16) for digest in digests))
+def _orders(seed: int, rows: Conversations) -> tuple[array[int], array[int]]:
+    """For each row 64 bits of a hash of what it says, and of that with the seed: two orders that are not the file's."""
+    content, seeded = array("Q"), array("Q")
+    for row in rows:
+        digest = row.digest()
+        content.append(int(digest[:16], 16))
+        seeded.append(int(_hash(seed, digest)[:16], 16))
+    return content, seeded
 
 
-def _near(rows: Conversations, digests: list[str]) -> list[int]:
+def _near(rows: Conversations, content: array[int]) -> array[int]:
     """For each row the representative of its group of near duplicates."""
-    near = list(range(len(rows)))
-    order = sorted(near, key=digests.__getitem__)  # the pairs found must not depend on the file's order
-    for a, b, _ in pairs(sketches(body(rows[i]) for i in order)):
-        near[root(near, order[b])] = root(near, order[a])
-    return [root(near, i) for i in range(len(rows))]
+    near = array("q", range(len(rows)))
+    order = np.argsort(
+        np.frombuffer(content, np.uint64), kind="stable"
+    )  # the pairs must not depend on the file's order
+    for a, b, _ in pairs(sketches(body(rows[int(i)]) for i in order)):
+        near[root(near, int(order[b]))] = root(near, int(order[a]))
+    return array("q", (root(near, i) for i in range(len(rows))))
 
 
-def _groups(rows: Conversations, group_by: str | None, near: list[int], apart: bool) -> list[list[int]]:
+def _groups(rows: Conversations, group_by: str | None, near: array[int], apart: bool) -> list[list[int]]:
     """Rows that ask the same, are nearly the same or share a group, as lists of indices, in order of first appearance.
 
     `apart`: rows that are nearly the same because they are a template filled in do not count as such.
     """
-    parent = list(range(len(rows)))
+    parent = array("q", range(len(rows)))
     seen: dict[bytes, int] = {}
     for i, row in enumerate(rows):
         keys: list[bytes] = [_short(prompt_key(row))] + ([_group(row, group_by).encode()] if group_by else [])
