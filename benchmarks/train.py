@@ -2,11 +2,12 @@
 
     python benchmarks/train.py [--shape 20M] [--method full] [--steps 4] [--repeat 3] [--peers trainer,trl]
 
-Rows are real text (tools/starter) of about 800 tokens, 1,024 at most, loss on the answers alone, AdamW 1e-3 constant, no
-decay, clip 1.0, fp32, no checkpointing. A peer runs under $BENCH_PYTHON_<PEER> where that is set, else under this Python;
-one that cannot be imported is named and left out. Prints medians: tokens a second (without padding), the ratio to the
-fastest peer, peak memory, the share of the matrix-multiply rate measured in the same run, and the first loss, which must
-be the same for all to four digits.
+Rows are real text (tools/starter) of 650 to 760 tokens in the mean, 1,024 at most, four fifths of it answers, which alone are
+learnt; padding in file order would be a quarter of a batch. AdamW 1e-3 constant, no decay, clip 1.0, fp32, no
+checkpointing. A peer runs under $BENCH_PYTHON_<PEER> where that is set, else under this Python; one that cannot be imported is
+named and left out. Prints medians: tokens a second (without padding), the ratio to the fastest peer, peak memory and its
+ratio to the smallest peer's, the share of the matrix-multiply rate measured in the same run, and the first loss, which must be
+the same for all to four digits (but for :grouped, whose first batch is another).
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+import peers
+from peers import FREEZE
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {  # vocabulary, hidden, layers, heads, key-value heads, inner
     "20M": (50257, 288, 6, 6, 6, 768),
     "135M": (49152, 576, 30, 9, 3, 1536),
 }
-FREEZE = 0.7
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def main() -> None:
@@ -41,8 +42,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1, help="passes over the rows of --steps steps [1]")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--peers", default="trainer,trl", help="of trainer, trl; with :grouped sorted by length [all]")
-    parser.add_argument("--no-cache", action="store_true", help="ours without keeping the frozen layers' output")
+    parser.add_argument(
+        "--peers",
+        default="trainer,trl,llamafactory,torchtune",
+        help="of these; trainer:grouped and trl:grouped sort rows by length; tunesmith:uncached runs frozen layers each epoch",
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith_bench_train")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -74,14 +78,17 @@ def main() -> None:
         f"2048-cubed product {rate / 1e9:.0f} GFLOP/s; medians of {options.repeat}"
     )
     medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in seen.items() if runs}
-    best = max((m["tokens_s"] for n, m in medians.items() if n != "tunesmith"), default=0.0)
+    best = max((m["tokens_s"] for n, m in medians.items() if not n.startswith("tunesmith")), default=0.0)
+    least = min((m["peak_mb"] for n, m in medians.items() if not n.startswith("tunesmith")), default=0.0)
     for name, m in medians.items():
         low, high = min(r["tokens_s"] for r in seen[name]), max(r["tokens_s"] for r in seen[name])
         share = work(options, m) / m["seconds"] / rate
         against = f"{m['tokens_s'] / best:5.2f}x" if best else ""
+        memory = f"{m['peak_mb'] / least:4.2f}x" if least else ""
+        later = f", epochs after the first {m['later']:.0f} tokens/s" if "later" in m else ""
         print(
-            f"  {name:18} {m['tokens_s']:7.0f} tokens/s ({low:.0f} to {high:.0f}) {against}  {m['peak_mb']:6.0f} MB  "
-            f"{share:4.0%} of the matrix rate  first loss {m['first']:.4f}, last {m['last']:.4f}"
+            f"  {name:18} {m['tokens_s']:7.0f} tokens/s ({low:.0f} to {high:.0f}) {against}  {m['peak_mb']:6.0f} MB {memory}  "
+            f"{share:4.0%} of the matrix rate  first loss {m['first']:.4f}, last {m['last']:.4f}{later}"
         )
 
 
@@ -148,7 +155,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "epochs": options.epochs, "batch_size": options.batch, "learning_rate": 1e-3, "lr_scheduler": "constant",
         "warmup_ratio": 0.0, "weight_decay": 0.0, "valid_fraction": 0.0, "test_fraction": 0.0, "threads": os.cpu_count() or 2,
-        "prefix_cache": not options.no_cache, **method,
+        "prefix_cache": options.one != "tunesmith:uncached", **method,
     }  # fmt: skip
 
 
@@ -202,11 +209,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(len(r["ids"]) for r in rows),
         "supervised": sum(sum(r["mask"][1:]) for r in rows),
     }
-    if options.one == "tunesmith":
-        found = run_ours(options)
-    else:
-        name, _, how = options.one.partition(":")
-        found = run_trainer(options, rows, name == "trl", how == "grouped")
+    found = run_ours(options) if options.one.startswith("tunesmith") else peers.run(options.one, options, rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {**counts, **found, "peak_mb": peak, "tokens_s": counts["tokens"] / found["seconds"]}
 
@@ -226,74 +229,12 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         run = lay_out(prepared, Path(folder) / "run")
         train(run, lambda: False)
         steps = run.metrics("step")
-        return {"seconds": steps[-1]["seconds"], "first": steps[0]["loss"], "last": steps[-1]["loss"]}
-
-
-def run_trainer(options: argparse.Namespace, rows: list[dict[str, Any]], trl: bool, grouped: bool) -> dict[str, Any]:
-    import torch
-    import transformers
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    transformers.utils.logging.disable_progress_bar()
-    folder = options.folder / options.shape
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if options.method == "freeze":
-        layers = model.model.layers
-        model.requires_grad_(False)
-        for part in (*layers[int(FREEZE * len(layers)) :], model.model.norm):
-            part.requires_grad_(True)
-    peft = None
-    if options.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        peft = LoraConfig(**LORA)
-    losses, clock = [], []
-
-    class Spy(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-
-        def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                losses.append(logs["loss"])
-
-    with tempfile.TemporaryDirectory() as out:
-        arguments = dict(
-            output_dir=out, max_steps=options.steps * options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
-            report_to="none", save_strategy="no", logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant",
-            weight_decay=0.0, max_grad_norm=1.0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-            train_sampling_strategy="group_by_length" if grouped else "sequential",
-        )  # fmt: skip
-        if trl:
-            from trl import SFTConfig, SFTTrainer
-
-            data = Dataset.from_list(
-                [{"input_ids": r["ids"], "completion_mask": list(map(int, r["mask"]))} for r in rows]
-            )
-            trainer = SFTTrainer(
-                model=model, args=SFTConfig(**arguments, max_length=1024, packing=False, completion_only_loss=True),
-                train_dataset=data,
-                processing_class=tokenizer, peft_config=peft, callbacks=[Spy()],
-            )  # fmt: skip
-        else:
-            model = get_peft_model(model, peft) if peft else model
-            items = [
-                {"input_ids": r["ids"], "attention_mask": [1] * len(r["ids"]),
-                 "labels": [i if m else -100 for i, m in zip(r["ids"], r["mask"], strict=True)]}
-                for r in rows
-            ]  # fmt: skip
-            trainer = transformers.Trainer(
-                model=model, args=transformers.TrainingArguments(**arguments), train_dataset=Dataset.from_list(items),
-                data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
-                callbacks=[Spy()],
-            )  # fmt: skip
-        trainer.train()
-    return {"seconds": clock[-1] - clock[0], "first": losses[0], "last": losses[-1]}
+        found = {"seconds": steps[-1]["seconds"], "first": steps[0]["loss"], "last": steps[-1]["loss"]}
+        if options.epochs > 1:
+            before, after = steps[options.steps - 1], steps[-1]
+            tokens = after["total_tokens"] - before["total_tokens"]
+            found["later"] = tokens / (after["seconds"] - before["seconds"])
+        return found
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.conversation import Conversation
-from tunesmith.data.store import Conversations
 from tunesmith.data.write import as_row, write_json, write_jsonl
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.planning import Plan, Prepared
@@ -94,20 +92,12 @@ def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
             "memory_mb": plan.memory_mb,
         },
         "model": plan.model,
-        "data_hashes": {side: _digest(rows) for side, rows in prepared.splits.items()},
+        "data_hashes": prepared.hashes,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
         },
     }
-
-
-def _digest(rows: Conversations) -> str:
-    """Hash of what a side's rows say, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(bytes.fromhex(row.digest()))
-    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

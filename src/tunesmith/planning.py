@@ -53,6 +53,7 @@ class Prepared(msgspec.Struct, frozen=True):
     plan: Plan
     splits: Splits
     tokens: dict[str, Tokens]
+    hashes: dict[str, str]
 
 
 def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
     issues.extend(idle_settings(recipe, origin))
-    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens)
+    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.hashes)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:

@@ -49,10 +49,12 @@ UNUSED = 30 * 86400  # seconds after which what is kept of a data set is removed
 
 
 class Data(msgspec.Struct, frozen=True):
-    """Rows and tokens of each side, in the same order; `dropped`: over-long rows left out; `persona`: of `data.persona`."""
+    """Rows and tokens of each side, in the same order, and a hash of what the rows say; `dropped`: over-long rows left out;
+    `persona`: of `data.persona`."""
 
     rows: Splits
     tokens: dict[str, Tokens]
+    hashes: dict[str, str]
     issues: list[Issue]
     formats: dict[str, int]
     dropped: int
@@ -62,6 +64,7 @@ class Data(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """What is kept of a Data besides its arrays."""
 
+    hashes: dict[str, str]
     issues: list[Issue]
     formats: dict[str, int]
     dropped: int
@@ -136,7 +139,8 @@ def _save(data: Data, folder: Path) -> None:
         stores[side] = store.path.name
         np.save(folder / f"{store.path.name}.starts.npy", store.starts)
         np.save(folder / f"{side}.rows.npy", rows.rows if isinstance(rows, Chosen) else np.arange(len(store)))
-    write_json(folder / "facts.json", Facts(data.issues, data.formats, data.dropped, data.persona, stores))
+    facts = Facts(data.hashes, data.issues, data.formats, data.dropped, data.persona, stores)
+    write_json(folder / "facts.json", facts)
 
 
 def _opened(folder: Path) -> Data:
@@ -147,7 +151,7 @@ def _opened(folder: Path) -> Data:
         store = Store(folder / name, np.load(folder / f"{name}.starts.npy"))
         rows[side] = Chosen(store, np.load(folder / f"{side}.rows.npy"))
         tokens[side] = load_tokens(folder, side, len(rows[side]))
-    return Data(rows, tokens, facts.issues, facts.formats, facts.dropped, facts.persona)
+    return Data(rows, tokens, facts.hashes, facts.issues, facts.formats, facts.dropped, facts.persona)
 
 
 # ---- made
@@ -167,7 +171,8 @@ def _made(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, fol
         issues += sides["train"].seen.training(model.vocabulary)
     dropped = sum(map(len, splits.values())) - sum(map(len, kept.values()))
     tokens = {side: found.tokens for side, found in sides.items()}
-    return Data(kept, tokens, issues, formats, dropped, persona(sides["train"].names, len(kept["train"])))
+    hashes = {side: found.hash for side, found in sides.items()}
+    return Data(kept, tokens, hashes, issues, formats, dropped, persona(sides["train"].names, len(kept["train"])))
 
 
 def _give_back() -> None:
@@ -181,12 +186,13 @@ def _give_back() -> None:
 
 class Side(msgspec.Struct):
     """What was seen when a side's rows were rendered, the numbers of those that are kept, what their answers call the speaker,
-    and their tokens."""
+    their tokens, and a hash of what they say, in their order."""
 
     seen: Seen
     numbers: array[int]
     names: Counter[str]
     tokens: Tokens
+    hash: str = ""
 
 
 def rendered(
@@ -197,7 +203,7 @@ def rendered(
     def begin() -> Seen:
         return Seen(limit, recipe.over_long, renderer.stop_ids)
 
-    def one(part: tuple[str, int]) -> tuple[str, Seen, array[int], Counter[str], Flat]:
+    def one(part: tuple[str, int]) -> tuple[str, Seen, array[int], Counter[str], Flat, bytes]:
         side, start = part
         rows = splits[side]
         seen, numbers = begin(), range(start, min(start + PART, len(rows)))
@@ -205,22 +211,25 @@ def rendered(
         taken = [seen.take(row, r) for row, r in zip(mine, renderer.render_all(mine), strict=True)]
         called = Counter(name for row, r in zip(mine, taken, strict=True) if r for name in names(row.answer()))
         kept = array("q", (i for i, r in zip(numbers, taken, strict=True) if r))
-        return side, seen, kept, called, Flat.of(r for r in taken if r)
+        said = b"".join(bytes.fromhex(row.digest()) for row, r in zip(mine, taken, strict=True) if r)
+        return side, seen, kept, called, Flat.of(r for r in taken if r), said
 
     parts = [(side, start) for side, rows in splits.items() for start in range(0, len(rows), PART)]
     processes = cores() if recipe.num_workers == "auto" else recipe.num_workers
     found = {side: Side(begin(), array("q"), Counter(), flatten([])) for side in splits}
     writers = {side: Writer(folder, side) for side in splits}
+    hashes = {side: hashlib.sha256() for side in splits}
     # The first part is rendered here: the processes begin with the words that it has taught the renderer
-    for side, seen, numbers, called, flat in spread(
+    for side, seen, numbers, called, flat, said in spread(
         one, parts, min(processes, len(parts)), lambda part: part == parts[0]
     ):
         found[side].seen.add(seen)
         found[side].numbers += numbers
         found[side].names += called
         writers[side].add(flat)
+        hashes[side].update(said)
     for side, writer in writers.items():
-        found[side].tokens = writer.close()
+        found[side].tokens, found[side].hash = writer.close(), hashes[side].hexdigest()
     return found
 
 
