@@ -6,8 +6,10 @@ import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from tunesmith.cli.curves import of_run, sparkline
 from tunesmith.runs import Event, Run
 
 EVERY_SECONDS = 5.0  # between progress lines where the line cannot be rewritten
@@ -23,6 +25,7 @@ class Progress:
         self._first: Event | None = None
         self._valid: float | None = None
         self._steps = 0
+        self._losses: list[float] = []
 
     def __call__(self, run: Run, event: Event) -> None:
         kind = event["type"]
@@ -31,6 +34,7 @@ class Progress:
             self._say(f"run {run}")
         if kind == "step":
             self._first = self._first or event
+            self._losses.append(event["loss"])
             self._step(event)
         elif kind == "eval":
             self._valid = event["loss"]
@@ -46,6 +50,10 @@ class Progress:
                 f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
                 f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}"
             )
+            if self._live:
+                width = min(72, shutil.get_terminal_size().columns - 12)
+                for line in of_run(run.metrics("step"), run.metrics("eval"), width):
+                    self._say(line)
 
     def _step(self, event: Event) -> None:
         assert self._first is not None
@@ -60,7 +68,7 @@ class Progress:
         rest = [f"loss {event['loss']:.4f}{valid}", f"{event['tokens_per_second']:.0f} tokens/s", f"ETA {clock(eta)}"]
         text = "  ".join([first, f"epoch {event['epoch']:.2f}", *rest])
         if self._live:
-            text = fit(done / max(1, self._steps), first, f"epoch {event['epoch']:.2f}", rest)
+            text = fit(done / max(1, self._steps), first, f"epoch {event['epoch']:.2f}", rest, self._losses)
             _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")
             self._shown = len(text)
         else:
@@ -116,15 +124,17 @@ def _write(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
 
-def fit(share: float, first: str, epoch: str, rest: list[str]) -> str:
-    """The live line, no wider than the terminal (a line that wraps cannot be rewritten): bar and epoch give way first."""
+def fit(share: float, first: str, epoch: str, rest: list[str], losses: Sequence[float] = ()) -> str:
+    """The live line, no wider than the terminal (a line that wraps cannot be rewritten): curve, bar and epoch give way first."""
     width = shutil.get_terminal_size().columns - 1
     plain = "  ".join([first, *rest])
     for text in ("  ".join([first, epoch, *rest]), plain):
         bar = min(20, width - len(text) - 3)
         if bar >= 5:
             full = round(bar * share)
-            return f"[{'█' * full}{'·' * (bar - full)}] {text}"
+            line = f"[{'█' * full}{'·' * (bar - full)}] {text}"
+            curve = sparkline(losses, min(24, width - len(line) - 2)) if len(losses) > 4 else ""
+            return f"{line}  {curve}" if len(curve) > 4 else line
     return plain[:width]
 
 

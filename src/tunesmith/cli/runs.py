@@ -48,6 +48,7 @@ def show(argv: list[str]) -> int:
     parser.add_argument("run", help="the run's directory")
     options = parser.parse_args(argv)
     from tunesmith import api
+    from tunesmith.cli.curves import of_run
     from tunesmith.cli.progress import table
 
     run = api.find_run(options.run)
@@ -65,6 +66,8 @@ def show(argv: list[str]) -> int:
         return 0
     print(table([(k, _number(v)) for k, v in summary.items() if v is not None], ""))
     evals = run.metrics("eval")
+    for line in of_run(run.metrics("step"), evals):
+        print(line)
     if evals:
         print("\nvalidation loss\n" + table([("step", "loss"), *((e["step"], f"{e['loss']:.4f}") for e in evals)]))
     print(
