@@ -13,6 +13,7 @@ from tunesmith.conversation import Conversation
 from tunesmith.costs import Estimate
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
+from tunesmith.data.scan import Progress
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.preflight import launched
 from tunesmith.recipe import Recipe
@@ -58,9 +59,16 @@ def estimate(prepared: planning.Prepared) -> tuple[Estimate, list[tuple[str, int
 
 
 def prepare(
-    dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any
+    dataset: str | os.PathLike[str] | None = None,
+    *,
+    config: str | None = None,
+    on_progress: Progress | None = None,
+    **settings: Any,
 ) -> planning.Prepared:
-    """The plan together with the rows, split and rendered: what a backend is given."""
+    """The plan together with the rows, split and rendered: what a backend is given.
+
+    `on_progress(rows, share, what)` is told now and then how far it is.
+    """
     if dataset is not None:
         if not isinstance(dataset, str | os.PathLike):
             raise UsageError(
@@ -73,7 +81,7 @@ def prepare(
     backends.get(recipe.provider)
     if recipe.output_dir:
         refuse_taken(Path(recipe.output_dir).expanduser())  # before the work of reading
-    return planning.prepare(recipe, origin)
+    return planning.prepare(recipe, origin, on_progress)
 
 
 def train(
@@ -82,17 +90,19 @@ def train(
     config: str | None = None,
     on_prepared: Callable[[planning.Prepared], None] | None = None,
     on_event: Callable[[Run, Event], None] | None = None,
+    on_progress: Progress | None = None,
     **settings: Any,
 ) -> Run:
     """Train and wait for the end. Settings are those of the Recipe (`epochs=3, lora_rank=8, …`).
 
     Returns the Run; `run / "best_model"` loads in plain transformers. `on_prepared` sees the plan and the rows
-    before anything is written, `on_event` every event as it comes. Raises DataError, UsageError, or
+    before anything is written, `on_progress` how far their preparation is (rows, share, what), `on_event` every event as it
+    comes. Raises DataError, UsageError, or
     TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and raises Interrupted.
     """
 
     def ready() -> planning.Prepared:
-        prepared = prepare(dataset, config=config, **settings)
+        prepared = prepare(dataset, config=config, on_progress=on_progress, **settings)
         if on_prepared:
             on_prepared(prepared)
         return prepared

@@ -17,6 +17,7 @@ import numpy as np
 
 from tunesmith.conversation import Issue
 from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, steps_per_epoch, trainable
+from tunesmith.data.scan import Progress
 from tunesmith.data.split import Splits
 from tunesmith.data.spread import cores
 from tunesmith.errors import DataError, UsageError
@@ -56,7 +57,7 @@ class Prepared(msgspec.Struct, frozen=True):
     hashes: dict[str, str]
 
 
-def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
+def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:
     """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
     refuse_impossible(recipe)
     folder = find(recipe.model)
@@ -72,7 +73,7 @@ def prepare(recipe: Recipe, origin: dict[str, str]) -> Prepared:
             where=recipe.model,
             fix=f"set --max-length {model.context} or less",
         )
-    found = prepare_data(recipe, renderer, model, limit)
+    found = prepare_data(recipe, renderer, model, limit, progress)
     issues = list(found.issues)
     if not len(found.rows["train"]):
         cut = recipe.over_long == "truncate"

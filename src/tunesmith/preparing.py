@@ -27,7 +27,7 @@ from tunesmith.data.check import Loaded, load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import names, persona
 from tunesmith.data.read import files
-from tunesmith.data.scan import size
+from tunesmith.data.scan import Progress, size
 from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
@@ -72,11 +72,13 @@ class Facts(msgspec.Struct, frozen=True):
     stores: dict[str, str]  # of each side, the name of the file its rows are in
 
 
-def prepare_data(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int) -> Data:
+def prepare_data(
+    recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, progress: Progress | None = None
+) -> Data:
     """The data of a run with rows of `limit` tokens at most. Raises DataError where it cannot be used at all."""
     listed = [(name, files(name)) for name in _datasets(recipe)]
     if any(paths is None for _, paths in listed) or size(listed) < LARGE:
-        return _made(recipe, renderer, model, limit, None)
+        return _made(recipe, renderer, model, limit, None, progress)
     folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, limit)
     if (folder / "facts.json").exists():
         os.utime(folder)
@@ -85,7 +87,7 @@ def prepare_data(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: i
     building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     building.mkdir(parents=True)
     try:
-        made = _made(recipe, renderer, model, limit, building)
+        made = _made(recipe, renderer, model, limit, building, progress)
         if any(issue.severity == "error" for issue in made.issues) or not len(made.rows["train"]):
             return made  # and nothing is kept: the files stay open until it is gone
         _save(made, building)
@@ -126,9 +128,18 @@ def _tidy(folder: Path) -> None:
     """Remove what was not used for a month, and what killed processes had begun."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         begun = entry.name.endswith(".tmp")
-        alive = begun and Path(f"/proc/{entry.name.split('.')[-2]}").exists()
-        if (begun and not alive) or time.time() - entry.stat().st_mtime > UNUSED:
+        if (begun and not _alive(int(entry.name.split(".")[-2]))) or time.time() - entry.stat().st_mtime > UNUSED:
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _save(data: Data, folder: Path) -> None:
@@ -157,11 +168,13 @@ def _opened(folder: Path) -> Data:
 # ---- made
 
 
-def _made(recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None) -> Data:
+def _made(
+    recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None, progress: Progress | None
+) -> Data:
     """The whole road. With `folder`, rows and tokens lie there instead of in memory."""
-    splits, issues, formats = _splits(recipe, folder)
+    splits, issues, formats = _splits(recipe, folder, progress)
     _give_back()
-    sides = rendered(splits, renderer, limit, recipe, folder)
+    sides = rendered(splits, renderer, limit, recipe, folder, progress)
     kept: Splits = {}
     for side, rows in splits.items():
         found = sides[side]
@@ -196,7 +209,12 @@ class Side(msgspec.Struct):
 
 
 def rendered(
-    splits: Splits, renderer: Renderer, limit: int, recipe: Recipe, folder: Path | None = None
+    splits: Splits,
+    renderer: Renderer,
+    limit: int,
+    recipe: Recipe,
+    folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Side]:
     """Every side's rows as tokens, by `num_workers` processes."""
 
@@ -219,6 +237,7 @@ def rendered(
     found = {side: Side(begin(), array("q"), Counter(), flatten([])) for side in splits}
     writers = {side: Writer(folder, side) for side in splits}
     hashes = {side: hashlib.sha256() for side in splits}
+    total = sum(map(len, splits.values()))
     # The first part is rendered here: the processes begin with the words that it has taught the renderer
     for side, seen, numbers, called, flat, said in spread(
         one, parts, min(processes, len(parts)), lambda part: part == parts[0]
@@ -228,6 +247,9 @@ def rendered(
         found[side].names += called
         writers[side].add(flat)
         hashes[side].update(said)
+        if progress:
+            done = sum(side.seen.rows for side in found.values())
+            progress(done, done / total, "rendering")
     for side, writer in writers.items():
         found[side].tokens, found[side].hash = writer.close(), hashes[side].hexdigest()
     return found
@@ -247,9 +269,11 @@ def _refuse_parts(dataset: str) -> None:
         )
 
 
-def _splits(recipe: Recipe, folder: Path | None) -> tuple[Splits, list[Issue], dict[str, int]]:
+def _splits(
+    recipe: Recipe, folder: Path | None, progress: Progress | None
+) -> tuple[Splits, list[Issue], dict[str, int]]:
     _refuse_parts(need_dataset(recipe))
-    how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider}
+    how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider, "progress": progress}
     if recipe.num_workers != "auto":
         how["processes"] = recipe.num_workers
 
@@ -266,6 +290,8 @@ def _splits(recipe: Recipe, folder: Path | None) -> tuple[Splits, list[Issue], d
             part = read(name, side)
             apart[side] = part.rows()
             issues.extend(part.issues)
+    if progress:
+        progress(loaded.usable, 0.0, "splitting")
     splits = split(
         loaded.rows(),
         0 if "valid" in apart else recipe.valid_fraction,

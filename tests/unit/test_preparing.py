@@ -146,3 +146,17 @@ def test_rows_with_their_places(tiny: Path, data: Path, large: pytest.MonkeyPatc
     assert found[0] == next(iter(found)) and found[-1] == list(found)[-1]
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_it_says_how_far_it_is(limit: int, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "LARGE", limit)
+    monkeypatch.setattr(preparing, "PART", 16)
+    told: list[tuple[int, float, str]] = []
+    found = api.prepare(str(data), model=str(tiny), on_progress=lambda *said: told.append(said))
+    shares = {what: [share for _, share, other in told if other == what] for _, _, what in told}
+    assert list(shares) == ["reading", "comparing", "splitting", "rendering"]
+    assert (
+        shares["rendering"] == sorted(shares["rendering"]) and shares["rendering"][-1] == shares["reading"][-1] == 1.0
+    )
+    assert told[-1][0] == sum(found.plan.rows.values())

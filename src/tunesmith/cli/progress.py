@@ -115,8 +115,13 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the live line."""
         if self._shown:
             _write(f"\r{' ' * self._shown}\r")
+            self._shown = 0
 
 
 def _write(text: str) -> None:

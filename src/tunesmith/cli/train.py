@@ -28,10 +28,15 @@ def train(argv: list[str]) -> int:
     add_settings(parser)
     options = parser.parse_args(argv)
     from tunesmith import api
-    from tunesmith.cli.progress import Progress
+    from tunesmith.cli.progress import Bar, Progress
 
     given = settings(options)
-    progress = Progress()
+    progress, bar = Progress(), Bar()
+
+    def ready(prepared: Prepared) -> None:
+        bar.close()
+        preflight(prepared)
+
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, a checkpoint first; nohup has the second ignored
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -43,10 +48,13 @@ def train(argv: list[str]) -> int:
                 )
             run = api.resume(options.resume, progress, config=options.config, **given)
         elif options.prepare_only:
-            return _write_prepared(api.prepare(config=options.config, **given), options.json)
+            with bar:
+                prepared = api.prepare(config=options.config, on_progress=bar, **given)
+            return _write_prepared(prepared, options.json)
         else:
-            run = api.train(config=options.config, on_prepared=preflight, on_event=progress, **given)
+            run = api.train(config=options.config, on_prepared=ready, on_event=progress, on_progress=bar, **given)
     finally:
+        bar.close()
         progress.close()
     if run.silent:  # one of several processes: the first speaks for all
         return 0
@@ -92,8 +100,10 @@ def plan(argv: list[str]) -> int:
     import msgspec
 
     from tunesmith import api
+    from tunesmith.cli.progress import Bar
 
-    prepared = api.prepare(config=options.config, **settings(options))
+    with Bar() as bar:
+        prepared = api.prepare(config=options.config, on_progress=bar, **settings(options))
     local = prepared.plan.recipe.provider == "huggingface" and find_spec("torch") is not None
     here = local and not options.no_probe
     need, ways = api.estimate(prepared) if here else (None, [])
