@@ -51,7 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     over_long: Annotated[
         Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")
     ] = "error"
-    num_workers: Annotated[int | Auto, opt("data", "threads that tokenize; auto: every core")] = "auto"
+    num_workers: Annotated[int | Auto, opt("data", "processes that check and tokenize; auto: every core")] = "auto"
 
     provider: Annotated[
         str, opt("model", "who trains: huggingface (this machine) or fake (a dry run, no learning)")
