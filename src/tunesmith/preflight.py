@@ -60,7 +60,7 @@ def refuse_impossible(recipe: Recipe) -> None:
 
 
 class Seen(msgspec.Struct):
-    """What rendering some rows of a side has shown, added up: `issues` says what of it matters.
+    """What rendering some rows of a side has shown, added up: `lengths` and `training` say what of it matters.
 
     First places are the earliest of what was counted. `limit` in tokens; `policy` as of the recipe's over_long.
     """

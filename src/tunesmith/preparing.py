@@ -79,7 +79,7 @@ def prepare_data(
     listed = [(name, files(name)) for name in _datasets(recipe)]
     if any(paths is None for _, paths in listed) or size(listed) < LARGE:
         return _made(recipe, renderer, model, limit, None, progress)
-    folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, limit)
+    folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, model, limit)
     if (folder / "facts.json").exists():
         os.utime(folder)
         return _opened(folder)
@@ -110,10 +110,11 @@ def _kept_in() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "data"
 
 
-def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, limit: int) -> str:
-    """Hash of all that decides what is kept: the files' bytes and names, the settings, the tokenizer with its template."""
+def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int) -> str:
+    """Hash of all that decides what is kept: the files' bytes and names, the settings, the tokenizer with its template, and
+    the vocabulary that ids were checked against."""
     said = [getattr(recipe, name) for name in DECIDE]
-    digest = hashlib.sha256(repr((version("tunesmith"), version("tokenizers"), limit, said)).encode())
+    digest = hashlib.sha256(repr((version("tunesmith"), version("tokenizers"), limit, model.vocabulary, said)).encode())
     for name in TOKENIZER_FILES:
         if (renderer.folder / name).exists():
             digest.update((renderer.folder / name).read_bytes())

@@ -1,6 +1,6 @@
 """Parts of a model computed in fewer passes over memory, to the same numbers: norms, gates and low-rank adapters.
 
-On a CPU these are bound by memory: as separate operations, norms and gates take a tenth of a step, and keep a fifth
+On a CPU these are bound by memory: as separate operations, norms and gates take a tenth of a step, and keep a third
 of all that a step keeps for its backward pass.
 """
 
