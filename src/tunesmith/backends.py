@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.conversation import Conversation
-from tunesmith.data.write import as_row, write_json, write_jsonl
+from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.planning import Plan, Prepared
-from tunesmith.runs import Run, create
+from tunesmith.runs import TEMPLATE, Run, create
 
 BACKENDS = {"huggingface": "tunesmith.local.backend:LocalBackend", "fake": "tunesmith.backends:FakeBackend"}
 
@@ -38,8 +38,8 @@ class Backend(Protocol):
         """Ask the work to stop; a local run checkpoints first."""
         ...
 
-    def completer(self, model: str) -> Completer:
-        """Answers of a model, where the backend has them."""
+    def completer(self, model: str, template: str | None = None) -> Completer:
+        """Answers of a model, where the backend has them; `template`: the text of another chat template than its own."""
         ...
 
 
@@ -70,6 +70,8 @@ def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lam
             if len(rows):
                 write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
         write_json(run / "data" / "check.json", prepared.plan.issues)
+        if not prepared.renderer.is_own:
+            write_bytes(run / TEMPLATE, prepared.renderer.template.encode())
         fill(run)
     return run
 
@@ -151,7 +153,7 @@ class FakeBackend:
         if run.state() not in ("succeeded", "failed"):
             run.append("state", state="cancelled")
 
-    def completer(self, model: str) -> Completer:
+    def completer(self, model: str, template: str | None = None) -> Completer:
         def echo(
             prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
         ) -> list[str]:

@@ -25,7 +25,7 @@ from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
 from tunesmith.preflight import idle_settings, refuse_impossible
 from tunesmith.preparing import Data, prepare_data
 from tunesmith.recipe import FACTS, Recipe, need_dataset
-from tunesmith.render import Renderer
+from tunesmith.render import Renderer, chosen_template, own_template
 from tunesmith.tokens import Tokens
 
 
@@ -49,12 +49,13 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A plan with the rows behind it, split, and rendered in the same order."""
+    """A plan with the rows behind it, split, and rendered in the same order, and what rendered them."""
 
     plan: Plan
     splits: Splits
     tokens: dict[str, Tokens]
     hashes: dict[str, str]
+    renderer: Renderer
 
 
 def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:
@@ -65,7 +66,8 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
         recipe = msgspec.structs.replace(recipe, model=str(folder.resolve()))
     model = facts(folder)
     _check_targets(recipe, folder)
-    renderer = Renderer(folder)
+    recipe, origin = _template(recipe, origin, folder)
+    renderer = Renderer(folder, chosen_template(recipe.chat_template, folder))
     limit = model.context if recipe.max_length == "auto" else recipe.max_length
     if limit > model.context:
         raise DataError(
@@ -89,7 +91,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
     issues.extend(idle_settings(recipe, origin))
-    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.hashes)
+    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.hashes, renderer)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -129,12 +131,30 @@ def _step(rule: dict[str, Any], size: int) -> Any:
     return next(s["value"] for s in rule["steps"] if size <= s["up_to"])
 
 
+def _rules() -> dict[str, Any]:
+    with (FACTS / "auto.toml").open("rb") as stream:
+        return tomllib.load(stream)
+
+
+def _template(recipe: Recipe, origin: dict[str, str], folder: Path) -> tuple[Recipe, dict[str, str]]:
+    """The chat template's name for "auto"; a file's path as it is from any working directory."""
+    name, why = recipe.chat_template, origin["chat_template"]
+    if name == "auto":
+        rule = _rules()["chat_template"]
+        own = own_template(folder) is not None
+        name, why = (
+            ("model", "auto: its own") if own else (rule[recipe.task], f"auto: task {recipe.task}: {rule['reason']}")
+        )
+    elif Path(name).suffix:
+        name = str(Path(name).expanduser().resolve())
+    return msgspec.structs.replace(recipe, chat_template=name), {**origin, "chat_template": why}
+
+
 def _resolve_auto(
     recipe: Recipe, origin: dict[str, str], model: ModelFacts, limit: int, data: Data
 ) -> tuple[Recipe, dict[str, str]]:
     """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
-    with (FACTS / "auto.toml").open("rb") as stream:
-        rules = tomllib.load(stream)
+    rules = _rules()
     rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
     rows, (name, count) = len(data.rows["train"]), data.persona
     values: dict[str, tuple[Any, str]] = {

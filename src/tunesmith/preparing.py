@@ -118,6 +118,7 @@ def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFact
     for name in TOKENIZER_FILES:
         if (renderer.folder / name).exists():
             digest.update((renderer.folder / name).read_bytes())
+    digest.update(renderer.template.encode())
     for path in paths:
         digest.update(str(path).encode())
         with path.open("rb") as stream:

@@ -60,6 +60,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     task: Annotated[
         Literal["chat", "code", "instruct", "domain", "custom"], opt("model", "what the data teaches; sets defaults")
     ] = "chat"
+    chat_template: Annotated[
+        str,
+        opt(
+            "model",
+            "how rows become text: model (its own), chat, instruct, completion or a Jinja file; auto: the model's own, "
+            "where it has none the task's",
+            "chat_template_path",
+        ),
+    ] = "auto"
     persona: Annotated[
         str, opt("model", "name that identity probes look for; auto: mined from the answers; none: no probes")
     ] = "auto"

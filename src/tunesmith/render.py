@@ -3,8 +3,8 @@
 Only what the assistant says, with its end-of-turn token, is learnt. The model's own chat template
 renders the text; a `{% generation %}` block in it marks the assistant's part exactly; for a template
 without one, the part is what the template adds after its generation prompt. A base model without
-any template gets `facts/templates/default.jinja` ("User: …", blank line, "Assistant: …"), which is then saved with the
-tuned model. Training, chat, evaluation and export all render here.
+any template gets that of its task (`facts/templates`; chat: "User: …", blank line, "Assistant: …"), which is then saved with
+the tuned model. Training, chat, evaluation and export all render here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from tunesmith.conversation import Conversation, Message
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, ModelError, UsageError, did_you_mean
 from tunesmith.models import read_json
 from tunesmith.recipe import FACTS
 from tunesmith.words import Words, border
 
-DEFAULT_TEMPLATE = FACTS / "templates" / "default.jinja"
+TEMPLATES = {path.stem: path for path in sorted((FACTS / "templates").glob("*.jinja"))}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -97,9 +97,12 @@ class Rendered(msgspec.Struct, frozen=True):
 
 
 class Renderer:
-    """A model's tokenizer and chat template, read from its folder without torch."""
+    """A model's tokenizer and chat template, read from its folder without torch.
 
-    def __init__(self, folder: Path) -> None:
+    `template`: the text of another one than the model's own. `is_own`: whether the model's is used.
+    """
+
+    def __init__(self, folder: Path, template: str | None = None) -> None:
         if not (folder / "tokenizer.json").exists():
             raise ModelError(
                 "no tokenizer.json", where=str(folder), fix="save the model's fast tokenizer into this folder"
@@ -110,12 +113,14 @@ class Renderer:
         self.tokenizer.no_truncation()
         config = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
         self.special = {k: _token_text(config.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.template, self.is_default = _template(folder, config)
+        own = own_template(folder) if template is None else None
+        self.is_own = own is not None
+        self.template: str = next(t for t in (own, template, TEMPLATES["chat"].read_text("utf-8")) if t is not None)
         self._compiled = _environment().from_string(self.template)
         prefix = self.tokenizer.encode("").ids  # what the tokenizer itself puts before a text (a Llama's BOS)
         # Templates write the special tokens; a post-processor would only trim spaces off the offsets (GPT-2's does)
         self.tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-        if self.is_default or not self.special["bos_token"]:
+        if not self.is_own or not self.special["bos_token"]:
             self.special["bos_token"] = self.tokenizer.decode(prefix, skip_special_tokens=False) if prefix else ""
         self.stop_ids = self._stops(read_json(folder / "generation_config.json"))
         self.pad_id = self._id(self.special["pad_token"]) if self.special["pad_token"] else self.stop_ids[0]
@@ -292,11 +297,11 @@ class Renderer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     def save(self, folder: Path) -> None:
-        """Tokenizer and template as they were, byte for byte; the default template is written out."""
+        """Tokenizer and template as they were, byte for byte; one that is not the model's own is written out."""
         for name in TOKENIZER_FILES:
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, folder / name)
-        if self.is_default:
+        if not self.is_own:
             (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
 
 
@@ -304,16 +309,36 @@ def _token_text(token: Any) -> str:
     return str(token["content"]) if isinstance(token, dict) else token or ""
 
 
-def _template(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
-    """The model's template and whether it is our default one."""
+def own_template(folder: Path) -> str | None:
+    """The chat template that a model brings."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8"), False
-    given = config.get("chat_template")
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    given = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(given, list):  # several named ones
         given = next((t["template"] for t in given if t.get("name") == "default"), None)
-    if given:
-        return str(given), False
-    return DEFAULT_TEMPLATE.read_text(encoding="utf-8"), True
+    return str(given) if given else None
+
+
+def chosen_template(name: str, folder: Path) -> str | None:
+    """The text of a recipe's `chat_template`, which is not "auto": None for the model's own. Raises UsageError."""
+    if name == "model":
+        if own_template(folder) is None:
+            raise UsageError("the model has no chat template", where=str(folder), fix=f"choose {', '.join(TEMPLATES)}")
+        return None
+    path = TEMPLATES.get(name, Path(name).expanduser())
+    try:
+        text = path.read_text(encoding="utf-8")
+        _environment().from_string(text)
+    except (OSError, UnicodeDecodeError):
+        known = ["auto", "model", *TEMPLATES]
+        raise UsageError(
+            f'no chat template "{name}"{did_you_mean(name, known)}',
+            where="chat_template",
+            fix=f"one of {', '.join(known)}, or a file",
+        ) from None
+    except TemplateError as error:
+        raise UsageError(f"no Jinja template: {error}", where=name, fix="correct the file") from None
+    return text
 
 
 def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:

@@ -2,7 +2,8 @@
 
     run.json       manifest: recipe with the origin of each value, plan, data hashes, versions (written once)
     events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error
-    data/          the splits as used and their token ids;  checkpoints/  logs/  evaluation/
+    data/          the splits as used, their token ids, the chat template that is not the model's own
+    checkpoints/  logs/  evaluation/
     best_model/    weights at the lowest validation loss;  final_model/  after the last step
 
 Whoever wants to know how a run is doing reads this directory; nothing asks a process.
@@ -25,6 +26,7 @@ from tunesmith.errors import RunError
 from tunesmith.recipe import Recipe
 
 Event = dict[str, Any]
+TEMPLATE = "data/chat_template.jinja"
 
 
 class Run:
@@ -67,6 +69,11 @@ class Run:
         """What is trained: the manifest's settings, with those that were changed when it was gone on with."""
         changed = {k: v for e in self.events() if e["type"] == "changed" for k, v in e["settings"].items()}
         return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
+
+    def template(self) -> str | None:
+        """The chat template that the rows were rendered with, where it is not the base model's own."""
+        path = self / TEMPLATE
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     # ---- what happened
 

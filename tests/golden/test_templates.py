@@ -11,7 +11,7 @@ import pytest
 from conftest import STARTER
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
-from tunesmith.render import Renderer
+from tunesmith.render import TEMPLATES, Renderer, chosen_template
 
 CHAT = Conversation(
     (
@@ -69,7 +69,7 @@ def test_template_without_marks(tmp_path: Path) -> None:
 
 def test_base_model_without_template_gets_the_documented_one(tmp_path: Path) -> None:
     renderer = Renderer(model_folder(tmp_path, None))
-    assert renderer.is_default
+    assert not renderer.is_own
     assert (
         marked(renderer)
         == "System: Be kind.\n\nUser: Hi\n\nAssistant:⟦ Hello.<|im_end|>⟧\n\nUser: Bye\n\nAssistant:⟦ See you.<|im_end|>⟧"
@@ -80,6 +80,36 @@ def test_base_model_without_template_gets_the_documented_one(tmp_path: Path) -> 
     )
     renderer.save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == renderer.template
+
+
+ASKED = {
+    "chat": ("System: Be kind.\n\nUser: Hi\n\nAssistant:", " Hello."),
+    "instruct": ("Be kind.\n\n### Instruction:\nHi\n\n### Response:\n", "Hello."),
+    "completion": ("Be kind.\nHi\n", "Hello."),
+}
+BYE = {
+    "chat": ("\n\nUser: Bye\n\nAssistant:", " See you."),
+    "instruct": ("\n\n### Instruction:\nBye\n\n### Response:\n", "See you."),
+    "completion": ("\n\nBye\n", "See you."),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_templates_of_tasks(name: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, None)
+    renderer = Renderer(folder, chosen_template(name, folder))
+    (first, hello), (second, bye) = ASKED[name], BYE[name]
+    assert marked(renderer) == f"{first}⟦{hello}<|im_end|>⟧{second}⟦{bye}<|im_end|>⟧"
+    assert renderer.decode(renderer.prompt_ids(CHAT.messages[:2]), special=True) == first
+    assert set(TEMPLATES) == set(ASKED)
+
+
+def test_code_goes_on_where_its_prompt_ends(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, None)
+    renderer = Renderer(folder, chosen_template("completion", folder))
+    for prompt in ("def f():\n", "def f(): ", "def f():\n\t"):
+        row = Conversation((Message("user", prompt), Message("assistant", "return 1")))
+        assert marked(renderer, row) == f"{prompt}⟦return 1<|im_end|>⟧"
 
 
 def test_bos_of_the_default_template_is_the_tokenizers_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -197,3 +198,17 @@ def test_chart_geometry() -> None:
     drawn = report.chart(steps, [{"step": 10, "loss": 4.5}, {"step": 20, "loss": 4.0}], 20)
     assert drawn["best"] == {"x": drawn["points"][1][0], "y": drawn["points"][1][1], "step": 20, "loss": 4.0}
     assert report.chart([], [], None) == {}
+
+
+def test_a_base_without_template_is_judged_on_the_form_of_the_run(tiny: Path, data: Path, tmp_path: Path) -> None:
+    from tunesmith.local.score import score
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    (bare / "chat_template.jinja").unlink()
+    run = fit(tmp_path / "run", data, bare, task="code", max_steps=1)
+    held = api.load(run / "data" / "test.jsonl")
+    as_trained, as_chat = (sum(s.loss for s in score(str(bare), held, t)) for t in (run.template(), None))
+    assert as_trained != pytest.approx(as_chat, rel=1e-4)
+    found = api.evaluate(run, samples=1)
+    assert found.metrics[0].base * found.tokens == pytest.approx(as_trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,38 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     assert planning.output_path(b.plan(task="code").recipe) == Path("fine_tuned_models/code_data")
     assert b.plan(dataset="echo", task="code").recipe.persona == "none"
+
+
+@proves("chat_template")
+def _(b: Bench) -> None:
+    bare = bare_copy(b.tiny, b.folder / "bare")
+    for task, heading in (("chat", "User: "), ("instruct", "### Instruction:\n"), ("code", "")):
+        prepared = b.prepare(model=str(bare), task=task)
+        first, row = prepared.splits["train"][0], prepared.tokens["train"].row(0)[0]
+        assert prepared.renderer.decode(row).startswith(heading + first.messages[0].content)
+    assert prepared.plan.recipe.chat_template == "completion"
+    assert prepared.plan.origin["chat_template"] == "auto: task code: the model has none of its own"
+    assert b.plan(task="code").recipe.chat_template == "model"
+    mine = b.folder / "mine.jinja"
+    mine.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+                    "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    run = b.run(chat_template=str(mine), max_steps=1, method="lora")
+    assert run.template() == mine.read_text() and run.recipe().chat_template == str(mine)
+    assert (run / "best_model" / "chat_template.jinja").read_text() == mine.read_text()
+    with pytest.raises(UsageError, match=r'no chat template "instrct" \(did you mean "instruct"'):
+        b.plan(chat_template="instrct")
+    with pytest.raises(UsageError, match="the model has no chat template"):
+        b.plan(model=str(bare), chat_template="model")
+    mine.write_text("{% for %}")
+    with pytest.raises(UsageError, match="no Jinja template"):
+        b.plan(chat_template=str(mine))
+
+
+def bare_copy(model: Path, folder: Path) -> Path:
+    """A model without its chat template."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
 
 
 @proves("persona")

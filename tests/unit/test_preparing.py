@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +98,20 @@ def test_what_is_kept_is_used(tiny: Path, data: Path, folder: Path, large: pytes
     data.write_bytes(data.read_bytes()[:-2] + b" }")
     with pytest.raises(pytest.fail.Exception):
         prepared(data, tiny)
+
+
+def test_what_decides_the_ids_decides_what_is_used(
+    tiny: Path, tmp_path: Path, data: Path, folder: Path, large: pytest.MonkeyPatch
+) -> None:
+    larger = tmp_path / "larger"
+    shutil.copytree(tiny, larger)
+    config = json.loads((larger / "config.json").read_text())
+    (larger / "config.json").write_text(json.dumps({**config, "vocab_size": 9000}))
+    for count, settings in enumerate(({}, {"model": larger}, {"chat_template": "instruct"}, {"max_length": 64}), 1):
+        api.prepare(str(data), **{"model": tiny, **settings})
+        assert len(list(folder.iterdir())) == count
+    prepared(data, tiny)
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_a_run_from_disk_is_the_same_run(

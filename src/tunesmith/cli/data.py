@@ -166,6 +166,7 @@ def preview(argv: list[str]) -> int:
     parser.add_argument("dataset", help="file, folder, sample name or Hub data set")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--model", default="starter", help="whose tokenizer and template [starter]")
+    parser.add_argument("--chat-template", metavar="T", help="another: chat, instruct, completion or a Jinja file")
     parser.add_argument(
         "--max-length", type=positive, metavar="N", help="where rows would be cut [the model's context]"
     )
@@ -184,7 +185,7 @@ def preview(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.models import facts, find
-    from tunesmith.render import Renderer
+    from tunesmith.render import Renderer, chosen_template
 
     if options.html and Path(options.html).exists():
         raise UsageError("exists already", where=options.html, fix="choose another name, or remove it")
@@ -193,7 +194,8 @@ def preview(argv: list[str]) -> int:
     if found.errors():  # what can be shown helps to find out why
         print(f"warning: {found.count('error')} errors; see: tunesmith data check {options.dataset}", file=sys.stderr)
     folder = find(options.model)
-    renderer, limit = Renderer(folder), options.max_length or facts(folder).context
+    template = chosen_template(options.chat_template, folder) if options.chat_template else None
+    renderer, limit = Renderer(folder, template), options.max_length or facts(folder).context
     for number in options.row or ():
         if number > len(rows):
             raise UsageError(f"no row {number}", where=options.dataset, fix=f"rows are 1 to {len(rows)}")

@@ -167,12 +167,11 @@ def preflight(prepared: Prepared) -> None:
         print(line, file=sys.stderr)
     if plan.issues:
         print(f"all findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
-    from tunesmith.models import find
-    from tunesmith.render import Rendered, Renderer
+    from tunesmith.render import Rendered
 
-    renderer, source = Renderer(find(plan.recipe.model)), prepared.splits["train"][0].source
+    source = prepared.splits["train"][0].source
     shown = Rendered(*prepared.tokens["train"].row(0), "")
     print(
-        f"for example {source}:\n{highlight(shown, renderer, coloured(sys.stderr), limit=600)}",
+        f"for example {source}:\n{highlight(shown, prepared.renderer, coloured(sys.stderr), limit=600)}",
         file=sys.stderr,
     )

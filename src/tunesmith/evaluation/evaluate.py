@@ -22,7 +22,9 @@ from tunesmith.data.split import prompt_key
 from tunesmith.data.write import write_json, write_jsonl
 from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation.stats import Comparison, compare
+from tunesmith.models import find
 from tunesmith.recipe import FACTS
+from tunesmith.render import own_template
 from tunesmith.runs import Run
 
 SAMPLE_TOKENS = 120
@@ -83,18 +85,18 @@ def evaluate(
     say = on_progress or (lambda _: None)
     tuned, base, rows, name = _sides(run, model, against, dataset, columns)
     say(f"scoring {len(rows)} held-out rows with {base}")
-    base_scores = _score(base, rows)
+    base_scores = _score(base, rows, run)
     say(f"scoring {len(rows)} held-out rows with {tuned}")
-    tuned_scores = _score(tuned, rows)
+    tuned_scores = _score(tuned, rows, run)
     metrics = _metrics(rows, base_scores, tuned_scores, seed)
     who = persona or (str(run.recipe().persona) if run else "none")
     probes = _probes(run) if who not in ("none", "auto") else []
     chosen = list({prompt_key(r): r for r in rows if r.prompt()}.values())[:samples]
     questions = probes + [Conversation(r.prompt(), tools=r.tools) for r in chosen]
     say(f"answering {len(questions)} prompts with {base}")
-    base_answers = _answers(base, questions, seed)
+    base_answers = _answers(base, questions, seed, run)
     say(f"answering {len(questions)} prompts with {tuned}")
-    tuned_answers = _answers(tuned, questions, seed)
+    tuned_answers = _answers(tuned, questions, seed, run)
     asked = [q.messages[-1].content for q in questions]
     n = len(probes)
     shown = [
@@ -167,16 +169,22 @@ def _refuse_seen(rows: list[Conversation], model: str) -> None:
         )
 
 
-def _score(name: str, rows: list[Conversation]) -> Any:
+def _template(name: str, run: Run | None) -> str | None:
+    """The run's chat template for a model that has none: a base is judged on the form in which it was tuned."""
+    return run.template() if run and own_template(find(name)) is None else None
+
+
+def _score(name: str, rows: list[Conversation], run: Run | None) -> Any:
     from tunesmith.local.score import score
 
-    return score(name, rows)
+    return score(name, rows, _template(name, run))
 
 
-def _answers(name: str, questions: list[Conversation], seed: int) -> list[str]:
+def _answers(name: str, questions: list[Conversation], seed: int, run: Run | None) -> list[str]:
     if not questions:
         return []
-    return backends.get("huggingface").completer(name)(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
+    complete = backends.get("huggingface").completer(name, _template(name, run))
+    return complete(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
 
 
 def _probes(run: Run | None) -> list[Conversation]:

@@ -83,10 +83,10 @@ class LocalBackend:
         if worker and worker.poll() is None:
             worker.send_signal(signal.SIGINT)
 
-    def completer(self, model: str) -> Completer:
+    def completer(self, model: str, template: str | None = None) -> Completer:
         from tunesmith.local.generate import Chat
 
-        chat: Any = Chat(model)
+        chat: Any = Chat(model, template)
         return chat  # type: ignore[no-any-return]
 
 

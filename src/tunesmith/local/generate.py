@@ -21,9 +21,9 @@ BATCH = 16  # prompts answered at a time
 class Chat:
     """A loaded model that answers. Temperature 0 is greedy; otherwise answers depend on the seed alone."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, template: str | None = None) -> None:
         folder = find(name)
-        self.renderer = Renderer(folder)
+        self.renderer = Renderer(folder, template)
         self.model = models.load(folder).eval()
         self.model.generation_config = (
             GenerationConfig()

@@ -47,7 +47,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     torch.manual_seed(recipe.seed)
 
     folder = find(recipe.model)
-    renderer = Renderer(folder)
+    renderer = Renderer(folder, run.template())
     base = models.load(folder, merge=True, quantisation=methods.quantisation(recipe, models.device()))
     model = methods.apply(base, recipe)
     loss_module, slow = models.loss_module(model)

@@ -25,10 +25,13 @@ class RowScore(msgspec.Struct, frozen=True):
     right: int
 
 
-def score(name: str, rows: list[Conversation]) -> list[RowScore]:
-    """Score each row with a model of that name or folder, in order. Rows longer than its context are cut."""
+def score(name: str, rows: list[Conversation], template: str | None = None) -> list[RowScore]:
+    """Score each row with a model of that name or folder, in order. Rows longer than its context are cut.
+
+    `template`: the text of another chat template than the model's own.
+    """
     folder = find(name)
-    renderer = Renderer(folder)
+    renderer = Renderer(folder, template)
     model = models.load(folder)
     module, _ = models.loss_module(model)
     limit = model.config.get_text_config().max_position_embeddings
