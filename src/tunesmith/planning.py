@@ -23,7 +23,7 @@ from tunesmith.data.spread import cores
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
 from tunesmith.preflight import idle_settings, refuse_impossible
-from tunesmith.preparing import Data, prepare_data
+from tunesmith.preparing import MOST_HELD_OUT, Data, prepare_data
 from tunesmith.recipe import FACTS, Recipe, need_dataset
 from tunesmith.render import Renderer, chosen_template, own_template
 from tunesmith.tokens import Tokens
@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
             fix=f"set --max-length {model.context} or less",
         )
     found = prepare_data(recipe, renderer, model, limit, progress)
-    issues = list(found.issues)
+    issues = list(found.facts.issues)
     if not len(found.rows["train"]):
         cut = recipe.over_long == "truncate"
         raise DataError(
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
     issues.extend(idle_settings(recipe, origin))
-    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.hashes, renderer)
+    return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.facts.hashes, renderer)
 
 
 def _check_targets(recipe: Recipe, folder: Path) -> None:
@@ -156,8 +156,9 @@ def _resolve_auto(
     """Numbers for every "auto", each with the rule as its origin (facts/auto.toml)."""
     rules = _rules()
     rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
-    rows, (name, count) = len(data.rows["train"]), data.persona
+    rows, (name, count) = len(data.rows["train"]), data.facts.persona
     values: dict[str, tuple[Any, str]] = {
+        **{name: (share, f"a tenth, {MOST_HELD_OUT:,} rows at most") for name, share in data.facts.shares.items()},
         "max_length": (limit, "the model's context"),
         "num_workers": (cores(), "every core"),
         "threads": _threads(recipe),
@@ -209,8 +210,8 @@ def _plan(
         tokens={side: len(part.ids) for side, part in data.tokens.items()},
         supervised_tokens={side: part.all_supervised() for side, part in data.tokens.items()},
         longest=longest,
-        dropped=data.dropped,
-        formats=data.formats,
+        dropped=data.facts.dropped,
+        formats=data.facts.formats,
         steps_per_epoch=per_epoch,
         steps=min(steps, recipe.max_steps or steps),
         trainable_parameters=trained,

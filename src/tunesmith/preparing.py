@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -45,31 +46,37 @@ DECIDE = (
     *("dataset", "valid_dataset", "test_dataset", "columns", "task", "provider"),
     *("valid_fraction", "test_fraction", "split_method", "seed", "group_by", "over_long"),
 )
+MOST_HELD_OUT = (
+    2000  # rows: the error of a mean loss is then 2 % of its spread, and judging a small model takes minutes
+)
 UNUSED = 30 * 86400  # seconds after which what is kept of a data set is removed
 
 
+class Facts(msgspec.Struct, frozen=True):
+    """What was found out: `hashes` of what each side's rows say; `dropped`: over-long rows left out; `persona`: of
+    `data.persona`; `shares`: what was held out, by the setting's name."""
+
+    hashes: dict[str, str]
+    issues: list[Issue]
+    formats: dict[str, int]
+    dropped: int
+    persona: tuple[str, int]
+    shares: dict[str, float]
+
+
 class Data(msgspec.Struct, frozen=True):
-    """Rows and tokens of each side, in the same order, and a hash of what the rows say; `dropped`: over-long rows left out;
-    `persona`: of `data.persona`."""
+    """Rows and tokens of each side, in the same order."""
 
     rows: Splits
     tokens: dict[str, Tokens]
-    hashes: dict[str, str]
-    issues: list[Issue]
-    formats: dict[str, int]
-    dropped: int
-    persona: tuple[str, int]
+    facts: Facts
 
 
-class Facts(msgspec.Struct, frozen=True):
-    """What is kept of a Data besides its arrays."""
+class Kept(msgspec.Struct, frozen=True):
+    """What is kept of a Data besides its arrays; `stores`: of each side, the name of the file its rows are in."""
 
-    hashes: dict[str, str]
-    issues: list[Issue]
-    formats: dict[str, int]
-    dropped: int
-    persona: tuple[str, int]
-    stores: dict[str, str]  # of each side, the name of the file its rows are in
+    facts: Facts
+    stores: dict[str, str]
 
 
 def prepare_data(
@@ -88,7 +95,7 @@ def prepare_data(
     building.mkdir(parents=True)
     try:
         made = _made(recipe, renderer, model, limit, building, progress)
-        if any(issue.severity == "error" for issue in made.issues) or not len(made.rows["train"]):
+        if any(issue.severity == "error" for issue in made.facts.issues) or not len(made.rows["train"]):
             return made  # and nothing is kept: the files stay open until it is gone
         _save(made, building)
         if not folder.exists():
@@ -152,19 +159,18 @@ def _save(data: Data, folder: Path) -> None:
         stores[side] = store.path.name
         np.save(folder / f"{store.path.name}.starts.npy", store.starts)
         np.save(folder / f"{side}.rows.npy", rows.rows if isinstance(rows, Chosen) else np.arange(len(store)))
-    facts = Facts(data.hashes, data.issues, data.formats, data.dropped, data.persona, stores)
-    write_json(folder / "facts.json", facts)
+    write_json(folder / "facts.json", Kept(data.facts, stores))
 
 
 def _opened(folder: Path) -> Data:
-    facts = msgspec.json.decode((folder / "facts.json").read_bytes(), type=Facts)
+    kept = msgspec.json.decode((folder / "facts.json").read_bytes(), type=Kept)
     rows: Splits = {}
     tokens = {}
-    for side, name in facts.stores.items():
+    for side, name in kept.stores.items():
         store = Store(folder / name, np.load(folder / f"{name}.starts.npy"))
         rows[side] = Chosen(store, np.load(folder / f"{side}.rows.npy"))
         tokens[side] = load_tokens(folder, side, len(rows[side]))
-    return Data(rows, tokens, facts.hashes, facts.issues, facts.formats, facts.dropped, facts.persona)
+    return Data(rows, tokens, kept.facts)
 
 
 # ---- made
@@ -174,7 +180,7 @@ def _made(
     recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None, progress: Progress | None
 ) -> Data:
     """The whole road. With `folder`, rows and tokens lie there instead of in memory."""
-    splits, issues, formats = _splits(recipe, folder, progress)
+    splits, issues, formats, shares = _splits(recipe, folder, progress)
     _give_back()
     sides = rendered(splits, renderer, limit, recipe, folder, progress)
     kept: Splits = {}
@@ -187,7 +193,8 @@ def _made(
     dropped = sum(map(len, splits.values())) - sum(map(len, kept.values()))
     tokens = {side: found.tokens for side, found in sides.items()}
     hashes = {side: found.hash for side, found in sides.items()}
-    return Data(kept, tokens, hashes, issues, formats, dropped, persona(sides["train"].names, len(kept["train"])))
+    named = persona(sides["train"].names, len(kept["train"]))
+    return Data(kept, tokens, Facts(hashes, issues, formats, dropped, named, shares))
 
 
 def _give_back() -> None:
@@ -273,7 +280,8 @@ def _refuse_parts(dataset: str) -> None:
 
 def _splits(
     recipe: Recipe, folder: Path | None, progress: Progress | None
-) -> tuple[Splits, list[Issue], dict[str, int]]:
+) -> tuple[Splits, list[Issue], dict[str, int], dict[str, float]]:
+    """The rows of each side; findings, formats, and the shares held out."""
     _refuse_parts(need_dataset(recipe))
     how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider, "progress": progress}
     if recipe.num_workers != "auto":
@@ -294,10 +302,11 @@ def _splits(
             issues.extend(part.issues)
     if progress:
         progress(loaded.usable, 0.0, "splitting")
+    shares = held_out(recipe, loaded.usable)
     splits = split(
         loaded.rows(),
-        0 if "valid" in apart else recipe.valid_fraction,
-        0 if "test" in apart else recipe.test_fraction,
+        0 if "valid" in apart else shares["valid_fraction"],
+        0 if "test" in apart else shares["test_fraction"],
         method=recipe.split_method,
         seed=recipe.seed,
         group_by=recipe.group_by,
@@ -310,7 +319,14 @@ def _splits(
     if near:
         message = f"{len(near)} rows are nearly the same on two sides: {near[0].message}"
         issues.append(msgspec.structs.replace(near[0], message=message))
-    return splits, issues, loaded.formats
+    return splits, issues, loaded.formats, shares
+
+
+def held_out(recipe: Recipe, rows: int) -> dict[str, float]:
+    """The shares held out; auto: a tenth, of many rows MOST_HELD_OUT. Where rows must not change sides: a tenth of any."""
+    most = 1.0 if recipe.split_method == "threshold" else math.floor(1e6 * MOST_HELD_OUT / max(rows, 1)) / 1e6
+    said = {"valid_fraction": recipe.valid_fraction, "test_fraction": recipe.test_fraction}
+    return {name: min(0.1, most) if share == "auto" else share for name, share in said.items()}
 
 
 def _shared(splits: Splits, apart: Splits) -> Iterator[Issue]:

@@ -35,10 +35,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str | None, opt("data", "validation rows from here instead of a share of --dataset", "validation_dataset")
     ] = None
     test_dataset: Annotated[str | None, opt("data", "test rows from here instead of a share of --dataset")] = None
-    valid_fraction: Annotated[float, opt("data", "share held out to choose the best step", ge=0, lt=1)] = 0.1
+    valid_fraction: Annotated[
+        float | Auto, opt("data", "share held out to choose the best step; auto: a tenth, 2,000 rows at most")
+    ] = "auto"
     test_fraction: Annotated[
-        float, opt("data", "share held out for the verdict, never seen in training", ge=0, lt=1)
-    ] = 0.1
+        float | Auto,
+        opt("data", "share held out for the verdict, never seen in training; auto: a tenth, 2,000 rows at most"),
+    ] = "auto"
     split_method: Annotated[
         Literal["hash", "threshold", "shuffle"],
         opt(
@@ -211,7 +214,7 @@ POSITIVE = (
     "threads",
     "num_workers",
 )  # auto-or-number fields: the union's number must be above 0
-SHARES = ("freeze_ratio",)  # auto-or-share fields
+SHARES = ("freeze_ratio", "valid_fraction", "test_fraction")  # auto-or-share fields
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
 

@@ -52,7 +52,7 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
     for layer, name in layers:
         lay(layer, name)
     recipe = Recipe(**values)
-    if recipe.valid_fraction + recipe.test_fraction >= 1:
+    if sum(0.1 if share == "auto" else share for share in (recipe.valid_fraction, recipe.test_fraction)) >= 1:
         raise UsageError(
             "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from training import fit, losses, weights
 from tunesmith import api, planning, preparing
 from tunesmith.errors import DataError, UsageError
 from tunesmith.planning import Plan
-from tunesmith.recipe import fields
+from tunesmith.recipe import Recipe, fields
 from tunesmith.runs import Run
 
 
@@ -84,6 +85,11 @@ def _(b: Bench) -> None:
 @proves("valid_fraction", "test_fraction")
 def _(b: Bench) -> None:
     assert b.plan(valid_fraction=0.2, test_fraction=0.0).rows == {"train": 48, "valid": 12, "test": 0}
+    assert b.plan().rows == {"train": 48, "valid": 6, "test": 6}
+    for many, share in ((100, 0.1), (20_000, 0.1), (1_000_000, 0.002), (300_000, 0.006666)):
+        assert preparing.held_out(Recipe(), many) == {"valid_fraction": share, "test_fraction": share}
+        assert math.ceil(many * share) <= 2000
+    assert preparing.held_out(Recipe(split_method="threshold"), 10**6)["valid_fraction"] == 0.1
 
 
 @proves("split_method", "seed")

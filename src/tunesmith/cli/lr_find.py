@@ -24,9 +24,11 @@ def lr_find(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.cli.progress import clock, table
+    from tunesmith.local.machine import tune
 
     if options.plot and Path(options.plot).exists():
         raise UsageError("exists already", where=options.plot, fix="choose another name, or remove it")
+    tune()
     began, done = time.monotonic(), 0
 
     def tell(trial: Trial) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from tunesmith import backends
 from tunesmith.conversation import Conversation, Message
 from tunesmith.data.check import load
+from tunesmith.data.scan import conversations
 from tunesmith.data.split import prompt_key
 from tunesmith.data.write import write_json, write_jsonl
 from tunesmith.errors import DataError, UsageError
@@ -158,8 +159,7 @@ def _refuse_seen(rows: list[Conversation], model: str) -> None:
     folder = next((f for f in (path, *list(path.parents)[:2]) if (f / "run.json").exists()), None)
     if folder is None:
         return
-    sides = [folder / "data" / f"{side}.jsonl" for side in ("train", "valid")]
-    asked = {prompt_key(c) for side in sides if side.exists() for c in load(str(side)).conversations}
+    asked = _asked(folder, ("train", "valid"), set(map(prompt_key, rows)))
     seen = [row for row in rows if prompt_key(row) in asked]
     if seen:
         raise DataError(
@@ -167,6 +167,13 @@ def _refuse_seen(rows: list[Conversation], model: str) -> None:
             where=seen[0].source,
             fix="evaluate on rows that it has not seen, such as its own data/test.jsonl",
         )
+
+
+def _asked(run: Path, sides: tuple[str, ...], keys: set[str]) -> set[str]:
+    """Those of some prompts' keys that rows of a run ask. The rows are gone through: there may be more than memory holds."""
+    files = [run / "data" / f"{side}.jsonl" for side in sides]
+    read = (prompt_key(row) for file in files if file.exists() for row in conversations(str(file)))
+    return {key for key in read if key in keys}
 
 
 def _template(name: str, run: Run | None) -> str | None:
@@ -191,9 +198,14 @@ def _probes(run: Run | None) -> list[Conversation]:
     """The identity probes that no training row asks word for word."""
     with (FACTS / "probes.toml").open("rb") as stream:
         texts = tomllib.load(stream)["identity"]
-    trained = {prompt_key(c) for c in load(str(run / "data" / "train.jsonl")).conversations} if run else set()
-    probes = [Conversation((Message("user", text),)) for text in texts]
-    return [p for p in probes if prompt_key(Conversation((*p.messages, Message("assistant", "-")))) not in trained]
+    probes = {
+        prompt_key(Conversation((Message("user", text), Message("assistant", "-")))): Conversation(
+            (Message("user", text),)
+        )
+        for text in texts
+    }
+    trained = _asked(run.path, ("train",), set(probes)) if run else set()
+    return [probe for key, probe in probes.items() if key not in trained]
 
 
 def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list[Comparison]:
