@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,6 +56,8 @@ def refuse_impossible(recipe: Recipe) -> None:
     if recipe.sharding != "none" and (recipe.method == "qlora" or "8bit" in recipe.optimizer):
         what = "qlora" if recipe.method == "qlora" else recipe.optimizer
         raise UsageError(f"{what} cannot be spread over processes", where="sharding", fix="leave --sharding out")
+    if sys.platform == "darwin" and (recipe.method == "qlora" or "8bit" in recipe.optimizer):
+        raise UsageError("4-bit weights and 8-bit optimizers are not for Apple's GPU", where="method", fix="use lora")
     if recipe.mixed_precision == "fp16" and not Path("/dev/nvidiactl").exists():
         raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from training import fit, weights
 from tunesmith.local import checkpoint
@@ -88,6 +89,25 @@ def test_resume_from_every_checkpoint_gives_the_same_bytes(finished: Run, tmp_pa
         assert weights(run / "final_model") == want
         assert run.summary()["steps"] == 36
         shutil.rmtree(run.path)
+
+
+def test_the_gpu_has_a_generator_too(tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        state = torch.arange(16, dtype=torch.uint8)
+
+        def get_rng_state(self) -> torch.Tensor:
+            return self.state
+
+        def set_rng_state(self, state: torch.Tensor) -> None:
+            self.state = state
+
+    gpu = Gpu()
+    monkeypatch.setattr(checkpoint, "accelerator", lambda: gpu)
+    run = fit(tmp_path / "run", data, tiny, max_steps=2)
+    gpu.state = torch.zeros(16, dtype=torch.uint8)
+    run.append("state", state="paused")
+    train(run, lambda: False)
+    assert gpu.state.tolist() == list(range(16))
 
 
 def test_resume_from_a_named_checkpoint(finished: Run, tmp_path: Path) -> None:

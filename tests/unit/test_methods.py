@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tunesmith import api
 from tunesmith.errors import UsageError
 from tunesmith.local import loop, methods, prefix
 from tunesmith.local import model as models
+from tunesmith.local.step import out_of_memory
 from tunesmith.recipe import Recipe
 
 
@@ -85,6 +87,11 @@ def test_what_cannot_be_done_here_is_said_before_anything_is_read(
 ) -> None:
     with pytest.raises(UsageError, match="fp16 needs an NVIDIA GPU"):
         api.plan(data, model=str(tiny), mixed_precision="fp16")
+    with monkeypatch.context() as apple:
+        apple.setattr(sys, "platform", "darwin")
+        for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
+            with pytest.raises(UsageError, match="not for Apple's GPU"):
+                api.plan(data, model=str(tiny), **settings)
     monkeypatch.setattr("tunesmith.preflight.find_spec", lambda name: None)
     for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
         with pytest.raises(UsageError, match="needs bitsandbytes"):
@@ -95,6 +102,13 @@ def split(name: str, folder: Path, **settings: Any) -> tuple[prefix.Prefix | Non
     recipe = Recipe(freeze_ratio=0.5, **settings)
     module, _ = models.loss_module(methods.apply(models.load(architecture(name, folder)), recipe))
     return prefix.split(module, recipe)
+
+
+@pytest.mark.parametrize(
+    "words", ["MPS backend out of memory (…)", "[enforce] DefaultCPUAllocator: can't allocate", ""]
+)
+def test_allocators_without_an_error_type(words: str) -> None:
+    assert out_of_memory(RuntimeError(words)) is bool(words)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"])

@@ -108,7 +108,8 @@ def probe(prepared: Prepared) -> tuple[Question, Answer]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+    mps = {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}  # an operation that Apple's GPU lacks is done on the CPU
+    return {**mps, **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
 
 
 def lay_out(prepared: Prepared, path: Path) -> Run:

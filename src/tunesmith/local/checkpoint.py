@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from tunesmith.data.write import sync_folder, write_json
 from tunesmith.errors import RunError
 from tunesmith.local import model as models
+from tunesmith.local.machine import accelerator
 from tunesmith.local.world import ALONE, World, part_of, whole
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
@@ -164,8 +165,8 @@ def _optimizer_items(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
 def _generators(world: World) -> dict[str, torch.Tensor]:
     """The state of every generator that training draws from: torch's, on the CPU and the GPU of each process."""
     states = {f"cpu{i}": state for i, state in enumerate(world.gather(torch.get_rng_state()))}
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": state for i, state in enumerate(world.gather(torch.cuda.get_rng_state()))}
+    if gpu := accelerator():
+        states |= {f"gpu{i}": state for i, state in enumerate(world.gather(gpu.get_rng_state()))}
     return states
 
 
@@ -187,8 +188,9 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wo
     rng = load_file(folder / "rng.safetensors")
     if f"cpu{world.rank}" in rng:  # not where there were fewer processes
         torch.set_rng_state(rng[f"cpu{world.rank}"])
-    if torch.cuda.is_available() and f"cuda{world.rank}" in rng:
-        torch.cuda.set_rng_state(rng[f"cuda{world.rank}"])
+    gpu = accelerator()
+    if gpu and f"gpu{world.rank}" in rng:
+        gpu.set_rng_state(rng[f"gpu{world.rank}"])
     return msgspec.json.decode((folder / "trainer.json").read_bytes(), type=Position)
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,13 @@ def tune() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def accelerator() -> Any:
+    """torch's module for this machine's GPU: torch.cuda, torch.mps on an Apple, or None."""
+    if torch.cuda.is_available():
+        return torch.cuda
+    return torch.mps if torch.backends.mps.is_available() else None
 
 
 def peak_memory_mb() -> int:

@@ -25,7 +25,7 @@ from tunesmith.costs import ADAPTERS, Answer, Question
 from tunesmith.local import batches, methods
 from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
-from tunesmith.local.machine import free_memory, held, tune
+from tunesmith.local.machine import accelerator, free_memory, held, tune
 from tunesmith.local.step import Engine
 from tunesmith.recipe import Recipe
 from tunesmith.tokens import Tokens
@@ -194,8 +194,8 @@ def _seconds(work: Callable[[], object], ends: float) -> float:
     for _ in range(5):
         began = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if gpu := accelerator():
+            gpu.synchronize()
         now = time.perf_counter()
         best = min(best, now - began)
         if now > ends:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tunesmith.local import batches, optim
 from tunesmith.local.loss import LossModule
+from tunesmith.local.machine import accelerator
 from tunesmith.local.methods import decoder_layers, half_type, use_half
 from tunesmith.local.prefix import Below
 from tunesmith.local.world import ALONE, World, spread, whole
@@ -133,8 +134,8 @@ class Engine:
     def _halve(self) -> None:
         """Go on with half a micro-batch at a time, to the same result."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if gpu := accelerator():
+            gpu.empty_cache()
         self._most = (max(1, self._most[0] // 2), self._most[1] // 2)
         self._warn(f"out of memory: going on with {self._most[0]} rows at a time, to the same result")
 
@@ -163,5 +164,7 @@ class Engine:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is for want of memory: of a GPU, or of torch's CPU allocator, which has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error is for want of memory: of a GPU, or of torch's CPU or Apple allocator, which have no type of
+    their own."""
+    words = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
