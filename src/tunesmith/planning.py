@@ -158,7 +158,9 @@ def _resolve_auto(
     rate = rules["learning_rate"]["lora" if recipe.method in ADAPTERS else "full"]
     rows, (name, count) = len(data.rows["train"]), data.facts.persona
     values: dict[str, tuple[Any, str]] = {
-        **{name: (share, f"a tenth, {MOST_HELD_OUT:,} rows at most") for name, share in data.facts.shares.items()},
+        **{
+            name: (share, f"a tenth, {MOST_HELD_OUT[name]:,} rows at most") for name, share in data.facts.shares.items()
+        },
         "max_length": (limit, "the model's context"),
         "num_workers": (cores(), "every core"),
         "threads": _threads(recipe),

@@ -46,9 +46,8 @@ DECIDE = (
     *("dataset", "valid_dataset", "test_dataset", "columns", "task", "provider"),
     *("valid_fraction", "test_fraction", "split_method", "seed", "group_by", "over_long"),
 )
-MOST_HELD_OUT = (
-    2000  # rows: the error of a mean loss is then 2 % of its spread, and judging a small model takes minutes
-)
+# Rows: steps are compared on the same 500, so that little of their spread is left; a verdict wants a narrow interval
+MOST_HELD_OUT = {"valid_fraction": 500, "test_fraction": 2000}
 UNUSED = 30 * 86400  # seconds after which what is kept of a data set is removed
 
 
@@ -324,9 +323,12 @@ def _splits(
 
 def held_out(recipe: Recipe, rows: int) -> dict[str, float]:
     """The shares held out; auto: a tenth, of many rows MOST_HELD_OUT. Where rows must not change sides: a tenth of any."""
-    most = 1.0 if recipe.split_method == "threshold" else math.floor(1e6 * MOST_HELD_OUT / max(rows, 1)) / 1e6
-    said = {"valid_fraction": recipe.valid_fraction, "test_fraction": recipe.test_fraction}
-    return {name: min(0.1, most) if share == "auto" else share for name, share in said.items()}
+    shares = {"valid_fraction": recipe.valid_fraction, "test_fraction": recipe.test_fraction}
+    found = {name: 0.1 if share == "auto" else share for name, share in shares.items()}
+    for name, most in MOST_HELD_OUT.items():
+        if shares[name] == "auto" and recipe.split_method != "threshold":
+            found[name] = min(0.1, math.floor(1e6 * most / max(rows, 1)) / 1e6)
+    return found
 
 
 def _shared(splits: Splits, apart: Splits) -> Iterator[Issue]:

@@ -36,7 +36,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     test_dataset: Annotated[str | None, opt("data", "test rows from here instead of a share of --dataset")] = None
     valid_fraction: Annotated[
-        float | Auto, opt("data", "share held out to choose the best step; auto: a tenth, 2,000 rows at most")
+        float | Auto, opt("data", "share held out to choose the best step; auto: a tenth, 500 rows at most")
     ] = "auto"
     test_fraction: Annotated[
         float | Auto,
