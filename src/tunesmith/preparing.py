@@ -32,7 +32,7 @@ from tunesmith.data.scan import Progress, size
 from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
-from tunesmith.data.write import sync_folder, write_json
+from tunesmith.data.write import remove_abandoned, sync_folder, write_json
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import ModelFacts
 from tunesmith.preflight import Seen
@@ -134,20 +134,10 @@ def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFact
 
 def _tidy(folder: Path) -> None:
     """Remove what was not used for a month, and what killed processes had begun."""
+    remove_abandoned(folder)
     for entry in folder.iterdir() if folder.is_dir() else ():
-        begun = entry.name.endswith(".tmp")
-        if (begun and not _alive(int(entry.name.split(".")[-2]))) or time.time() - entry.stat().st_mtime > UNUSED:
+        if time.time() - entry.stat().st_mtime > UNUSED:
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 def _save(data: Data, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_no_cache_that_would_fill_the_disk(
     monkeypatch.setattr(prefix.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     run = fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
     assert any("over half of the" in e.get("message", "") for e in run.events()) and not (cache / "prefix").exists()
+
+
+def test_what_a_killed_run_had_begun_of_a_cache_is_removed(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
+    folder = cache / "prefix"
+    folder.mkdir(parents=True)
+    for name in (f"old.{2**22 + 1}.tmp", f"mine.{os.getpid()}.tmp", "another.tmp"):
+        (folder / name).touch()
+    fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
+    assert sorted(path.name for path in folder.glob("*.tmp")) == ["another.tmp", f"mine.{os.getpid()}.tmp"]
 
 
 def test_out_of_memory_goes_on_with_smaller_parts_to_the_same_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes had begun there: files and folders named NAME.PROCESS.tmp."""
+    for entry in folder.glob("*.tmp"):
+        try:
+            os.kill(int(entry.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        except (ValueError, IndexError, PermissionError):  # not ours, or another user's
+            pass
 
 
 def sync_folder(folder: Path) -> None:

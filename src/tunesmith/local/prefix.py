@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.costs import frozen_layers
+from tunesmith.data.write import remove_abandoned
 from tunesmith.local import methods
 from tunesmith.local.batches import Batch
 from tunesmith.local.loss import LossModule
@@ -159,7 +160,7 @@ class Rows:
             os.utime(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path.parent)
+            remove_abandoned(path.parent)
             self._building = path.with_suffix(f".{os.getpid()}.tmp")
             self._abandon = weakref.finalize(self, self._building.unlink, missing_ok=True)
             self._file = np.memmap(self._building, np.float32, "w+", shape=size)
@@ -190,17 +191,6 @@ class Rows:
         self._building.replace(self._path)
         self._abandon.detach()
         self._building = None
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Delete what processes that were killed had begun."""
-    for file in folder.glob("*.tmp"):
-        try:
-            os.kill(int(file.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            pass
 
 
 def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | None, str]:
