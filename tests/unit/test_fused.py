@@ -1,4 +1,4 @@
-"""Fused norms, gates and adapters: the same numbers as the modules' own, and left alone where they would not be."""
+"""Fused norms, gates, rotations and adapters: the same numbers as the modules' own, and left alone where they would not be."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_the_same_logits_and_gradients(tiny: Path, settings: dict[str, Any]) -> None:
     want, wanted = gradients(adapted(tiny, **settings))
     model = adapted(tiny, **settings)
-    assert fuse(model) == {"norms": 5, "gates": 2, "adapters": 4 if "lora_targets" in settings else 14}
+    assert fuse(model) == {
+        "norms": 5, "gates": 2, "rotations": 2, "adapters": 4 if "lora_targets" in settings else 14,
+    }  # fmt: skip
     got, found = gradients(model)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert found.keys() == wanted.keys() and found
@@ -48,7 +50,7 @@ def test_norms_and_gates(tiny: Path, again: bool) -> None:
     """In training of all weights; what `again` computes once more is not kept: a gated layer's inner product."""
     want, wanted = gradients(models.load(tiny))
     model = models.load(tiny)
-    assert fuse(model, again) == {"norms": 5, "gates": 2, "adapters": 0}
+    assert fuse(model, again) == {"norms": 5, "gates": 2, "rotations": 2, "adapters": 0}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,14 +66,25 @@ def test_norms_and_gates(tiny: Path, again: bool) -> None:
     assert list(kept.values()).count(24 * 64) == (4 if again else 6)  # gate and up of two layers, and their product
 
 
-@pytest.mark.parametrize("name, norms, gates", [("gemma2", 0, 0), ("qwen2", 5, 2), ("mistral", 5, 2), ("gpt2", 0, 0)])
-def test_other_architectures(name: str, norms: int, gates: int, tmp_path: Path) -> None:
-    """Gemma's norms are called the same and are not: they add one to their weight."""
+OTHERS = {  # norms, gates, rotations
+    "gemma2": (0, 0, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "mistral": (5, 2, 2), "phi3": (5, 0, 2), "gpt2": (0, 0, 0),
+    "gpt_neox": (0, 0, 2), "cohere": (0, 2, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    """Gemma's norms are called the same and are not: they add one to their weight. Cohere turns neighbours, not halves."""
     folder = architecture(name, tmp_path)
-    want, _ = gradients(models.load(folder))
+    want, wanted = gradients(models.load(folder))
     model = models.load(folder)
-    assert fuse(model) == {"norms": norms, "gates": gates, "adapters": 0}
-    torch.testing.assert_close(gradients(model)[0], want, rtol=1e-4, atol=1e-4)
+    norms, gates, rotations = OTHERS[name]
+    assert fuse(model) == {"norms": norms, "gates": gates, "rotations": rotations, "adapters": 0}
+    got, found = gradients(model)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert found.keys() == wanted.keys() and found
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_left_alone(tiny: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a model computed in fewer passes over memory, to the same numbers: norms, gates and low-rank adapters.
+"""Parts of a model computed in fewer passes over memory, to the same numbers: norms, gates, rotations, low-rank adapters.
 
 On a CPU these are bound by memory: as separate operations, norms and gates take a tenth of a step, and keep a third
 of all that a step keeps for its backward pass.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,15 +19,17 @@ from torch.nn.functional import linear, silu
 
 
 def fuse(model: nn.Module, again: bool = True) -> dict[str, int]:
-    """Give a model's norms, gates and adapters a fused forward pass: how many of each. The weights and their names stay.
+    """Give a model's norms, gates, rotary positions and adapters a fused pass: how many of each. Weights and names stay.
 
     `again`: gates keep less for the backward pass, for a hundredth of the time; of no use where layers are recomputed whole.
     A part is tried first, and left as it is where the result differs (Gemma's norms add one to their weight). Left as they
     are: adapters with dropout or DoRA, on 4-bit weights or on GPT-2's Conv1D. Only for weights in 32 bits: autocast does
     not reach into it.
     """
-    count = {"norms": 0, "gates": 0, "adapters": 0}
+    count = {"norms": 0, "gates": 0, "rotations": 0, "adapters": 0}
     for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            count["rotations"] += _rotate(module)
         if isinstance(module, LoraLinear):
             if _plain(module):
                 module.forward = partial(_adapted, module)
@@ -116,6 +119,66 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+
+
+ROTATE = "apply_rotary_pos_emb"  # what transformers calls it in every model's file
+
+
+def _rotate(attention: Any) -> bool:
+    """Have an attention layer's own forward pass call `_rotated`, if that gives what the model's own function does."""
+    own: Any = type(attention).forward
+    code: Any = getattr(own, "__code__", None)
+    usual = own.__globals__.get(ROTATE) if code and ROTATE in code.co_names else None
+    if usual is None or not _rotates_alike(usual, next(attention.parameters()).device):
+        return False
+    names = own.__globals__ | {ROTATE: partial(_rotated, usual)}
+    forward = FunctionType(code, names, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    attention.forward = MethodType(forward, attention)
+    return True
+
+
+def _rotates_alike(usual: Any, device: torch.device) -> bool:
+    q, k, cos, sin = (torch.linspace(-1, b, 48, device=device) for b in (2, 3, 4, 5))
+    parts = q.view(1, 2, 3, 8), k.view(1, 2, 3, 8), cos[:24].view(1, 3, 8), sin[:24].view(1, 3, 8)
+    try:
+        pairs = zip(usual(*parts), _rotated(usual, *parts), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+    except (TypeError, ValueError, RuntimeError):  # other arguments, other shapes
+        return False
+
+
+def _rotated(usual: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    """q and k [batch, heads, tokens, d], cos and sin [batch, tokens, d]. By the model's own function where d or types differ."""
+    if unsqueeze_dim != 1 or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:
+        return usual(q, k, cos, sin, unsqueeze_dim)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary positions (Su et al. 2021), x = (a, b) in halves: y = (a cos - b sin, b cos + a sin). x [..., d] -> y [..., d]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        return _turn(x, cos, -sin[..., :half], sin[..., half:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        return _turn(grad, cos, sin[..., half:], -sin[..., :half]), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    """(a cos + b upper, b cos + a lower) of the halves a and b of x, written once."""
+    half, y = x.shape[-1] // 2, torch.empty_like(x)
+    a, b = x[..., :half], x[..., half:]
+    torch.mul(a, cos[..., :half], out=y[..., :half]).addcmul_(b, upper)
+    torch.mul(b, cos[..., half:], out=y[..., half:]).addcmul_(a, lower)
+    return y
 
 
 def _plain(layer: Any) -> bool:
