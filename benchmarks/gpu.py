@@ -196,6 +196,8 @@ def check_packed() -> str:
         grad = torch.randn(1, sum(segments), heads, dim, device="cuda")
         found, _ = attention.packed(module, q, k, v, None, segments=segments)
         got = [found.float(), *torch.autograd.grad(found, (q, k, v), grad.to(found.dtype))]
+        under_autocast, _ = attention.packed(module, q.float(), k.float(), v, None, segments=segments)
+        assert torch.equal(under_autocast, found), "rotary positions keep flash attention from being used"
         wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
         want, _ = attention.packed(module, *wide, None, segments=segments)
         expected = [want, *torch.autograd.grad(want, wide, grad)]
@@ -347,7 +349,6 @@ def ours(model: Path, method: str, who: str) -> tuple[list[float], float]:
     import numpy as np
     import torch
 
-    from tunesmith.local import methods
     from tunesmith.local import model as models
     from tunesmith.local.step import Engine
     from tunesmith.recipe import Recipe
@@ -358,12 +359,9 @@ def ours(model: Path, method: str, who: str) -> tuple[list[float], float]:
         lora_rank=16, lora_alpha=32, lora_dropout=0.0, gradient_checkpointing=model.name == "8b", weight_decay=0.0,
     )  # fmt: skip
     torch.manual_seed(0)
-    base = models.load(model, quantisation=methods.quantisation(recipe, models.device()))
-    module, slow = models.loss_module(methods.apply(base, recipe))
+    module, slow = models.for_training(recipe, ROW, model)
     assert not slow, slow
-    models.arrange(module, recipe)
-    module.train()
-    ids = numbers(int(base.config.vocab_size))
+    ids = numbers(int(module.model.config.vocab_size))
     rows = Tokens(ids.ravel(), np.ones(ids.size, np.bool_), np.arange(0, ids.size + 1, ROW))
     engine, times, first = Engine(module, recipe, {"train": rows, "valid": rows}), [], 0.0
     for step in range(STEPS):

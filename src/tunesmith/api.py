@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from tunesmith import backends, costs, planning
 from tunesmith.conversation import Conversation
@@ -15,7 +18,7 @@ from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.data.scan import Progress
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
-from tunesmith.preflight import launched
+from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
 from tunesmith.settings import changes, resolve
@@ -41,7 +44,7 @@ def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None
 
 
 def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Plan:
-    """What training would do and need. Settings as for `train`; writes nothing."""
+    """What training would do and need. Settings as for `train`; makes no run."""
     return prepare(dataset, config=config, **settings).plan
 
 
@@ -140,19 +143,21 @@ def resume(
 ) -> Run:
     """Go on with a run from its last whole checkpoint, or from the one whose folder `path` is, and wait for the end.
 
-    A bare `checkpoint-step-N` is that of the newest run that has it. A finished run is returned as it is. Settings may be
+    A bare `checkpoint-step-N` is that of the newest run that has it. A finished run is returned as it is, but for a named
+    checkpoint or changed settings. Settings may be
     given again; UsageError where one is another than the run's and decides what is learnt (`recipe.SAFE` do not).
     """
     path = _checkpoint(path, settings)
     run, step = find_run(path), None
     changed = changes(run.recipe(), settings, config)
-    if run.state() == "succeeded":
-        return run
     name = Path(path).name
     if Path(path).resolve() != run.path.resolve():
-        if not name.startswith("checkpoint-step-"):
+        if not re.fullmatch(r"checkpoint-step-\d+", name):
             raise RunError("no checkpoint", where=str(path), fix=f"go on with the run: --resume {run}")
         step = int(name.rpartition("-")[2])
+    if run.state() == "succeeded" and step is None and not changed:
+        return run
+    refuse_impossible(msgspec.structs.replace(run.recipe(), **changed))
     if run.busy():
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
@@ -246,11 +251,16 @@ def lr_find(
     config: str | None = None,
     **settings: Any,
 ) -> Advice:
-    """Try learning rates around the recipe's in short runs on this machine; settings as for `train`. Writes nothing."""
+    """Try learning rates around the recipe's in short runs on this machine; settings as for `train`. Makes no run."""
     from tunesmith.evaluation.rates import advise
     from tunesmith.local.lr_finder import search
+    from tunesmith.local.worker import failure
 
-    return advise(search(prepare(config=config, **settings), trial_steps, on_trial))
+    prepared = prepare(config=config, **settings)
+    try:
+        return advise(search(prepared, trial_steps, on_trial))
+    except (RuntimeError, MemoryError) as error:
+        raise failure(error, "lr-find") or error from None
 
 
 def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Evaluation:

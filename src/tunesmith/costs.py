@@ -59,7 +59,7 @@ def trainable(recipe: Recipe, model: ModelFacts) -> int:
         if (layer := layer_of(name)) is not None
         and layer >= frozen
         or layer is None
-        and (len(shape) == 1 or "lm_head" in name)
+        and (len(shape) == 1 or "lm_head" in name or "embed_out" in name)
     )
 
 
@@ -162,10 +162,12 @@ def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, fou
 
 
 def disk(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> float:
-    """Bytes of a run's directory: checkpoints (weights, or adapters, and the optimizer's state), and rows and their tokens."""
+    """Bytes of a run's directory: checkpoints (weights, or adapters, and the optimizer's state), and rows and their tokens;
+    and of the cache of what frozen layers give."""
     weights = 4 * (trained if recipe.method in ADAPTERS else model.parameters)
     kept = recipe.save_total_limit + recipe.save_best_limit
-    return kept * (weights + (8 if recipe.optimizer == "adamw" else 2) * trained) + 10 * tokens
+    cached = 4 * model.hidden * tokens if recipe.prefix_cache and frozen_layers(recipe, model.layers) else 0
+    return kept * (weights + (8 if recipe.optimizer == "adamw" else 2) * trained) + 10 * tokens + cached
 
 
 def ways_to_fit(question: Question, model: ModelFacts, valid_tokens: int, found: Answer) -> list[tuple[str, int]]:

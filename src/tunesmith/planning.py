@@ -28,6 +28,8 @@ from tunesmith.recipe import FACTS, Recipe, need_dataset
 from tunesmith.render import Renderer, chosen_template, own_template
 from tunesmith.tokens import Tokens
 
+WARMUP = 100  # steps
+
 
 class Plan(msgspec.Struct, frozen=True):
     """Counts are of rows and tokens as rendered; `memory_mb` estimates the peak when the longest rows meet in a batch."""
@@ -59,7 +61,8 @@ class Prepared(msgspec.Struct, frozen=True):
 
 
 def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:
-    """Read, check, split, render and count. Writes nothing; raises the first thing that is wrong."""
+    """Read, check, split, render and count; raises the first thing that is wrong. Makes no run: what is written is the
+    cache of a large data set."""
     refuse_impossible(recipe)
     folder = find(recipe.model)
     if folder != STARTER and Path(recipe.model).is_dir():  # a run must find its base from any working directory
@@ -178,6 +181,10 @@ def _resolve_auto(
     new = {k: v for k, (v, _) in values.items() if getattr(recipe, k) == "auto"}
     batch = new.get("batch_size", recipe.batch_size)
     per_epoch = math.ceil(rows / (batch * recipe.gradient_accumulation_steps))
+    if recipe.warmup_ratio == "auto":
+        steps = min(per_epoch * new.get("epochs", recipe.epochs), recipe.max_steps or math.inf)
+        new["warmup_ratio"] = min(0.1, math.floor(1e6 * WARMUP / steps) / 1e6)
+        values["warmup_ratio"] = (None, f"a tenth of the steps, {WARMUP} at most: Adam's moments are settled by then")
     if recipe.eval_steps == "auto":
         new["eval_steps"], values["eval_steps"] = per_epoch, (per_epoch, "once an epoch")
     if recipe.save_steps == "auto":

@@ -45,6 +45,9 @@ def launched() -> bool:
 QUANTISED = ("quant_type", "double_quant", "compute_dtype")
 
 
+GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Jetson's, of WSL, AMD's
+
+
 def refuse_impossible(recipe: Recipe) -> None:
     """UsageError for what this machine cannot do, before anything is read."""
     for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
@@ -58,8 +61,8 @@ def refuse_impossible(recipe: Recipe) -> None:
         raise UsageError(f"{what} cannot be spread over processes", where="sharding", fix="leave --sharding out")
     if sys.platform == "darwin" and (recipe.method == "qlora" or "8bit" in recipe.optimizer):
         raise UsageError("4-bit weights and 8-bit optimizers are not for Apple's GPU", where="method", fix="use lora")
-    if recipe.mixed_precision == "fp16" and not Path("/dev/nvidiactl").exists():
-        raise UsageError("fp16 needs an NVIDIA GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
+    if recipe.mixed_precision == "fp16" and not any(Path(device).exists() for device in GPUS):
+        raise UsageError("fp16 needs a GPU, and none is here", where="mixed_precision", fix="use bf16, or no")
 
 
 class Seen(msgspec.Struct):

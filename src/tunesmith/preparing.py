@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from tunesmith.data.scan import Progress, size
 from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
-from tunesmith.data.write import remove_abandoned, sync_folder, write_json
+from tunesmith.data.write import begun, sync_folder, tidy, write_json
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import ModelFacts
 from tunesmith.preflight import Seen
@@ -48,7 +47,7 @@ DECIDE = (
 )
 # Rows: steps are compared on the same 500, so that little of their spread is left; a verdict wants a narrow interval
 MOST_HELD_OUT = {"valid_fraction": 500, "test_fraction": 2000}
-UNUSED = 30 * 86400  # seconds after which what is kept of a data set is removed
+FORM = 1  # of what is kept: to be raised with every change of the rules by which rows are checked, split or rendered
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -89,8 +88,8 @@ def prepare_data(
     if (folder / "facts.json").exists():
         os.utime(folder)
         return _opened(folder)
-    _tidy(folder.parent)
-    building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    tidy(folder.parent)
+    building = begun(folder)
     building.mkdir(parents=True)
     try:
         made = _made(recipe, renderer, model, limit, building, progress)
@@ -119,7 +118,7 @@ def _kept_in() -> Path:
 def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int) -> str:
     """Hash of all that decides what is kept: the files' bytes and names, the settings, the tokenizer with its template, and
     the vocabulary that ids were checked against."""
-    said = [getattr(recipe, name) for name in DECIDE]
+    said = [FORM, MOST_HELD_OUT, *(getattr(recipe, name) for name in DECIDE)]
     digest = hashlib.sha256(repr((version("tunesmith"), version("tokenizers"), limit, model.vocabulary, said)).encode())
     for name in TOKENIZER_FILES:
         if (renderer.folder / name).exists():
@@ -130,14 +129,6 @@ def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFact
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:32]
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what was not used for a month, and what killed processes had begun."""
-    remove_abandoned(folder)
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if time.time() - entry.stat().st_mtime > UNUSED:
-            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _save(data: Data, folder: Path) -> None:

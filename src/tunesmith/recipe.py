@@ -135,7 +135,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["cosine", "linear", "constant"],
         opt("training", "how the rate falls after warm-up", "lr_scheduler_type"),
     ] = "cosine"
-    warmup_ratio: Annotated[float, opt("training", "share of the steps that warm up", ge=0, le=1)] = 0.1
+    warmup_ratio: Annotated[
+        float | Auto, opt("training", "share of the steps that warm up; auto: a tenth, 100 steps at most")
+    ] = "auto"
     warmup_steps: Annotated[int | None, opt("training", "warm-up in steps, instead of the share")] = None
     weight_decay: Annotated[
         float, opt("training", "AdamW decay of weight matrices (not of norms and biases)", ge=0)
@@ -214,7 +216,7 @@ POSITIVE = (
     "threads",
     "num_workers",
 )  # auto-or-number fields: the union's number must be above 0
-SHARES = ("freeze_ratio", "valid_fraction", "test_fraction")  # auto-or-share fields
+SHARES = ("freeze_ratio", "warmup_ratio", "valid_fraction", "test_fraction")  # auto-or-share fields
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
 

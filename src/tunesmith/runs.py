@@ -122,8 +122,14 @@ class Run:
         return str(word)
 
     def metrics(self, kind: str) -> list[Event]:
-        """Events of a kind, one for each step: after a resume, a step done again replaces the first."""
-        found = {e["step"]: e for e in self.events() if e["type"] == kind}
+        """Events of a kind, one for each step, of the history that led to where the run stands: what was done after the step
+        that a resume went on from is no part of it."""
+        found: dict[int, Event] = {}
+        for event in self.events():
+            if event["type"] == "resumed":
+                found = {step: e for step, e in found.items() if step <= event["step"]}
+            elif event["type"] == kind:
+                found[event["step"]] = event
         return [found[step] for step in sorted(found)]
 
     def busy(self) -> bool:

@@ -122,23 +122,22 @@ def test_the_guide_to_several_machines() -> None:
     text = (ROOT / "docs" / "guides" / "several-gpus.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.S)
     assert [kind for kind, _ in blocks] == ["bash"] * 5 + ["yaml"]
-    lines = []
-    for kind, block in blocks:
-        if kind == "bash":
-            assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
-            joined = block.replace("\\\n", " ").splitlines()
-            lines += [shlex.split(line.strip()) for line in joined if "tunesmith train " in line]
     service, job = yaml.safe_load_all(blocks[-1][1])
     assert (service["kind"], job["kind"], job["spec"]["completionMode"]) == ("Service", "Job", "Indexed")
     container = job["spec"]["template"]["spec"]["containers"][0]
     volumes = {v["name"] for v in job["spec"]["template"]["spec"]["volumes"]}
     assert {m["name"] for m in container["volumeMounts"]} == volumes
-    lines.append([*container["command"], *(word for arg in container["args"] for word in arg.split("="))])
+    assert container["command"] == ["bash", "-c"]
+    lines = []
+    for script in (*(block for kind, block in blocks if kind == "bash"), *container["args"]):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+        joined = script.replace("\\\n", " ").splitlines()
+        lines += [(shlex.split(line.strip()), script) for line in joined if "tunesmith train " in line]
     assert len(lines) == 7
-    for words in lines:
+    for words, script in lines:
         given = words[words.index("train") + 1 :]
-        if given == ["${what[@]}"]:  # the SLURM script's, which stand in the line above
-            line = next(row for row in blocks[4][1].splitlines() if "--dataset" in row)
+        if given == ["${what[@]}"]:  # which stand in a line above
+            line = next(row for row in script.splitlines() if "--dataset" in row)
             given = shlex.split(line.partition("(")[2].rstrip(")").replace("$run", "run"))
         parser = Parser("train", "")
         add_settings(parser)

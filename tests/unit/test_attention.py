@@ -35,6 +35,16 @@ def stand_in(
     return torch.cat(parts, 1).transpose(0, 1)
 
 
+def test_what_rotary_positions_have_widened_is_narrowed_again() -> None:
+    """Flash attention takes 16 bits alone: under autocast query and key come in 32."""
+    q, k, v = (torch.randn(1, 4, 20, 8).bfloat16() for _ in range(3))
+    module = cast(Any, SimpleNamespace(is_causal=True))
+    want, _ = attention.packed(module, q, k, v, None, segments=[7, 13])
+    got, _ = attention.packed(module, q.float(), k.float(), v, None, segments=[7, 13])
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_one_call_equals_one_for_each(kv_heads: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from training import fit, weights
+from tunesmith import api
+from tunesmith.errors import RunError
 from tunesmith.local import checkpoint
 from tunesmith.local.loop import train
 from tunesmith.runs import Run
@@ -120,6 +123,59 @@ def test_resume_from_a_named_checkpoint(finished: Run, tmp_path: Path) -> None:
     assert all(any(f"{folder.name} is deleted" in text for text in said) for folder in later)
     resumed = [e["step"] for e in run.events() if e["type"] == "resumed"]
     assert resumed == [int(first.name.removeprefix(checkpoint.PREFIX))] and weights(run / "final_model") == want
+
+
+def test_a_finished_run_goes_on_from_a_named_checkpoint_or_with_more_patience(
+    tiny: Path, tmp_path: Path, data: Path
+) -> None:
+    run = fit(tmp_path / "run", data, tiny, epochs=6, min_gain=100.0, patience=2, save_total_limit=9)
+    assert run.summary()["steps"] == 36 and run.summary()["stopped_early"]
+    assert api.resume(run).summary()["steps"] == 36  # nothing was asked of it
+    assert api.resume(run, patience=3).summary()["steps"] == 48
+    run = api.resume(run / "checkpoints" / "checkpoint-step-12", patience=1)
+    summary = run.summary()  # of the history that led here, not of the steps that were taken back
+    assert summary["steps"] == 24 and summary["best_step"] == 12
+    assert [e["step"] for e in run.metrics("eval")] == [0, 12, 24]
+    assert json.loads((run / "model_info.json").read_text())["steps"] == 24
+
+
+def test_a_named_checkpoint_that_is_damaged_costs_no_other(finished: Run, tmp_path: Path) -> None:
+    run = copy(finished, tmp_path)
+    before = checkpoint.existing(run)
+    (before[1] / "trainer.json").write_text("{}")
+    for step, words in (
+        (checkpoint.number(before[1]), "damaged: trainer.json has changed"),
+        (5, "no checkpoint of step 5"),
+    ):
+        with pytest.raises(RunError, match=words):
+            train(run, lambda: False, step)
+    assert checkpoint.existing(run) == before
+
+
+def test_damaged_checkpoints_take_no_place_among_the_last(finished: Run, tmp_path: Path) -> None:
+    run = copy(finished, tmp_path)
+    shutil.copytree(checkpoint.existing(run)[-1], run / "checkpoints" / "checkpoint-step-36.bak")
+    _, *later = checkpoint.existing(run)
+    for folder in later:
+        (folder / "trainer.json").write_text("{}")
+    train(run, lambda: False)
+    names = {folder.name for folder in (run / "checkpoints").iterdir()}
+    assert {f"damaged-{folder.name}" for folder in later} <= names and "checkpoint-step-36.bak" in names
+    assert all(checkpoint.damage(folder) is None for folder in checkpoint.existing(run))
+    assert weights(run / "final_model") == weights(finished / "final_model")
+
+
+def test_a_damaged_best_checkpoint_is_not_published(tiny: Path, tmp_path: Path, data: Path) -> None:
+    run = fit(tmp_path / "run", data, tiny, epochs=4, min_gain=100.0, patience=0, save_total_limit=9)
+    best = run / "checkpoints" / f"checkpoint-step-{run.summary()['best_step']}"
+    whole = (best / "model.safetensors").read_bytes()
+    assert (run / "best_model" / "model.safetensors").read_bytes() == whole
+    assert weights(run / "best_model") != weights(run / "final_model")
+    (best / "model.safetensors").unlink()
+    (best / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    train(run, lambda: False)
+    assert weights(run / "best_model") == weights(run / "final_model")
+    assert any("best_model is the last one" in e.get("message", "") for e in run.events())
 
 
 def test_a_checkpoint_is_made_by_the_clock_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

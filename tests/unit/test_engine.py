@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,25 @@ def test_each_architecture_trains_on_its_own_loss(name: str, mode: str, tmp_path
     mine, own = gradients(module, *batch), gradients(LossModule(model, "logits"), *batch)
     for key in own:
         torch.testing.assert_close(mine[key], own[key], rtol=2e-3, atol=1e-5)
+
+
+def test_a_class_looked_up_by_its_attention_has_its_own(tmp_path: Path) -> None:
+    module, slow = models.loss_module(models.load(architecture("falcon", tmp_path)))
+    assert module.mode == "single" and "its attention cannot be packed" in slow
+
+
+@pytest.mark.parametrize(("longest", "mode"), [(16, "packed"), (17, "single"), (None, "single")])
+def test_a_window_matters_where_a_row_is_over_it(longest: int | None, mode: str, tmp_path: Path) -> None:
+    folder = architecture("mistral", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    module, _ = models.loss_module(models.load(folder, longest=longest))
+    assert module.mode == mode
+    torch.manual_seed(1)
+    ids, mask = torch.randint(3, 300, (30,)), torch.ones(30, dtype=torch.bool)
+    whole = LossModule(models.load(folder), "logits")
+    with torch.no_grad():
+        assert float(module(ids, mask, [16, 14])[0]) == pytest.approx(float(whole(ids, mask, [16, 14])[0]), rel=1e-4)
 
 
 def test_batches_are_a_pure_function_of_their_arguments() -> None:
@@ -271,5 +291,5 @@ def test_overfitting_stops_early_and_keeps_the_best(tiny: Path, tmp_path: Path) 
 def test_divergence_is_an_error_not_a_model(tiny: Path, tmp_path: Path, data: Path) -> None:
     from tunesmith.errors import TunesmithError
 
-    with pytest.raises(TunesmithError, match="the loss became"):
+    with pytest.raises(TunesmithError, match="became nan"):
         fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0)

@@ -34,8 +34,13 @@ def test_a_trial_is_a_run_of_its_own(tiny: Path, tmp_path: Path, data: Path) -> 
 
 
 def test_advice_is_certain_only_where_the_rows_say_so() -> None:
-    clear = advise([[trial(1e-3, *[20.0 + i % 3 for i in range(20)]), trial(2e-3, *[25.0 + i % 3 for i in range(20)])]])
+    rates = [trial(rate, 9.0) for rate in (5e-4, 1e-3, 2e-3)]
+    lead = [trial(1e-3, *[20.0 + i % 3 for i in range(20)]), trial(2e-3, *[25.0 + i % 3 for i in range(20)])]
+    clear = advise([rates, lead])
     assert clear.certain and clear.rate == 1e-3
+    for tried, edge in ((rates[1:], "lowest"), (rates[:2], "highest")):
+        found = advise([tried, lead])
+        assert not found.certain and found.rate == 1e-3 and found.reason.startswith(f"the {edge} that was tried")
     close = advise(
         [[trial(2e-3, *[20.0 + i % 7 for i in range(20)]), trial(1e-3, *[20.1 + (i * 3) % 7 for i in range(20)])]]
     )
@@ -43,7 +48,7 @@ def test_advice_is_certain_only_where_the_rows_say_so() -> None:
     few = advise([[trial(2e-3, 1.0, 1.0), trial(1e-3, 9.0, 9.0)]])
     assert not few.certain
     wild = advise([[trial(1e-3, *[20.0] * 9), trial(2e-3, *[math.inf] * 9)]])
-    assert wild.certain and "diverged" in wild.reason and wild.rounds[0][1][2] is None
+    assert not wild.certain and wild.rate == 1e-3 and "diverged" in wild.reason and wild.rounds[0][1][2] is None
     none = advise([[trial(1e-3, math.inf), trial(2e-3, math.inf)]])
     assert not none.certain and none.rate < 1e-3 and chart(none).startswith("<svg")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from conftest import rows, write
 from training import architecture, fit, losses, weights
@@ -16,7 +21,9 @@ from tunesmith import api
 from tunesmith.errors import UsageError
 from tunesmith.local import loop, methods, prefix
 from tunesmith.local import model as models
-from tunesmith.local.step import out_of_memory
+from tunesmith.local.loop import train
+from tunesmith.local.step import Engine, out_of_memory
+from tunesmith.local.worker import failure
 from tunesmith.recipe import Recipe
 
 
@@ -86,7 +93,7 @@ def test_qlora_keeps_four_bits_and_its_adapter_loads_in_peft(tiny: Path, tmp_pat
 def test_what_cannot_be_done_here_is_said_before_anything_is_read(
     tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="fp16 needs an NVIDIA GPU"):
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
         api.plan(data, model=str(tiny), mixed_precision="fp16")
     with monkeypatch.context() as apple:
         apple.setattr(sys, "platform", "darwin")
@@ -153,6 +160,35 @@ def test_the_cache_is_for_these_rows_and_weights_alone(tiny: Path, tmp_path: Pat
     assert len(files()) == 5
 
 
+def test_a_cache_that_finds_no_room_is_no_end(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix.os, "posix_fallocate", full)
+    run = fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
+    assert any("is not kept: No space left" in e.get("message", "") for e in run.events())
+    assert not list((cache / "prefix").iterdir())
+
+
+def test_what_decides_the_bottom_is_in_the_caches_name(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
+    theta = tmp_path / "theta"
+    shutil.copytree(tiny, theta)
+    config = json.loads((theta / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
+    (theta / "config.json").write_text(json.dumps(config))
+    seen = 0
+    for number, (model, settings) in enumerate(
+        [(tiny, {}), (theta, {}), (tiny, {"mixed_precision": "bf16"}), (tiny, {"gradient_checkpointing": True})]
+    ):
+        fit(tmp_path / f"run{number}", data, model, freeze_ratio=0.5, **settings)
+        seen, before = len(list((cache / "prefix").iterdir())), seen
+        assert seen == before + 2, number  # one for the training rows, one for the validation rows
+    fit(tmp_path / "again", data, tiny, freeze_ratio=0.5)
+    assert len(list((cache / "prefix").iterdir())) == seen
+
+
 def test_no_cache_that_would_fill_the_disk(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
@@ -164,10 +200,14 @@ def test_no_cache_that_would_fill_the_disk(
 def test_what_a_killed_run_had_begun_of_a_cache_is_removed(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
     folder = cache / "prefix"
     folder.mkdir(parents=True)
-    for name in (f"old.{2**22 + 1}.tmp", f"mine.{os.getpid()}.tmp", "another.tmp"):
+    host = platform.node().partition(".")[0]
+    left = {f"mine.{host}-{os.getpid()}.tmp", f"elsewhere.x{host}-{2**22 + 1}.tmp", "another.tmp"}
+    for name in (f"old.{host}-{2**22 + 1}.tmp", "old.f32", *left):
         (folder / name).touch()
+    os.utime(folder / "old.f32", (0, 0))
     fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
-    assert sorted(path.name for path in folder.glob("*.tmp")) == ["another.tmp", f"mine.{os.getpid()}.tmp"]
+    found = {path.name for path in folder.iterdir()}
+    assert left <= found and not any("old" in name for name in found)
 
 
 def test_out_of_memory_goes_on_with_smaller_parts_to_the_same_result(
@@ -190,6 +230,49 @@ def test_out_of_memory_goes_on_with_smaller_parts_to_the_same_result(
     monkeypatch.setattr(loop.batches, "collate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         fit(tmp_path / "never", data, tiny, batch_size=8)
+
+
+def test_what_the_failed_pass_has_kept_is_free_before_the_next(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a resume goes on with the smaller parts: to the same bytes."""
+    own, kept, checked = Engine.loss, [], []
+
+    def runs_out(self: Engine, side: str, rows: list[int], forward: Any = None) -> Any:
+        if kept and not checked:
+            checked.append(kept[0]())
+        loss = own(self, side, rows, forward)
+        if side == "train" and len(rows) > 4:
+            kept.append(weakref.ref(loss[0]))
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return loss
+
+    monkeypatch.setattr(Engine, "loss", runs_out)
+    run = fit(tmp_path / "run", data, tiny, batch_size=8, epochs=2, save_steps=3, save_total_limit=9)
+    assert len(kept) == 1 and checked == [None]
+    want = weights(run / "final_model")
+    train(run, lambda: False, 3)
+    assert len(kept) == 1 and weights(run / "final_model") == want
+    monkeypatch.setattr(Engine, "loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):  # one row at a time cannot be halved
+        fit(tmp_path / "one", data, tiny, batch_size=1, gradient_accumulation_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+        (UsageError("said"), "said"),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_what_is_no_defect(error: BaseException, words: str | None) -> None:
+    found = failure(error, "run")
+    assert (found is None) if words is None else (found is not None and words in found.message)
 
 
 def test_overfitting_is_said_when_it_happens(tiny: Path, tmp_path: Path) -> None:

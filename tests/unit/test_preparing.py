@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,10 @@ def test_what_decides_the_ids_decides_what_is_used(
         assert len(list(folder.iterdir())) == count
     prepared(data, tiny)
     assert len(list(folder.iterdir())) == 4
+    for name, value in (("FORM", 99), ("MOST_HELD_OUT", {"valid_fraction": 1, "test_fraction": 1})):
+        large.setattr(preparing, name, value)  # another version's rules
+        prepared(data, tiny)
+    assert len(list(folder.iterdir())) == 6
 
 
 def test_a_run_from_disk_is_the_same_run(
@@ -148,12 +153,13 @@ def test_what_a_killed_process_had_begun_is_removed(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     old = folder / "unused"
-    for left in (folder / f"abc.{gone.pid}.tmp", folder / f"abc.{os.getpid()}.tmp", old):
+    host = platform.node().partition(".")[0]
+    for left in (folder / f"abc.{host}-{gone.pid}.tmp", folder / f"abc.{host}-{os.getpid()}.tmp", old):
         left.mkdir(parents=True)
     os.utime(old, (0, 0))
     prepared(data, tiny)
     left_over = sorted(entry.name for entry in folder.iterdir())
-    assert len(left_over) == 2 and f"abc.{os.getpid()}.tmp" in left_over  # a living process's, and the new one
+    assert len(left_over) == 2 and f"abc.{host}-{os.getpid()}.tmp" in left_over  # a living process's, and the new one
 
 
 def test_rows_with_their_places(tiny: Path, data: Path, large: pytest.MonkeyPatch) -> None:

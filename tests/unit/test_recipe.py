@@ -148,6 +148,8 @@ def test_presets_and_tasks_change_something() -> None:
         recipe, origin = resolve({}, preset.stem)
         assert set(tomllib.loads(preset.read_text())) == {k for k, o in origin.items() if o == f"preset {preset.stem}"}
         assert recipe != default
+        for key, value in tomllib.loads(preset.read_text()).items():  # none says what is so without it
+            assert getattr(default, key) != value, (preset.stem, key)
     for task in tasks:
         assert resolve({"task": task.stem})[0] != msgspec.structs.replace(default, task=task.stem)
 

@@ -25,7 +25,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "data convert": ("convert:convert", "write rows in another format, chosen, changed and mixed"),
     "data split": ("convert:split", "write train, valid and test files"),
     "data preview": ("data:preview", "show rows as the model sees them, with what is learnt highlighted"),
-    "plan": ("train:plan", "what a training run would do and need; writes nothing"),
+    "plan": ("train:plan", "what a training run would do and need; makes none"),
     "lr-find": ("lr_find:lr_find", "try learning rates in short runs and recommend one"),
     "train": ("train:train", "fine-tune a model"),
     "runs list": ("runs:list_runs", "runs and how they stand"),

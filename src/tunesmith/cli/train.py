@@ -89,9 +89,7 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    parser = Parser(
-        "plan", "Show what `train` with the same options would do and need. Nothing is written."
-    ).with_json()
+    parser = Parser("plan", "Show what `train` with the same options would do and need. No run is made.").with_json()
     parser.add_argument("--no-probe", action="store_true", help="no estimate of memory and time: it takes some seconds")
     add_settings(parser)
     options: argparse.Namespace = parser.parse_args(argv)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import msgspec
 
 from tunesmith.conversation import Conversation
 from tunesmith.errors import UsageError
+
+UNUSED = 30 * 86400  # seconds after which what is kept for later runs is removed
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -32,15 +37,35 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
     sync_folder(path.parent)
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes had begun there: files and folders named NAME.PROCESS.tmp."""
-    for entry in folder.glob("*.tmp"):
-        try:
-            os.kill(int(entry.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        except (ValueError, IndexError, PermissionError):  # not ours, or another user's
-            pass
+def begun(path: Path) -> Path:
+    """Where a process builds what will be `path`: NAME.HOST-PROCESS.tmp beside it."""
+    return path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    return platform.node().partition(".")[0]
+
+
+def tidy(folder: Path) -> None:
+    """Delete from a folder of caches what processes that were killed on this machine had begun, and what nobody has used for
+    a month (its time of change is that of its last use)."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(OSError):  # another process may be at it too
+            if time.time() - entry.stat().st_mtime > UNUSED or _abandoned(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _abandoned(name: str) -> bool:
+    host, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+    if not name.endswith(".tmp") or host != _host() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
 
 
 def sync_folder(folder: Path) -> None:

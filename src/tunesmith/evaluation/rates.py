@@ -41,8 +41,13 @@ def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:
             lower = min(best.rate, second.rate)
             reason = f"cannot tell {best.rate:.2g} from {second.rate:.2g} on {len(best.losses)} rows ({words}): the lower one"
             return Advice(lower, False, reason, table)
+        tried = [trial.rate for trial in rounds[0]]
+        if best.rate in (min(tried), max(tried)):
+            edge = "lowest" if best.rate == min(tried) else "highest"
+            again = f"search again around it: --learning-rate {best.rate:.2g}"
+            return Advice(best.rate, False, f"the {edge} that was tried leads ({words}): {again}", table)
         return Advice(best.rate, True, f"better than {second.rate:.2g}: {words}", table)
-    return Advice(best.rate, True, f"{second.rate:.2g} diverged", table)
+    return Advice(best.rate, False, f"{second.rate:.2g} diverged, so that nothing is left to compare it with", table)
 
 
 def chart(advice: Advice) -> str:

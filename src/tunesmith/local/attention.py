@@ -43,6 +43,8 @@ def packed(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
+    if query.dtype != value.dtype:  # rotary positions are of 32 bits, and under autocast they have widened these two
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if (sliding_window and max(segments) > sliding_window) or kwargs.get("softcap"):
         raise NotImplementedError("packed attention has no sliding window and no soft cap")
     if query.is_cuda and query.element_size() == 2 and not dropout and _flash(query.device.index):

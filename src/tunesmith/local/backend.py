@@ -102,6 +102,12 @@ def probe(prepared: Prepared) -> tuple[Question, Answer]:
         env=_environment(),
     )
     if done.returncode:
+        if done.returncode in (-signal.SIGKILL, -signal.SIGSEGV):
+            raise RunError(
+                "memory ran out where two of its layers were tried",
+                where=plan.recipe.model,
+                fix="a smaller model, --lora or --method qlora; without trying: --no-probe",
+            )
         words = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
         raise RunError(f"the probe failed: {words[-1]}", where=plan.recipe.model, fix="leave it out: --no-probe")
     return question, msgspec.json.decode(done.stdout, type=Answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from tunesmith.costs import ADAPTERS
 from tunesmith.data.write import write_bytes, write_json
 from tunesmith.runs import Run
 
@@ -44,12 +45,12 @@ def _card(manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     )
     load = (
         "from peft import AutoPeftModelForCausalLM as Model"
-        if recipe["method"] == "lora"
+        if recipe["method"] in ADAPTERS
         else "from transformers import AutoModelForCausalLM as Model"
     )
     return f"""---
 base_model: {recipe["model"]}
-library_name: {"peft" if recipe["method"] == "lora" else "transformers"}
+library_name: {"peft" if recipe["method"] in ADAPTERS else "transformers"}
 tags: [tunesmith, {recipe["method"]}, {recipe["task"]}]
 ---
 

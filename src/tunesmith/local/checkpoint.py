@@ -53,6 +53,7 @@ class Position(msgspec.Struct):
     lowest: list[tuple[float, int]] = []  # validation loss and step of other checkpoints that are worth keeping
     said: int = -1  # the best step that overfitting was last told of
     scaler: dict[str, float] | None = None  # of fp16
+    halved: bool = False  # micro-batches, when memory ran out
 
     def seen(self, loss: float, improved: bool, most: int = 1) -> bool:
         """Take note of a validation; whether its step is among the `most` best, and so worth a checkpoint."""
@@ -229,23 +230,46 @@ def _load_parts(folder: Path, model: nn.Module) -> None:
 def latest(run: Run, step: int | None = None) -> Path | None:
     """The newest whole checkpoint; a damaged one is named in the log and passed over.
 
-    With `step` that step's, and the later ones are deleted: training goes on from there as if they had never been.
+    With `step` that step's; RunError where it is damaged or not there.
     """
     for folder in reversed(existing(run)):
-        if step is not None and int(folder.name.removeprefix(PREFIX)) > step:
-            run.append("warning", message=f"{folder.name} is deleted: training goes on from step {step}")
-            shutil.rmtree(folder)
+        if step is not None and number(folder) != step:
             continue
         problem = damage(folder)
         if problem is None:
             return folder
+        if step is not None:
+            raise RunError(f"damaged: {problem}", where=str(folder), fix=f"--resume {run} takes the newest whole one")
         run.append("warning", message=f"{folder.name} is damaged ({problem}); using the one before")
+    if step is not None:
+        raise RunError(
+            f"no checkpoint of step {step}", where=str(run), fix=f"--resume {run} takes the newest whole one"
+        )
     return None
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Training goes on from `step`, as if what came later had never been: whole checkpoints are deleted, damaged ones renamed."""
+    for folder in existing(run):
+        if number(folder) <= step:
+            continue
+        if damage(folder):
+            shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged-{folder.name}"))
+        else:
+            run.append("warning", message=f"{folder.name} is deleted: training goes on from step {step}")
+            shutil.rmtree(folder)
 
 
 def existing(run: Run) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted((run / "checkpoints").glob(f"{PREFIX}*"), key=lambda p: int(p.name.removeprefix(PREFIX)))
+    found = (run / "checkpoints").glob(f"{PREFIX}*")
+    return sorted((p for p in found if p.name.removeprefix(PREFIX).isdecimal()), key=number)
+
+
+def number(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def damage(folder: Path) -> str | None:
@@ -266,7 +290,7 @@ def _hash(path: Path) -> str:
 def prune(run: Run, keep_last: int, kept: set[int]) -> None:
     """Delete all checkpoints but the last N and those of some steps."""
     for folder in existing(run)[:-keep_last]:
-        if int(folder.name.removeprefix(PREFIX)) not in kept:
+        if number(folder) not in kept:
             shutil.rmtree(folder)
 
 

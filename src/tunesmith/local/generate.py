@@ -24,7 +24,7 @@ class Chat:
     def __init__(self, name: str, template: str | None = None) -> None:
         folder = find(name)
         self.renderer = Renderer(folder, template)
-        self.model = models.load(folder).eval()
+        self.model: Any = models.to_judge(name)
         self.model.generation_config = (
             GenerationConfig()
         )  # the folder's own sampling defaults must not mix with what is asked for here

@@ -15,7 +15,7 @@ import torch
 
 from tunesmith.costs import steps_per_epoch
 from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.local import batches, checkpoint, methods, optim, prefix
+from tunesmith.local import batches, checkpoint, optim, prefix
 from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
@@ -48,13 +48,10 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
     folder = find(recipe.model)
     renderer = Renderer(folder, run.template())
-    base = models.load(folder, merge=True, quantisation=methods.quantisation(recipe, models.device()))
-    model = methods.apply(base, recipe)
-    loss_module, slow = models.loss_module(model)
+    loss_module, slow = models.for_training(recipe, plan["longest"])
+    model = loss_module.model
     if slow:
         run.append("warning", message=f"trains in {loss_module.mode} mode, not packed ({slow})")
-    models.arrange(loss_module, recipe)
-    model.train()
     if world.rank:  # dropout differs between the processes; the weights do not
         torch.manual_seed(recipe.seed + world.rank)
     sets = {side: load_tokens(run / "data", side, rows[side]) for side in ("train", "valid")}
@@ -66,9 +63,14 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     start = world.first(str(checkpoint.latest(run, step) or "") if world.rank == 0 else "")
     if start:
         position = checkpoint.restore(Path(start), model, engine.optimizer, world)
-        run.append("resumed", step=position.step)
         if position.scaler:
             engine.scaler.load_state_dict(position.scaler)
+        if position.halved:
+            engine.halve()
+    if start or run.metrics("step"):
+        run.append("resumed", step=position.step)
+    if world.rank == 0:
+        checkpoint.set_aside(run, position.step)
     tracker = Tracker(run, recipe, position.step)
     run.append(
         "state",
@@ -95,7 +97,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         try:
             done = engine.step(batches.step_rows(len(train_set), recipe, position.step), rate)
         except Diverged as error:
-            raise diverged(run, error.loss, position.step + 1) from None
+            raise diverged(run, error.value, position.step + 1, error.what) from None
 
         position.step += 1
         position.tokens += done.tokens
@@ -143,8 +145,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         if worth_keeping or stopped_early or last or asked or due or position.step % int(recipe.save_steps) == 0:
             saved_at = time.monotonic()
             if not engine.finite():
-                raise diverged(run, math.nan, position.step)
-            position.scaler = engine.scaler.state_dict() or None
+                raise diverged(run, math.nan, position.step, "weights")
+            position.scaler, position.halved = engine.scaler.state_dict() or None, engine.halved
             state = checkpoint.gather(model, engine.optimizer, world)
             if world.rank == 0:
                 saved = checkpoint.save(run, model, renderer, state, position)
@@ -179,9 +181,9 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     run.append("state", state="succeeded")
 
 
-def diverged(run: Run, loss: float, step: int) -> TunesmithError:
+def diverged(run: Run, value: float, step: int, what: str = "loss") -> TunesmithError:
     return TunesmithError(
-        f"the loss became {loss} at step {step}",
+        f"the {what} became {value} at step {step}",
         where=str(run),
         fix="lower --learning-rate; the last checkpoint is from before",
     )
@@ -198,8 +200,10 @@ def overfitting(position: Position, per_epoch: int) -> dict[str, object]:
 
 def publish(run: Run, position: Position) -> None:
     """final_model/ (last step), best_model/ (lowest validation loss), and the best one as the run's own folder."""
-    folders = {p.name: p for p in checkpoint.existing(run)}
-    final = folders[f"{checkpoint.PREFIX}{position.step}"]
-    best = folders.get(f"{checkpoint.PREFIX}{position.best_step}", final)
+    final, best = (run / "checkpoints" / f"{checkpoint.PREFIX}{step}" for step in (position.step, position.best_step))
+    problem = checkpoint.damage(best)
+    if problem:
+        run.append("warning", message=f"best_model is the last one: {best.name} is damaged ({problem})")
+        best = final
     for source, target in ((final, run / "final_model"), (best, run / "best_model"), (best, run.path)):
         checkpoint.publish(source, target)

@@ -20,25 +20,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         need_h, need_w, need_b, _ = ctx.needs_input_grad
+        narrow = _narrow(weight)
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight) if need_w else None
         grad_b = torch.zeros_like(bias) if need_b and bias is not None else None
         rights = hidden.new_empty((hidden.shape[0], 1), dtype=torch.float32)
-        memory = _memory(hidden, weight)
+        memory = _memory(hidden, narrow)
         for start in range(0, hidden.shape[0], CHUNK):
-            h, t = hidden[start : start + CHUNK], targets[start : start + CHUNK, None]
-            logits = _logits(h, weight, bias, memory)
+            h, t = hidden[start : start + CHUNK].to(narrow.dtype), targets[start : start + CHUNK, None]
+            logits = _logits(h, narrow, bias, memory)
             shares = torch.softmax(
                 logits, 1, out=logits
             )  # one pass, a row at a time: it stays in the processor's cache
             right = rights[start : start + CHUNK] = shares.gather(1, t)
             if not (need_h or need_w or need_b):
                 continue
-            grad = shares.scatter_(1, t, right - 1).to(hidden.dtype)  # softmax - one-hot, in the logits' memory
+            grad = shares.scatter_(1, t, right - 1).to(narrow.dtype)  # softmax - one-hot, in the logits' memory
             if grad_h is not None:
-                torch.mm(grad, weight, out=grad_h[start : start + CHUNK])
+                part = grad_h[start : start + CHUNK]
+                torch.mm(grad, narrow, out=part) if part.dtype == grad.dtype else part.copy_(grad @ narrow)
             if grad_w is not None:
-                grad_w.addmm_(grad.t(), h)
+                grad_w.addmm_(grad.t(), h) if grad_w.dtype == grad.dtype else grad_w.add_(grad.t() @ h)
             if grad_b is not None:
                 grad_b += grad.sum(0)
         total = -rights.clamp_min(LEAST).log().sum()
@@ -62,6 +64,12 @@ def _beyond(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     return (exact + math.log(LEAST)).sum()
 
 
+def _narrow(weight: Tensor) -> Tensor:
+    """The head's weights in autocast's type, where that is on: once, not for every chunk and product."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
 def _memory(hidden: Tensor, weight: Tensor) -> Tensor | None:
     """One chunk's logits, used again for every chunk: fresh memory each time halves the product's speed on a CPU."""
     plain = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
@@ -83,9 +91,10 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
 def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Per position: -log p(target) [n] fp32, and whether the target was the likeliest token [n] bool."""
     losses, right = [], []
-    memory = _memory(hidden, weight)
-    for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        logits = _logits(h, weight, bias, memory)
+    narrow = _narrow(weight)
+    memory = _memory(hidden, narrow)
+    for h, t in zip(hidden.to(narrow.dtype).split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = _logits(h, narrow, bias, memory)
         losses.append(torch.logsumexp(logits, 1) - logits.gather(1, t[:, None]).squeeze(1))
         right.append(logits.argmax(1) == t)
     return torch.cat(losses), torch.cat(right)
@@ -140,8 +149,7 @@ class LossModule(nn.Module):
         """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
         at = supervised(mask, segments)
         if self.mode == "logits":
-            logits = self._own_logits(ids, segments)[at]
-            return nn.functional.cross_entropy(logits, ids[at + 1], reduction="sum"), len(at)
+            return self._own_losses(ids, at, segments)[0].sum(), len(at)
         head = self._head[0]
         return chunked_cross_entropy(
             self.hidden(ids, segments, bottom)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
@@ -153,21 +161,23 @@ class LossModule(nn.Module):
         at = supervised(mask, segments)
         owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))[at.cpu()]
         if self.mode == "logits":
-            logits = self._own_logits(ids, segments)[at]
-            return (
-                nn.functional.cross_entropy(logits, ids[at + 1], reduction="none"),
-                logits.argmax(1) == ids[at + 1],
-                owner,
-            )
+            return *self._own_losses(ids, at, segments), owner
         head = self._head[0]
         return *token_scores(
             self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
         ), owner
 
-    def _own_logits(self, ids: Tensor, segments: list[int]) -> Tensor:
-        return torch.cat(
-            [self._causal[0](input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(segments)]
-        )
+    def _own_losses(self, ids: Tensor, at: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
+        """By the model's own head, one conversation at a time: losses of the positions `at`, and whether each was likeliest."""
+        learnt = torch.zeros_like(ids, dtype=torch.bool)
+        learnt[at] = True
+        losses, right = [], []
+        for part, here in zip(ids.split(segments), learnt.split(segments), strict=True):
+            where = here.nonzero().squeeze(1)
+            logits = self._causal[0](input_ids=part[None], use_cache=False).logits[0, where].float()
+            losses.append(nn.functional.cross_entropy(logits, part[where + 1], reduction="none"))
+            right.append(logits.argmax(1) == part[where + 1])
+        return torch.cat(losses), torch.cat(right)
 
 
 def supervised(mask: Tensor, segments: list[int]) -> Tensor:

@@ -13,11 +13,10 @@ import msgspec
 import torch
 
 from tunesmith.errors import DataError
-from tunesmith.local import batches, methods, optim
+from tunesmith.local import batches, optim
 from tunesmith.local import model as models
 from tunesmith.local.score import row_scores
 from tunesmith.local.step import Diverged, Engine
-from tunesmith.models import find
 from tunesmith.planning import Prepared
 
 SPREAD = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # times the rate of the recipe
@@ -46,9 +45,7 @@ def search(prepared: Prepared, steps: int, on_trial: Callable[[Trial], None] = l
     if "valid" not in sets:
         raise DataError("no validation rows to judge by", where=recipe.dataset or "", fix="raise --valid-fraction")
     torch.set_num_threads(int(recipe.threads))
-    base = models.load(find(recipe.model), True, methods.quantisation(recipe, models.device()))
-    module, _ = models.loss_module(methods.apply(base, recipe))
-    models.arrange(module, recipe)
+    module, _ = models.for_training(recipe, prepared.plan.longest)
     engine = Engine(module, recipe, sets)
     start = {n: p.detach().clone() for n, p in module.model.named_parameters() if p.requires_grad}
     rates = [float(recipe.learning_rate) * times for times in SPREAD]

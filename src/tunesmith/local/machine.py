@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")  # of a container, or of a job under SLURM (version 2)
 
 
 def tune() -> None:
@@ -46,6 +49,8 @@ def peak_memory_mb() -> int:
 
 def resident() -> float:
     """Most bytes of the machine's memory that this process has held so far."""
+    with contextlib.suppress(OSError):  # Linux: ru_maxrss begins with what the process held that started this one
+        return 1024.0 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
@@ -58,11 +63,14 @@ def held() -> float:
 
 
 def free_memory() -> float:
-    """Bytes that a further process could take: of the GPU, else of the machine (1e15 where it does not say)."""
+    """Bytes that a further process could take: of the GPU, else of the machine, or of the container that this runs in."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 1e15
-    return 1024.0 * int(text.partition("MemAvailable:")[2].split()[0])
+        free = 1024.0 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
+    except OSError:  # macOS: all that it has, most of which it gives to who asks
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
+        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, float(limit - taken))
+    return free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,13 +41,12 @@ def quantisation(recipe: Recipe, where: torch.device) -> Any:
         return None
     from transformers import BitsAndBytesConfig
 
-    compute = "bf16" if where.type == "cuda" else "fp32"
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    names = {"auto": half(where) or torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.quant_type,
         bnb_4bit_use_double_quant=recipe.double_quant,
-        bnb_4bit_compute_dtype=names[compute if recipe.compute_dtype == "auto" else recipe.compute_dtype],
+        bnb_4bit_compute_dtype=names[recipe.compute_dtype],
     )
 
 
@@ -90,16 +90,29 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
                 {n.rpartition(".")[2] for n, m in top.named_modules() if isinstance(m, LINEAR)}
             )
     torch.manual_seed(recipe.seed)
-    return get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, config)
+    if (
+        not Path(recipe.model).exists() and recipe.model != "starter"
+    ):  # a Hub name: the adapter loads wherever that does
+        adapted.peft_config["default"].base_model_name_or_path = recipe.model
+    return adapted
 
 
-def half_type(recipe: Recipe) -> torch.dtype:
-    return torch.float16 if recipe.mixed_precision == "fp16" else torch.bfloat16
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """The type of 16 bits that the model runs in (weights that are trained stay in 32), None for 32.
+
+    auto: on an NVIDIA GPU bf16, before Ampere, which only imitates that, fp16; elsewhere 32 bits.
+    """
+    if recipe.mixed_precision == "auto":
+        return half(device)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.mixed_precision)
 
 
-def use_half(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the model runs in 16 bits (its weights stay in 32)."""
-    return recipe.mixed_precision in ("bf16", "fp16") or (recipe.mixed_precision == "auto" and device.type == "cuda")
+def half(device: torch.device) -> torch.dtype | None:
+    """The type of 16 bits that a device is good at."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -11,18 +11,27 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tunesmith.costs import ADAPTERS
 from tunesmith.errors import ModelError, UsageError
-from tunesmith.local import attention
+from tunesmith.local import attention, methods
 from tunesmith.local.loss import LossModule
-from tunesmith.local.methods import decoder_layers, use_half
 from tunesmith.models import find, read_json
+from tunesmith.preflight import launched
 from tunesmith.recipe import Recipe
+from tunesmith.runs import Run
 
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings(
     "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
 )  # peft's, not the user's
 transformers.utils.logging.disable_progress_bar()
+
+
+OWN_HEADS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+)  # settings of heads that do more than a product
 
 
 def device() -> torch.device:
@@ -32,17 +41,25 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load(folder: Path, merge: bool = False, quantisation: Any = None) -> nn.Module:
-    """A causal language model in fp32 on this machine's device, adapters applied. No code from the folder is run.
+def load(
+    folder: Path,
+    merge: bool = False,
+    quantisation: Any = None,
+    dtype: torch.dtype = torch.float32,
+    place: torch.device | None = None,
+    longest: int | None = None,
+) -> nn.Module:
+    """A causal language model on this machine's device, or in a `place`, adapters applied. No code from the folder is run.
 
     `merge`: an adapter becomes part of the weights, as it must where training goes on from it. `quantisation`: a
-    transformers configuration for the linear layers' weights.
+    transformers configuration for the linear layers' weights. `longest`: no row has more tokens.
     """
     base, adapter = folder, None
     if (folder / "adapter_config.json").exists():
         base, adapter = find(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])), folder
+        dtype = torch.float32 if merge else dtype
     try:
-        model = _pretrained(base, quantisation)
+        model = _pretrained(base, quantisation, dtype, longest)
         if adapter:
             from peft import PeftModel
 
@@ -54,26 +71,54 @@ def load(folder: Path, merge: bool = False, quantisation: Any = None) -> nn.Modu
             where=str(folder),
             fix="does it load with plain transformers?",
         ) from None
-    return model if quantisation else model.to(device())
+    return model if quantisation else model.to(place or device())
 
 
-def _pretrained(folder: Path, quantisation: Any) -> Any:
-    """The model with packed attention; with a sliding window, which that lacks, or where refused, with its own."""
+def for_training(recipe: Recipe, longest: int, folder: Path | None = None) -> tuple[LossModule, str]:
+    """A recipe's model with what is trained marked, set up as it runs, for rows of `longest` tokens at most; why not packed.
+
+    `folder`: with these weights instead of the recipe's model's. A base that only carries adapters is held in the 16 bits
+    that it runs in; one that will be spread over processes is not put on a GPU whole.
+    """
+    half = methods.precision(recipe, device())
+    dtype = half if half and recipe.method in ADAPTERS else torch.float32
+    place = torch.device("cpu") if recipe.sharding == "fsdp2" and launched() else None
+    base = load(folder or find(recipe.model), True, methods.quantisation(recipe, device()), dtype, place, longest)
+    module, slow = loss_module(methods.apply(base, recipe))
+    arrange(module, recipe)
+    module.train()
+    return module, slow
+
+
+def to_judge(name: str) -> nn.Module:
+    """A model by name or folder for scores and answers: in 16 bits on a GPU; an adapter that was trained on 4-bit weights, on
+    those."""
+    folder = find(name)
+    quantisation = None
+    if (folder / "adapter_config.json").exists():
+        run = next((f for f in (folder, *list(folder.resolve().parents)[:2]) if (f / "run.json").exists()), None)
+        quantisation = methods.quantisation(Run(run).recipe(), device()) if run else None
+    return load(folder, quantisation=quantisation, dtype=methods.half(device()) or torch.float32).eval()
+
+
+def _pretrained(folder: Path, quantisation: Any, dtype: torch.dtype, longest: int | None) -> Any:
+    """The model with packed attention; with a sliding window that a row could be over, or where refused, with its own."""
     config = read_json(folder / "config.json")
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    longest = longest or config.get("max_position_embeddings")
     arguments: dict[str, Any] = {
-        "dtype": torch.float32,
+        "dtype": dtype,
         "use_safetensors": True,
         "trust_remote_code": False,
         "local_files_only": True,
     }
     if quantisation:
         arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
-    if not window:
+    if not window or (longest is not None and longest <= window):
         try:
             return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)
-        except ValueError as error:
-            if "attention" not in str(error):
+        except (ValueError, KeyError) as error:  # KeyError: Falcon and others look up a class by that name
+            if "attention" not in str(error) and attention.NAME not in str(error):
                 raise
     return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
@@ -98,7 +143,14 @@ def loss_module(model: nn.Module) -> tuple[LossModule, str]:
     plain_head = isinstance(
         model.get_output_embeddings(), nn.Linear
     )  # not one with adapters, which need their own forward
-    modes = ("packed", "single", "logits") if plain_head else ("logits",)
+    modes = ["packed", "single", "logits"] if plain_head else ["logits"]
+    if causal(model).config._attn_implementation != attention.NAME and plain_head:
+        modes.remove("packed")  # with its own it would make a mask of tokens x tokens over all conversations
+        reasons.append("its attention cannot be packed")
+    near = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+    config = causal(model).config.get_text_config()
+    if near > 1e-4 and any(getattr(config, name, None) for name in OWN_HEADS):
+        modes = ["logits"]  # what a head does besides could be less than 16 bits show
     with torch.no_grad():
         want = LossModule(model, "logits")(ids, mask, [7, 5])[0]
         for mode in modes:
@@ -107,7 +159,7 @@ def loss_module(model: nn.Module) -> tuple[LossModule, str]:
             except (TypeError, NotImplementedError, RuntimeError, AttributeError, ValueError) as error:
                 reasons.append(f"{mode}: {str(error).splitlines()[0]}")
                 continue
-            if torch.allclose(got, want, rtol=1e-4):
+            if torch.allclose(got, want, rtol=near):
                 break
             reasons.append(f"{mode}: loss {got:.4f}, the model's own {want:.4f}")
     model.train(was_training)
@@ -121,12 +173,12 @@ def arrange(module: LossModule, recipe: Recipe) -> None:
     if recipe.neftune_alpha and module.mode == "logits":
         raise UsageError("neftune_alpha: this model's embeddings cannot be reached", fix="leave it out")
     module.neftune_alpha = recipe.neftune_alpha
-    if not recipe.torch_compile and not use_half(recipe, device()):
+    if not recipe.torch_compile and methods.precision(recipe, device()) is None:
         from tunesmith.local.fused import fuse
 
         fuse(module.model, again=not recipe.gradient_checkpointing)
     if recipe.torch_compile:
-        for layer in decoder_layers(module.model)[1]:
+        for layer in methods.decoder_layers(module.model)[1]:
             layer.compile(dynamic=True)  # each by itself: the same code for all of them, and weights keep their names
 
 

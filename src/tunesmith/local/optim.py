@@ -38,7 +38,7 @@ def make(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """The rate of step `step` (from 0): linear warm-up, then cosine or linear to zero at `steps`, or constant."""
     peak = float(recipe.learning_rate)
-    warmup = recipe.warmup_steps if recipe.warmup_steps is not None else math.ceil(recipe.warmup_ratio * steps)
+    warmup = recipe.warmup_steps if recipe.warmup_steps is not None else math.ceil(float(recipe.warmup_ratio) * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.costs import frozen_layers
-from tunesmith.data.write import remove_abandoned
+from tunesmith.data.write import begun, tidy
 from tunesmith.local import methods
 from tunesmith.local.batches import Batch
 from tunesmith.local.loss import LossModule
@@ -31,6 +32,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 from tunesmith.tokens import Tokens
 
+FORM = 2  # of what is kept: to be raised with every change of the arithmetic of a forward pass
 SHARE_OF_DISK = 0.5  # of the free space: a cache that would take more is not made
 
 
@@ -84,7 +86,9 @@ def split(module: LossModule, recipe: Recipe, world: World = ALONE) -> tuple[Pre
     if recipe.neftune_alpha:
         return None, "NEFTune's noise enters below the frozen layers"
     prefix = Prefix(module, recipe)
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return None, "its layers are of several kinds, which go by their number"
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in prefix.below.modules())
     if dropout or getattr(config, "attention_dropout", None):
         return None, "the frozen layers have dropout, which is different in every epoch"
@@ -131,12 +135,33 @@ def prepare(
         path, reason = cache_file(prefix, tokens, recipe)
         if path and not path.exists() and world.size > 1:
             path, reason = None, "each of several processes would see only some of the rows"
+        if path and not path.exists():
+            path, reason = _room(path, tokens, prefix)
         if reason:
             run.append("warning", message=f"the output of the frozen layers is not kept: {reason}")
         if path:
             run.append("prefix_cache", side=side, path=str(path), found=path.exists(), tokens=int(tokens.starts[-1]))
         opened[side] = Rows(prefix, tokens, path)
     return Below(prefix, opened)
+
+
+def _room(path: Path, tokens: Tokens, prefix: Prefix) -> tuple[Path | None, str]:
+    """Take the disk that a cache will need, now: a mapped file that finds none later ends the process. The path, or why not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent)
+    try:
+        with begun(path).open("wb") as stream:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(stream.fileno(), 0, _bytes(tokens, prefix))
+            stream.truncate(_bytes(tokens, prefix))
+    except OSError as error:
+        begun(path).unlink(missing_ok=True)
+        return None, f"{error.strerror} ({path.parent})"
+    return path, ""
+
+
+def _bytes(tokens: Tokens, prefix: Prefix) -> int:
+    return 4 * int(prefix.module.model.config.get_text_config().hidden_size) * int(tokens.starts[-1])
 
 
 class Rows:
@@ -159,11 +184,9 @@ class Rows:
             self._have[:], self._missing = True, 0
             os.utime(path)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(path.parent)
-            self._building = path.with_suffix(f".{os.getpid()}.tmp")
+            self._building = begun(path)
             self._abandon = weakref.finalize(self, self._building.unlink, missing_ok=True)
-            self._file = np.memmap(self._building, np.float32, "w+", shape=size)
+            self._file = np.memmap(self._building, np.float32, "r+", shape=size)
 
     def __call__(self, rows: list[int], device: torch.device) -> Tensor:
         """Hidden states [tokens, d] fp32 of rows that stand one after the other."""
@@ -197,8 +220,7 @@ def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | N
     """Where the bottom's output for these rows is kept, or None and why it is not."""
     if not recipe.prefix_cache or not len(tokens):
         return None, ""
-    hidden = int(prefix.module.model.config.get_text_config().hidden_size)
-    need = 4 * hidden * int(tokens.starts[-1])
+    need = _bytes(tokens, prefix)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "prefix"
     path = folder / f"{_key(prefix, tokens, recipe)}.f32"
     if path.exists() and path.stat().st_size == need:
@@ -213,10 +235,17 @@ def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | N
 def _key(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> str:
     """Hash of all that decides the bottom's output: rows, frozen weights, arithmetic."""
     model = prefix.module.model
-    said = (torch.__version__, recipe.threads, recipe.mixed_precision, recipe.method, recipe.quant_type)
-    digest = hashlib.sha256(repr((said, recipe.double_quant, recipe.compute_dtype, len(prefix.below))).encode())
+    weight = model.get_input_embeddings().weight
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    said = (
+        *(FORM, torch.__version__, transformers.__version__, config, len(prefix.below)),
+        *(str(weight.device), methods.precision(recipe, weight.device), recipe.threads, recipe.method),
+        *(recipe.quant_type, recipe.double_quant, recipe.compute_dtype),
+        *(recipe.torch_compile, recipe.gradient_checkpointing),  # either decides which parts are fused
+    )
+    digest = hashlib.sha256(repr(said).encode())
     for array in (tokens.ids, tokens.starts):
         digest.update(np.ascontiguousarray(array).tobytes())
-    for tensor in (model.get_input_embeddings().weight, *prefix.below.parameters()):
+    for tensor in (weight, *prefix.below.parameters()):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.costs import ADAPTERS, Answer, Question
-from tunesmith.local import batches, methods
+from tunesmith.local import batches
 from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
 from tunesmith.local.machine import accelerator, free_memory, held, tune
@@ -122,10 +122,7 @@ def _engine(folder: Path, recipe: Recipe, layers: int, segments: list[int], supe
         setattr(config, name, None)
     with tempfile.TemporaryDirectory() as place:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(place)
-        base = models.load(Path(place), quantisation=methods.quantisation(recipe, models.device()))
-    module, _ = models.loss_module(methods.apply(base, recipe))
-    models.arrange(module, recipe)
-    module.train()
+        module, _ = models.for_training(recipe, max(segments), Path(place))
     tokens = sum(segments)
     ids = np.arange(tokens, dtype=np.int32) * 7919 % text.vocab_size
     mask = np.random.default_rng(0).random(tokens) < supervised

@@ -32,7 +32,7 @@ def score(name: str, rows: list[Conversation], template: str | None = None) -> l
     """
     folder = find(name)
     renderer = Renderer(folder, template)
-    model = models.load(folder)
+    model = models.to_judge(name)
     module, _ = models.loss_module(model)
     limit = model.config.get_text_config().max_position_embeddings
     cut = [Rendered(r.ids[:limit], r.mask[:limit], "", r.source) for r in renderer.render_all(rows)]

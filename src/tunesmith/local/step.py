@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tunesmith.local import batches, optim
 from tunesmith.local.loss import LossModule
 from tunesmith.local.machine import accelerator
-from tunesmith.local.methods import decoder_layers, half_type, use_half
+from tunesmith.local.methods import decoder_layers, precision
 from tunesmith.local.prefix import Below
 from tunesmith.local.world import ALONE, World, spread, whole
 from tunesmith.recipe import Recipe
@@ -25,8 +25,8 @@ from tunesmith.tokens import Tokens
 class Diverged(Exception):
     """The loss or the gradient is no number any more."""
 
-    def __init__(self, loss: float) -> None:
-        self.loss = loss
+    def __init__(self, value: float, what: str) -> None:
+        self.value, self.what = value, what
 
 
 class Stepped(msgspec.Struct, frozen=True):
@@ -55,27 +55,29 @@ class Engine:
         warn: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.module, self.model, self.recipe, self.sets = module, module.model, recipe, sets
-        self.device = next(self.model.parameters()).device
         self._below, self._world, self._warn = below, world, warn
-        self._most = (int(recipe.batch_size), int(recipe.micro_batch_tokens))  # rows and tokens of a micro-batch
+        self.most_rows, self.most_tokens = int(recipe.batch_size), int(recipe.micro_batch_tokens)  # of a micro-batch
+        self.halved = False
         self._forward: Any = module
         self._spread = world.size > 1 and recipe.sharding == "fsdp2"
         if self._spread:
             spread(module, list(decoder_layers(self.model)[1]))
         elif world.size > 1:
             self._forward = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.device = next(self.model.parameters()).device
+        self._half = precision(recipe, self.device)
         self.begin()
 
     def begin(self) -> None:
         """Take a new optimizer."""
         self.optimizer = optim.make(self.model, self.recipe)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._half == torch.float16)
 
     def loss(self, side: str, rows: list[int], forward: Any = None) -> tuple[torch.Tensor, int]:
         """(sum of the losses, number of supervised tokens) of some rows of a set."""
         forward = forward or self.module
         batch = batches.collate(self.sets[side], rows, self.device)
-        with torch.autocast(self.device.type, half_type(self.recipe), enabled=use_half(self.recipe, self.device)):
+        with torch.autocast(self.device.type, self._half, enabled=self._half is not None):
             if self._below:
                 return self._below.loss(forward, side, rows, batch)
             result: tuple[torch.Tensor, int] = forward(batch.ids, batch.mask, batch.segments)
@@ -86,21 +88,23 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         supervised = self.sets["train"].supervised(rows)
+        found = None
         try:
             found = self._backward(rows, supervised)
         except RuntimeError as error:
-            if not out_of_memory(error) or self._most[0] < int(self.recipe.batch_size) or len(rows) == 1:
+            if self.halved or not out_of_memory(error) or not self._can_halve(rows):
                 raise
-            if self._world.size > 1:  # the others wait in the middle of their sums
-                raise
-            self._halve()
+        if found is None:  # only now: the error's traceback held all that the failed pass had kept
+            self.halve()
             found = self._backward(rows, supervised)
         total, tokens = self._world.sum(*found)
         self.scaler.unscale_(self.optimizer)
         clip = self.recipe.max_grad_norm or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
         if not math.isfinite(total) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            raise Diverged(total / supervised)
+            raise Diverged(
+                norm if math.isfinite(total) else total / supervised, "gradient" if math.isfinite(total) else "loss"
+            )
         self.scaler.step(self.optimizer)  # with fp16, not where a gradient has overflowed: the scale is lowered instead
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,7 +113,7 @@ class Engine:
     def _backward(self, rows: list[int], supervised: int) -> tuple[float, int]:
         """Add up the gradient of the step's mean loss; (sum of the losses, tokens) of this process's rows."""
         train = self.sets["train"]
-        parts = self._alike([list(batches.in_parts(train, mine, *self._most)) for mine in self._shares(rows)])
+        parts = self._alike([self._micro(mine) for mine in self._shares(rows)])
         share = supervised if self._spread else supervised / self._world.size  # DDP divides what it adds up
         total, tokens = 0.0, 0
         for number, part in enumerate(parts, 1):
@@ -121,6 +125,14 @@ class Engine:
                 total, tokens = total + loss.item(), tokens + sum(map(train.length, part))
         return total, tokens
 
+    def _micro(self, rows: list[int]) -> list[list[int]]:
+        """The micro-batches of some training rows."""
+        return list(batches.in_parts(self.sets["train"], rows, self.most_rows, self.most_tokens))
+
+    def _can_halve(self, rows: list[int]) -> bool:
+        """Whether smaller parts are possible; not among several processes, which wait in the middle of their sums."""
+        return self._world.size == 1 and any(len(part) > 1 for part in self._micro(rows))
+
     def _shares(self, items: list[Any]) -> list[list[Any]]:
         return [self._world.share(items, rank) for rank in range(self._world.size)]
 
@@ -131,21 +143,22 @@ class Engine:
         count = max(map(len, parts)) if self._spread else max(1, len(mine))
         return mine + [[] for _ in range(count - len(mine))]
 
-    def _halve(self) -> None:
-        """Go on with half a micro-batch at a time, to the same result."""
+    def halve(self) -> None:
+        """Go on with half a micro-batch at a time, to the same result (but for the rounding of sums)."""
         self.optimizer.zero_grad(set_to_none=True)
         if gpu := accelerator():
             gpu.empty_cache()
-        self._most = (max(1, self._most[0] // 2), self._most[1] // 2)
-        self._warn(f"out of memory: going on with {self._most[0]} rows at a time, to the same result")
+        self.most_rows, self.most_tokens, self.halved = max(1, self.most_rows // 2), self.most_tokens // 2, True
+        self._warn(f"out of memory: going on with {self.most_rows} rows at a time, to the same result")
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over all supervised tokens of the validation set, in nats. Holds no logits."""
+        """Mean loss over all supervised tokens of the validation set, in nats. Holds the logits of a chunk at most, or of one
+        conversation where the model's own head must be run."""
         was_training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
-        for group in self._alike(self._shares(list(batches.in_order(self.sets["valid"])))):
+        for group in self._alike(self._shares(list(batches.in_order(self.sets["valid"], self.most_tokens)))):
             if not group and not self._spread:
                 continue
             loss, n = self.loss("valid", group or [0])

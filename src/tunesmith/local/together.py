@@ -23,7 +23,9 @@ def together(begin: Callable[[], tuple[Run, int | None]], follow: Callable[[Run,
         path, step = world.first(("", None))
         if not path:  # the first process says why
             sys.exit(0)
-        worker.main(path, False, step)
+        status = worker.main(path, False, step)
+        if status:  # so that the launcher sees it and ends the others
+            sys.exit(status)
         return Run(path, silent=True)
     try:
         run, step = begin()

@@ -48,22 +48,9 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
         train(run, stopping.is_set, step)
     except Interrupted as error:
         return error.exit_status
-    except TunesmithError as error:
-        return _failed(run, error)
-    except MemoryError:
-        return _failed(
-            run, TunesmithError("out of memory", fix="halve --batch-size and double --gradient-accumulation-steps")
-        )
-    except OSError as error:
-        return _failed(
-            run,
-            TunesmithError(
-                f"{error.strerror or error}",
-                where=str(error.filename or run),
-                fix=f"then go on with: tunesmith train --resume {run}",
-            ),
-        )
     except BaseException as error:
+        if known := failure(error, str(run)):
+            return _failed(run, known)
         lost = _lost(run, others, time.monotonic() + 2) if isinstance(error, RuntimeError) else None
         if lost:  # a sum with it was waited for in vain
             return _failed(run, lost)
@@ -80,6 +67,23 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
         with held:
             pass
     return 0
+
+
+def failure(error: BaseException, where: str) -> TunesmithError | None:
+    """What to tell the user of an error that is none of the program's; None of any other."""
+    from tunesmith.local.step import out_of_memory
+
+    if isinstance(error, TunesmithError):
+        return error
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and out_of_memory(error):
+        fix = "`tunesmith plan` shows what would fit: --micro-batch-tokens, --gradient-checkpointing, --lora, a smaller model"
+        return TunesmithError("out of memory", where=where, fix=fix)
+    full = "No space left on device" in str(error)  # safetensors has an error of its own for it
+    if isinstance(error, OSError) or full:
+        what = "No space left on device" if full else getattr(error, "strerror", None) or str(error)
+        place = getattr(error, "filename", None) or where
+        return TunesmithError(what, where=str(place), fix=f"then go on with: tunesmith train --resume {where}")
+    return None
 
 
 def _start_others(run: Run, step: int | None) -> list[subprocess.Popen[bytes]]:
@@ -104,13 +108,14 @@ def _watch_over(run: Run, others: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _lost(run: Run, others: list[subprocess.Popen[bytes]], until: float = math.inf) -> TunesmithError | None:
-    """Wait for the end of a process that was killed: what to say of it, or None after the time `until`."""
+    """Wait for the end of a process that was killed or failed: what to say of it, or None after the time `until`."""
     while others and time.monotonic() < until:
         for rank, other in enumerate(others, 1):
             code = other.poll()
-            if code is not None and code < 0:
+            if code not in (None, 0, Interrupted.exit_status):
+                how = f"signal {-code}" if code < 0 else f"status {code}: see worker.log"
                 return TunesmithError(
-                    f"process {rank} of {len(others) + 1} ended with signal {-code}",
+                    f"process {rank} of {len(others) + 1} ended with {how}",
                     where=str(run),
                     fix=f"go on with: tunesmith train --resume {run}",
                 )

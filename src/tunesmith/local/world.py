@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ from tunesmith.errors import RunError
 from tunesmith.preflight import launched
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(hours=12)  # for the first process to read a large data set; who is lost is noticed otherwise
 
 
 class World(msgspec.Struct, frozen=True):
@@ -75,7 +77,7 @@ def join() -> World:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"the processes do not find each other: {str(error).splitlines()[0]}",
