@@ -58,7 +58,16 @@ def estimate(prepared: planning.Prepared) -> tuple[Estimate, list[tuple[str, int
     valid = plan.tokens.get("valid", 0)
     need = costs.estimate(question, plan.model, valid, found)
     fits = need.memory_mb < need.available_mb
-    return need, [] if fits else costs.ways_to_fit(question, plan.model, valid, found)
+    return need, [] if fits else costs.ways_to_fit(question, plan.model, valid, found, possible)
+
+
+def possible(recipe: Recipe) -> bool:
+    """Whether this machine can do at all what a recipe says."""
+    try:
+        refuse_impossible(recipe)
+    except UsageError:
+        return False
+    return True
 
 
 def prepare(

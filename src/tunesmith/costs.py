@@ -6,6 +6,7 @@ Memory and time come from a probe, which measures one and two layers on this mac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,15 @@ def disk(recipe: Recipe, model: ModelFacts, trained: int, tokens: int) -> float:
     return kept * (weights + (8 if recipe.optimizer == "adamw" else 2) * trained) + 10 * tokens + cached
 
 
-def ways_to_fit(question: Question, model: ModelFacts, valid_tokens: int, found: Answer) -> list[tuple[str, int]]:
-    """Changes of a recipe that does not fit, each with the memory it would need in MB: those that fit, the mildest first."""
+def ways_to_fit(
+    question: Question,
+    model: ModelFacts,
+    valid_tokens: int,
+    found: Answer,
+    possible: Callable[[Recipe], bool] = lambda _: True,
+) -> list[tuple[str, int]]:
+    """Changes of a recipe that does not fit, each with the memory it would need in MB: those that are `possible` here and
+    fit, the mildest first."""
     recipe = question.recipe
     longest = max(question.lengths)
     fewer = {"micro_batch_tokens": longest}
@@ -193,6 +201,6 @@ def ways_to_fit(question: Question, model: ModelFacts, valid_tokens: int, found:
         if other.method == "qlora" and recipe.method != "qlora":
             smaller = msgspec.structs.replace(smaller, layer_bytes=0.14 * found.layer_bytes)  # 4.5 bits of 32
         need = round(peak(other, model, trainable(other, model), valid_tokens, smaller) / 1e6)
-        if need * 1e6 < found.available:
+        if need * 1e6 < found.available and possible(other):
             result.append((words, need))
     return result

@@ -32,7 +32,7 @@ from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
 from tunesmith.data.write import begun, sync_folder, tidy, write_json
-from tunesmith.errors import DataError, UsageError
+from tunesmith.errors import DataError, RunError, UsageError
 from tunesmith.models import ModelFacts
 from tunesmith.preflight import Seen
 from tunesmith.recipe import Recipe, need_dataset
@@ -86,8 +86,11 @@ def prepare_data(
         return _made(recipe, renderer, model, limit, None, progress)
     folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, model, limit)
     if (folder / "facts.json").exists():
-        os.utime(folder)
-        return _opened(folder)
+        try:
+            os.utime(folder)
+            return _opened(folder)
+        except (OSError, ValueError, RunError, msgspec.DecodeError):  # damaged: made anew
+            shutil.rmtree(folder)
     tidy(folder.parent)
     building = begun(folder)
     building.mkdir(parents=True)

@@ -81,6 +81,11 @@ def test_what_would_make_it_fit(tiny: Path) -> None:
     ways = costs.ways_to_fit(asked, model, 0, small)
     assert ways and ways[0][0].startswith("--micro-batch-tokens 500") and all(mb < needs - 20 for _, mb in ways)
     assert costs.ways_to_fit(asked, model, 0, msgspec.structs.replace(ANSWER, available=100e6)) == []
+    full = costs.ways_to_fit(asked, model, 0, small, lambda recipe: recipe.method == "full")
+    assert full == [way for way in ways if "lora" not in way[0]] != ways
+    assert api.possible(asked.recipe) and not api.possible(
+        msgspec.structs.replace(asked.recipe, method="qlora", sharding="fsdp2")
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

@@ -101,6 +101,17 @@ def test_what_is_kept_is_used(tiny: Path, data: Path, folder: Path, large: pytes
         prepared(data, tiny)
 
 
+def test_what_is_damaged_is_made_anew(tiny: Path, data: Path, folder: Path, large: pytest.MonkeyPatch) -> None:
+    whole = prepared(data, tiny)
+    (kept,) = folder.iterdir()
+    names = sorted(path.name for path in kept.iterdir())
+    for name, damage in (("facts.json", b"{"), ("train.ids.npy", b""), ("train.rows.npy", b"x"), ("all.jsonl", None)):
+        assert name in names, names
+        (kept / name).unlink() if damage is None else (kept / name).write_bytes(damage)
+        same(whole, prepared(data, tiny))
+        assert sorted(path.name for path in kept.iterdir()) == names
+
+
 def test_what_decides_the_ids_decides_what_is_used(
     tiny: Path, tmp_path: Path, data: Path, folder: Path, large: pytest.MonkeyPatch
 ) -> None:

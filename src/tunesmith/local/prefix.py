@@ -7,6 +7,7 @@ all that decides their content, and are used again by other runs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -50,6 +51,14 @@ class Prefix:
         self.below, above = nn.ModuleList(layers[:count]), nn.ModuleList(layers[count:])
         self._lower = {name: self.below, **{n: nn.Identity() for n in norms}}
         self._upper = {name: above}
+
+    @functools.cache  # noqa: B019 - there is one of it in a run
+    def weights(self) -> Any:
+        """A SHA-256 of the weights that `bottom` runs through."""
+        digest = hashlib.sha256()
+        for tensor in (self.module.model.get_input_embeddings().weight, *self.below.parameters()):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest
 
     @torch.no_grad()
     def bottom(self, ids: Tensor) -> Tensor:
@@ -243,9 +252,8 @@ def _key(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> str:
         *(recipe.quant_type, recipe.double_quant, recipe.compute_dtype),
         *(recipe.torch_compile, recipe.gradient_checkpointing),  # either decides which parts are fused
     )
-    digest = hashlib.sha256(repr(said).encode())
+    digest: Any = prefix.weights().copy()
+    digest.update(repr(said).encode())
     for array in (tokens.ids, tokens.starts):
         digest.update(np.ascontiguousarray(array).tobytes())
-    for tensor in (weight, *prefix.below.parameters()):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return str(digest.hexdigest()[:32])

@@ -33,7 +33,7 @@ class TensorBoard:
     had past its step."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = EventFileWriter(str(folder))
+        self._writer = EventFileWriter(str(folder), flush_secs=5)
         if step:
             restart = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(step=step + 1, wall_time=time.time(), session_log=restart))
