@@ -89,13 +89,15 @@ def watch(argv: list[str]) -> int:
     from tunesmith import api
     from tunesmith.cli.progress import Progress
 
-    run, offset, progress = api.find_run(options.run), 0, Progress()
+    run, offset, progress, word = api.find_run(options.run), 0, Progress(), "unknown"
     try:
         while True:
-            state = run.state()  # asked before the events are read: none that came before the end is missed
+            busy = run.busy()  # asked before the events are read: none that came before the end is missed
             events, offset = run.events_from(offset)
             for event in events:
                 progress(run, event)
+                word = event["state"] if event["type"] == "state" else word
+            state = "interrupted" if word in ("preparing", "running") and not busy else word
             if state not in ("queued", "preparing", "running"):
                 break
             time.sleep(api.POLL_SECONDS)
