@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from tunesmith import api
 from tunesmith.errors import UsageError
 from tunesmith.local import loop, methods, prefix
 from tunesmith.local import model as models
+from tunesmith.local.checkpoint import Position
 from tunesmith.local.loop import train
 from tunesmith.local.step import Engine, out_of_memory
 from tunesmith.local.worker import failure
@@ -284,9 +286,22 @@ def test_overfitting_is_said_when_it_happens(tiny: Path, tmp_path: Path) -> None
     assert evals[-1]["epoch"] == 40 and len(said) == 1
     best = min(evals[1:], key=lambda e: e["loss"])
     assert (said[0]["best_step"], said[0]["best_epoch"]) == (best["step"], best["epoch"])
-    at = [e["step"] for e in evals].index(best["step"])
-    assert said[0]["step"] == evals[at + 2]["step"]
+    pairs = itertools.pairwise(evals)
+    assert said[0]["step"] == next(
+        b["step"] for a, b in pairs if min(a["loss"], b["loss"]) > 1.02 * best["loss"] and a["step"] > best["step"]
+    )
     assert not [e for e in fit(tmp_path / "ok", tmp_path / "d.jsonl", tiny).events() if e["type"] == "overfitting"]
+
+
+def test_a_loss_that_stays_level_is_no_overfitting() -> None:
+    """The losses of a healthy run of 204 rows, and the same rising: the event comes once, at the second that is clearly worse."""
+    for curve, at in (([3.74, 3.27, 3.08, 2.996, 3.026, 3.048, 3.035], None), ([3.74, 3.0, 3.04, 3.07, 3.09, 3.3], 5)):
+        position, said = Position(), []
+        for step, loss in enumerate(curve, 1):
+            position.step, position.since_eval = step, 4.0 - step / 2
+            position.seen(loss, position.best_loss is None or loss < position.best_loss)
+            said += [step] if position.overfits() else []
+        assert said == ([] if at is None else [at])
 
 
 def test_runs_with_and_without_a_bottom_agree(tiny: Path, tmp_path: Path, data: Path) -> None:

@@ -33,6 +33,7 @@ from tunesmith.render import Renderer
 from tunesmith.runs import Run
 
 PREFIX = "checkpoint-step-"
+RISE = 1.02  # of a validation loss over the best: less is within what a few hundred rows waver
 TRAINER_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer.json", "MANIFEST.json")
 
 
@@ -51,6 +52,7 @@ class Position(msgspec.Struct):
     train_loss: float | None = None  # their mean up to the last validation, and up to the best one
     best_train_loss: float | None = None
     lowest: list[tuple[float, int]] = []  # validation loss and step of other checkpoints that are worth keeping
+    worse: int = 0  # validations in a row over RISE times the best
     said: int = -1  # the best step that overfitting was last told of
     scaler: dict[str, float] | None = None  # of fp16
     halved: bool = False  # micro-batches, when memory ran out
@@ -59,7 +61,7 @@ class Position(msgspec.Struct):
         """Take note of a validation; whether its step is among the `most` best, and so worth a checkpoint."""
         self.train_loss = self.since_eval / max(1, self.step - self.evaluated)
         self.since_eval, self.evaluated = 0.0, self.step
-        if improved:
+        if improved or self.best_loss is None:
             if self.best_loss is not None:
                 self.lowest.append((self.best_loss, self.best_step))
             self.best_loss, self.best_step, self.since_best = loss, self.step, 0
@@ -68,6 +70,7 @@ class Position(msgspec.Struct):
             self.lowest.append((loss, self.step))
             self.since_best += 1
         self.lowest = sorted(self.lowest)[: most - 1]
+        self.worse = self.worse + 1 if loss > RISE * self.best_loss else 0
         return self.step in self.kept()
 
     def kept(self) -> set[int]:
@@ -75,11 +78,12 @@ class Position(msgspec.Struct):
         return {self.best_step, *(step for _, step in self.lowest)}
 
     def overfits(self) -> bool:
-        """Whether two validations in a row brought no gain while the training loss fell: true once for each best step."""
+        """Whether two validations in a row were clearly worse than the best while the training loss fell: true once for each
+        best step. (A loss that stays level is no overfitting: there early stopping ends the run.)"""
         falls = (
             self.train_loss is not None and self.best_train_loss is not None and self.train_loss < self.best_train_loss
         )
-        if self.since_best < 2 or not falls or self.said == self.best_step:
+        if self.worse < 2 or not falls or self.said == self.best_step:
             return False
         self.said = self.best_step
         return True

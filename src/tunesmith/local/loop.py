@@ -192,9 +192,7 @@ def diverged(run: Run, value: float, step: int, what: str = "loss") -> Tunesmith
 def overfitting(position: Position, per_epoch: int) -> dict[str, object]:
     """What the event says: since when, and what to do."""
     epoch = round(position.best_step / per_epoch, 2)
-    message = (
-        f"no gain on the validation rows since step {position.best_step} (epoch {epoch}) while the training loss falls"
-    )
+    message = f"the validation loss rises since step {position.best_step} (epoch {epoch}) while the training loss falls"
     return {"step": position.step, "best_step": position.best_step, "best_epoch": epoch, "message": message}
 
 
