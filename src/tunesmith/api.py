@@ -182,6 +182,14 @@ def resume(
     return watch(run, backend, on_event, offset)
 
 
+def state_of(path: str | os.PathLike[str]) -> str:
+    """The state of the run at a path, "" where there is none to be found."""
+    try:
+        return find_run(path).state()
+    except RunError:
+        return ""
+
+
 def _checkpoint(path: str | os.PathLike[str], settings: dict[str, Any]) -> str | os.PathLike[str]:
     """The folder of a checkpoint that is named without its run: of --output-dir, or of the newest run that has it."""
     if not str(path).startswith("checkpoint-step-") or Path(path).exists():
@@ -201,6 +209,10 @@ def find_run(path: str | os.PathLike[str]) -> Run:
     for folder in (here, *list(here.parents)[:2]) if here.is_dir() else ():
         if (folder / "run.json").exists():
             return Run(folder)
+    owner = here.parent.parent
+    if re.fullmatch(r"checkpoint-step-\d+", here.name) and (owner / "run.json").exists():
+        found = sorted((p.name for p in here.parent.glob("checkpoint-step-*")), key=len)
+        raise RunError("no such checkpoint", where=str(here), fix=f"there are: {', '.join(found) or 'none'}")
     return open_run(here)
 
 

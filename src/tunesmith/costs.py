@@ -182,17 +182,13 @@ def ways_to_fit(
     fit, the mildest first."""
     recipe = question.recipe
     longest = max(question.lengths)
-    fewer = {"micro_batch_tokens": longest}
-    steps: list[tuple[str, dict[str, Any], int]] = [
-        (f"--micro-batch-tokens {longest} (the same result)", fewer, min(longest, found.tokens_at_most)),
-        (
-            "--gradient-checkpointing (the same result, a third slower)",
-            fewer | {"gradient_checkpointing": True},
-            longest,
-        ),
-        ("--optimizer adamw_8bit", {"optimizer": "adamw_8bit", "gradient_checkpointing": True}, longest),
-        ("--lora --gradient-checkpointing", {"method": "lora", "gradient_checkpointing": True}, longest),
-        ("--method qlora --gradient-checkpointing", {"method": "qlora", "gradient_checkpointing": True}, longest),
+    fewer, recomputed = {"micro_batch_tokens": longest}, {"gradient_checkpointing": True}
+    steps: list[tuple[str, dict[str, Any], int]] = [  # each with all that it takes
+        ("(the same result)", fewer, min(longest, found.tokens_at_most)),
+        ("--gradient-checkpointing (the same result, a third slower)", fewer | recomputed, longest),
+        ("--gradient-checkpointing --optimizer adamw_8bit", fewer | recomputed | {"optimizer": "adamw_8bit"}, longest),
+        ("--gradient-checkpointing --lora", fewer | recomputed | {"method": "lora"}, longest),
+        ("--gradient-checkpointing --method qlora", fewer | recomputed | {"method": "qlora"}, longest),
     ]
     result = []
     for words, changes, tokens in steps:
@@ -202,5 +198,5 @@ def ways_to_fit(
             smaller = msgspec.structs.replace(smaller, layer_bytes=0.14 * found.layer_bytes)  # 4.5 bits of 32
         need = round(peak(other, model, trainable(other, model), valid_tokens, smaller) / 1e6)
         if need * 1e6 < found.available and possible(other):
-            result.append((words, need))
+            result.append((f"--micro-batch-tokens {longest} {words}", need))
     return result

@@ -45,6 +45,7 @@ def launched() -> bool:
 QUANTISED = ("quant_type", "double_quant", "compute_dtype")
 
 
+SILENT = "is the answer empty, or cut off, or does the chat template leave it out?"
 GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Jetson's, of WSL, AMD's
 
 
@@ -130,7 +131,7 @@ class Seen(msgspec.Struct):
         message = f"{self.long} of {self.rows} {side} rows are over {self.limit} tokens (the longest: {length})"
         if self.policy == "error":
             if self.long == self.rows:
-                message = f"all rows are over-long: {message}"
+                message = f"all {side} rows are over-long: {message}"
             fix = "shorten them, or --over-long drop (or truncate)"
             return [finding("over-long", where, f"{message}; the answer would be cut", fix)]
         if self.policy == "drop":
@@ -143,7 +144,7 @@ class Seen(msgspec.Struct):
         issues = []
         if self.silent[0]:
             message = f"{self.silent[0]} rows have no token to learn"
-            issues.append(finding("no-supervised-token", self.silent[1], message, "is the answer empty, or cut off?"))
+            issues.append(finding("no-supervised-token", self.silent[1], message, SILENT))
         if self.top >= vocabulary:
             message = f"token id {self.top} is outside the model's vocabulary of {vocabulary}"
             issues.append(finding("id-out-of-range", self.first, message, "the tokenizer is not this model's"))

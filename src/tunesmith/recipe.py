@@ -87,7 +87,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     use_rslora: Annotated[
         bool, opt("method", "scale adapters by alpha / sqrt(rank): for high ranks (Kalajdzievski 2023)")
     ] = False
-    use_dora: Annotated[bool, opt("method", "adapt direction and size of the weights apart (Liu et al. 2024)")] = False
+    use_dora: Annotated[
+        bool, opt("method", "adapt direction and size of the weights apart (Liu et al. 2024); loads with peft alone")
+    ] = False
     quant_type: Annotated[
         Literal["nf4", "fp4"], opt("method", "4-bit numbers of qlora's frozen weights", "bnb_4bit_quant_type")
     ] = "nf4"

@@ -232,6 +232,8 @@ def refuse_taken(path: Path) -> None:
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(above, os.W_OK):
         raise RunError("cannot be written", where=str(above), fix="choose another --output-dir")
+    if path.is_file():
+        raise RunError("the output directory is a file", where=str(path), fix="choose another --output-dir")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
         fix = (

@@ -29,7 +29,7 @@ MISTAKES: dict[str, tuple[bytes | None, list[str], int, list[str]]] = {
         3,
         ["over-long", "2048"],
     ),
-    "too few rows": ((GOOD + GOOD.replace("q", "r")).encode(), [], 3, ["2 rows are too few", "--valid-fraction 0"]),
+    "too few rows": ((GOOD + GOOD.replace("q", "r")).encode(), [], 3, ["too few rows (2)", "--valid-fraction 0"]),
     "not UTF-8": ('{"prompt": "café", "completion": "a"}\n'.encode("latin-1"), [], 3, ["d.jsonl:1", "UTF-8", "iconv"]),
     "unknown option": (GOOD.encode(), ["--epoks", "3"], 2, ["--epoks", 'did you mean "--epochs"']),
     "bad value": (GOOD.encode(), ["--epochs", "many"], 2, ["epochs is 'many'"]),

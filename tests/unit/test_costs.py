@@ -83,6 +83,7 @@ def test_what_would_make_it_fit(tiny: Path) -> None:
     assert costs.ways_to_fit(asked, model, 0, msgspec.structs.replace(ANSWER, available=100e6)) == []
     full = costs.ways_to_fit(asked, model, 0, small, lambda recipe: recipe.method == "full")
     assert full == [way for way in ways if "lora" not in way[0]] != ways
+    assert all("--micro-batch-tokens" in words for words, _ in ways)  # each line is all that it takes
     assert api.possible(asked.recipe) and not api.possible(
         msgspec.structs.replace(asked.recipe, method="qlora", sharding="fsdp2")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from training import fit
 from tunesmith import api
 from tunesmith.errors import RunError, TunesmithError, UsageError
+from tunesmith.local import backend
 from tunesmith.local.loop import train
 from tunesmith.runs import Run, create
 
@@ -90,3 +92,22 @@ def test_a_run_in_the_current_folder(tiny: Path, tmp_path: Path, data: Path, mon
 def test_a_validation_loss_that_is_no_number_is_an_error(tiny: Path, tmp_path: Path, data: Path) -> None:
     with pytest.raises(TunesmithError, match="became nan"):
         fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0, eval_steps=1)
+
+
+def test_a_checkpoint_that_is_not_there_and_a_file_for_a_folder(tiny: Path, tmp_path: Path, data: Path) -> None:
+    run = fit(tmp_path / "run", data, tiny, max_steps=2)
+    with pytest.raises(RunError, match=r"no such checkpoint -- there are: checkpoint-step-2$"):
+        api.resume(run / "checkpoints" / "checkpoint-step-99")
+    with pytest.raises(RunError, match="the output directory is a file"):
+        api.prepare(data, model=str(tiny), output_dir=str(data))
+    assert api.state_of(run) == "succeeded" and api.state_of(tmp_path) == ""
+
+
+def test_a_run_that_has_succeeded_stays_so(tiny: Path, tmp_path: Path, data: Path) -> None:
+    """Also where a signal ends its process after the last word."""
+    run = fit(tmp_path / "run", data, tiny, max_steps=2)
+    process = subprocess.Popen(["sleep", "60"])
+    process.terminate()
+    process.wait()
+    backend._workers[str(run)] = process
+    assert backend.LocalBackend().poll(run) == "succeeded" == run.state()

@@ -70,14 +70,18 @@ def test_wandb_offline(tiny: Path, tmp_path: Path, data: Path, monkeypatch: pyte
     assert not [e for e in run.events() if e["type"] == "warning" and "no more curves" in e["message"]]
 
 
-def test_mlflow(tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["mlruns", None])
+def test_mlflow(place: str | None, tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that is named, or in the run's own."""
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if place:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / place}")
     run = fit(tmp_path / "run", data, tiny, track="mlflow", **SETTINGS)
     assert not [e for e in run.events() if e["type"] == "warning" and "curves" in e["message"]]
-    client = MlflowClient()
+    client = MlflowClient((tmp_path / place if place else run / "logs" / "mlruns").as_uri())
     (experiment,) = [e for e in client.search_experiments() if e.name == "tunesmith"]
     (found,) = client.search_runs([experiment.experiment_id])
     metrics = client.get_metric_history(found.info.run_id, "train/loss")

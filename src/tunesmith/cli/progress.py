@@ -26,9 +26,11 @@ class Progress:
         self._valid: float | None = None
         self._steps = 0
         self._losses: list[float] = []
+        self.seen = 0  # events
 
     def __call__(self, run: Run, event: Event) -> None:
         kind = event["type"]
+        self.seen += 1
         if not self._steps:
             self._steps = run.manifest()["plan"]["steps"]
             self._say(f"run {run}")
@@ -42,6 +44,9 @@ class Progress:
             self._say(f"{name}: validation loss {event['loss']:.4f}")
         elif kind in ("warning", "overfitting"):
             self._say(f"warning: {event['message']}")
+        elif kind == "prefix_cache" and event["side"] == "train":
+            what = "read from" if event["found"] else "kept in"
+            self._say(f"output of the frozen layers is {what} {event['path']}")
         elif kind == "resumed":
             self._say(f"resumed after step {event['step']}")
         elif kind == "done":

@@ -30,7 +30,7 @@ def train(argv: list[str]) -> int:
     from tunesmith import api
     from tunesmith.cli.progress import Bar, Progress
 
-    given = settings(options)
+    given, before = settings(options), ""
     progress, bar = Progress(), Bar()
 
     def ready(prepared: Prepared) -> None:
@@ -46,6 +46,7 @@ def train(argv: list[str]) -> int:
                 raise UsageError(
                     "--resume goes on with a run that is prepared", where="--prepare-only", fix="leave it out"
                 )
+            before = api.state_of(options.resume)
             run = api.resume(options.resume, progress, config=options.config, **given)
         elif options.prepare_only:
             with bar:
@@ -62,6 +63,8 @@ def train(argv: list[str]) -> int:
         show_json(run.summary())
     else:
         print(run)
+        if before == "succeeded" and not progress.seen:
+            print("it had finished already", file=sys.stderr)
         fake = run.manifest()["provider"] == "fake"
         print("a dry run: nothing was learnt" if fake else f"next: tunesmith evaluate {run}", file=sys.stderr)
     return 0
@@ -135,7 +138,7 @@ def describe(plan: Plan, need: Estimate | None = None, ways: Sequence[tuple[str,
     print(f"method   {plan.recipe.method}: about {plan.trainable_parameters / 1e6:.2f}M trainable")
     print(f"steps    {plan.steps} ({plan.steps_per_epoch} an epoch, {plan.recipe.epochs} epochs at most)")
     if need is None:
-        print(f"memory   {plan.memory_mb} MB at most")
+        print(f"memory   {plan.memory_mb} MB at most (not compared with what is free here: that takes the probe)")
     else:
         fits = need.memory_mb < need.available_mb
         print(
@@ -158,7 +161,8 @@ def preflight(prepared: Prepared) -> None:
     plan = prepared.plan
     print(
         f"{plan.rows['train']} rows, {plan.supervised_tokens['train']} of {plan.tokens['train']} tokens are learnt; "
-        f"{plan.steps} steps; about {plan.memory_mb} MB; held out: {plan.rows['valid']} valid, {plan.rows['test']} test",
+        f"{plan.steps} steps; {plan.memory_mb} MB at most; held out: {plan.rows['valid']} valid, {plan.rows['test']} test"
+        + ("" if plan.rows["valid"] else " (no validation: no early stopping, and the last step is taken)"),
         file=sys.stderr,
     )
     for line in summary(plan.issues, 1):

@@ -49,7 +49,7 @@ def split(
     wanted = {"test": math.ceil(len(rows) * test), "valid": math.ceil(len(rows) * valid)}
     if len(rows) - sum(wanted.values()) < 1:
         raise DataError(
-            f"{len(rows)} rows are too few for train, {wanted['valid']} valid and {wanted['test']} test",
+            f"too few rows ({len(rows)}) for train, {wanted['valid']} valid and {wanted['test']} test",
             where=_file(rows),
             fix="add rows, or set --valid-fraction 0 and --test-fraction 0",
         )

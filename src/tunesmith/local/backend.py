@@ -62,6 +62,8 @@ class LocalBackend:
         if code == LOCKED:
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
         state = run.state()
+        if state in ("succeeded", "failed"):  # whatever ended the process after it had said so
+            return state
         if code in (-signal.SIGINT, -signal.SIGTERM):  # stopped before it could hear it: the last checkpoint stands
             run.append("state", state="cancelled")
             return "cancelled"

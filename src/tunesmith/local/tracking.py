@@ -73,12 +73,17 @@ class Wandb:
 
 
 class MLflow:
-    """MLflow, at $MLFLOW_TRACKING_URI (a server, or a folder); experiment "tunesmith", or $MLFLOW_EXPERIMENT_NAME."""
+    """MLflow, at $MLFLOW_TRACKING_URI (a server, or a folder; without it the run's logs/mlruns);
+    experiment "tunesmith", or $MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, run: Run, recipe: Recipe, step: int) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient()
+        place = os.environ.get("MLFLOW_TRACKING_URI")
+        if not place:  # mlflow's own default, a database, needs its server's package
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            place = (run / "logs" / "mlruns").resolve().as_uri()
+        self._client = MlflowClient(place)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith")
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
