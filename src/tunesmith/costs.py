@@ -157,7 +157,9 @@ def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, fou
     backward = 4 * trained + head
     # Gradients on their way, and what lies between blocks that are freed and taken again: fitted to benchmarks/memory.py
     share = 0.85 if recipe.method == "qlora" else 0.25
-    passing = (found.layer_saved_bytes + share * kept) * found.tokens_at_most + 60e6
+    # A layer that is recomputed stands beside its gradients, which are as large, and its gates keep their products
+    layer = (min(3.5, 1 + top / 2) if recipe.gradient_checkpointing else 1.0) * found.layer_saved_bytes
+    passing = (layer + share * kept) * found.tokens_at_most + 60e6
     validating = found.layer_saved_bytes * min(8192, valid_tokens)
     return found.libraries + weights + moments + max(forward, backward, validating) + passing
 
