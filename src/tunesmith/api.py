@@ -109,7 +109,8 @@ def train(
 
     Returns the Run; `run / "best_model"` loads in plain transformers. `on_prepared` sees the plan and the rows
     before anything is written, `on_progress` how far their preparation is (rows, share, what), `on_event` every event as it
-    comes. Raises DataError, UsageError, or TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and raises Interrupted.
+    comes. Raises DataError, UsageError, or TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and
+    raises Interrupted.
     """
 
     def ready() -> planning.Prepared:
