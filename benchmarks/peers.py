@@ -32,12 +32,12 @@ def layers_kept(model: Path) -> int:
     return int(count - int(FREEZE * count))
 
 
-def trainer_arguments(options: argparse.Namespace, out: str, grouped: bool) -> dict[str, Any]:
+def trainer_arguments(options: argparse.Namespace, out: str, how: str) -> dict[str, Any]:
     return dict(
-        output_dir=out, max_steps=options.steps * options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
+        output_dir=out, max_steps=-1 if how == "packed" else options.steps * options.epochs, num_train_epochs=options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=1.0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-        train_sampling_strategy="group_by_length" if grouped else "sequential",
+        train_sampling_strategy="group_by_length" if how == "grouped" else "sequential",
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def loaded(options: argparse.Namespace, folder: Path) -> Any:
     return model
 
 
-def trainer(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped: bool) -> dict[str, float]:
+def trainer(options: argparse.Namespace, rows: Rows, folder: Path, out: str, how: str) -> dict[str, float]:
     import transformers
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -97,7 +97,7 @@ def trainer(options: argparse.Namespace, rows: Rows, folder: Path, out: str, gro
     items = [{"input_ids": r["ids"], "attention_mask": [1] * len(r["ids"]), "labels": labels(r)} for r in rows]
     transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**trainer_arguments(options, out, grouped)),
+        args=transformers.TrainingArguments(**trainer_arguments(options, out, how)),
         train_dataset=Dataset.from_list(items),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100),
         callbacks=[spy.callback()],
@@ -105,7 +105,7 @@ def trainer(options: argparse.Namespace, rows: Rows, folder: Path, out: str, gro
     return spy.found()
 
 
-def trl(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped: bool) -> dict[str, float]:
+def trl(options: argparse.Namespace, rows: Rows, folder: Path, out: str, how: str) -> dict[str, float]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -116,7 +116,7 @@ def trl(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped
     SFTTrainer(
         model=loaded(options, folder),
         args=SFTConfig(
-            **trainer_arguments(options, out, grouped), max_length=1024, packing=False, completion_only_loss=True
+            **trainer_arguments(options, out, how), max_length=1024, packing=how == "packed", completion_only_loss=True
         ),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -126,7 +126,7 @@ def trl(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped
     return spy.found()
 
 
-def llamafactory(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped: bool) -> dict[str, float]:
+def llamafactory(options: argparse.Namespace, rows: Rows, folder: Path, out: str, how: str) -> dict[str, float]:
     from llamafactory.data.formatter import StringFormatter
     from llamafactory.data.template import register_template
     from llamafactory.train.tuner import run_exp
@@ -143,12 +143,13 @@ def llamafactory(options: argparse.Namespace, rows: Rows, folder: Path, out: str
     (data / "rows.json").write_text(json.dumps(pairs))
     about = {"rows": {"file_name": "rows.json", "columns": {"prompt": "prompt", "response": "response"}}}
     (data / "dataset_info.json").write_text(json.dumps(about))
-    arguments = trainer_arguments(options, f"{out}/out", grouped)
+    arguments = trainer_arguments(options, f"{out}/out", how)
     del arguments["gradient_checkpointing"]
     arguments |= dict(
         model_name_or_path=str(folder), stage="sft", do_train=True, finetuning_type=options.method, dataset_dir=str(data),
         dataset="rows", template="starter", cutoff_len=1024, gradient_accumulation_steps=1, overwrite_cache=True,
         disable_gradient_checkpointing=True, disable_shuffling=True, flash_attn="sdpa", plot_loss=False, fp16=False,
+        neat_packing=how == "packed",
     )  # fmt: skip
     if options.method == "lora":
         arguments |= dict(lora_rank=16, lora_alpha=32, lora_dropout=0.0, lora_target="all")
@@ -166,9 +167,10 @@ def torchtune_tokenizer() -> _Padded:
     return _Padded()
 
 
-def torchtune_rows(tokenizer: object = None, file: str = "") -> Any:
-    """A torchtune data set: rows as the benchmark wrote them."""
+def torchtune_rows(tokenizer: object = None, file: str = "", packed: bool = False) -> Any:
+    """A torchtune data set: rows as the benchmark wrote them, or several of them to 1,024 tokens that do not see each other."""
     import torch
+    from torchtune.datasets import PackedDataset
 
     class Encoded(torch.utils.data.Dataset):  # type: ignore[misc]
         rows = tuple(json.loads(line) for line in Path(file).read_text().splitlines())
@@ -179,12 +181,12 @@ def torchtune_rows(tokenizer: object = None, file: str = "") -> Any:
         def __getitem__(self, index: int) -> dict[str, list[int]]:
             return {"tokens": list(self.rows[index]["ids"]), "labels": labels(self.rows[index])}
 
-    return Encoded()
+    return PackedDataset(Encoded(), max_seq_len=1024) if packed else Encoded()
 
 
-def torchtune(options: argparse.Namespace, rows: Rows, folder: Path, out: str, grouped: bool) -> dict[str, float]:
+def torchtune(options: argparse.Namespace, rows: Rows, folder: Path, out: str, how: str) -> dict[str, float]:
     """Needs torchao 0.9 (a newer one breaks its imports). It has no recipe that freezes layers."""
-    if options.method == "freeze" or grouped:
+    if options.method == "freeze" or how == "grouped":
         raise SystemExit("torchtune has no recipe for this")
     import torchtune as package
     from omegaconf import OmegaConf
@@ -201,10 +203,10 @@ def torchtune(options: argparse.Namespace, rows: Rows, folder: Path, out: str, g
         modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
         shape |= dict(lora_attn_modules=modules, apply_lora_to_mlp=True, lora_rank=16, lora_alpha=32, lora_dropout=0.0)
     settings = OmegaConf.create(dict(
-        output_dir=out, seed=0, shuffle=False, batch_size=options.batch, epochs=options.epochs, max_steps_per_epoch=options.steps,
+        output_dir=out, seed=0, shuffle=False, batch_size=options.batch, epochs=options.epochs, max_steps_per_epoch=None if how == "packed" else options.steps,
         model={"_component_": builder + ("lora_llama3_2" if options.method == "lora" else "llama3_2"), **shape},
         tokenizer={"_component_": "peers.torchtune_tokenizer"},
-        dataset={"_component_": "peers.torchtune_rows", "file": str(options.folder / "ordered.jsonl")},
+        dataset={"_component_": "peers.torchtune_rows", "file": str(options.folder / "ordered.jsonl"), "packed": how == "packed"},
         checkpointer={
             "_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(folder), "model_type": "LLAMA3_2",
             "checkpoint_files": ["model.safetensors"], "recipe_checkpoint": None, "output_dir": out,
@@ -244,9 +246,9 @@ def torchtune(options: argparse.Namespace, rows: Rows, folder: Path, out: str, g
 
 
 def run(name: str, options: argparse.Namespace, rows: Rows) -> dict[str, float]:
-    """Train with the peer `name`, or `name:grouped` for its own grouping by length."""
+    """Train with the peer `name`; `name:grouped` and `name:packed`: with its own grouping by length or packing."""
     peer, _, how = name.partition(":")
     known = {"trainer": trainer, "trl": trl, "llamafactory": llamafactory, "torchtune": torchtune}
     os.environ |= {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as out:
-        return known[peer](options, rows, options.folder / options.shape, out, how == "grouped")
+        return known[peer](options, rows, options.folder / options.shape, out, how)

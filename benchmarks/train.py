@@ -7,7 +7,7 @@ learnt; padding in file order would be a quarter of a batch. AdamW 1e-3 constant
 checkpointing. A peer runs under $BENCH_PYTHON_<PEER> where that is set, else under this Python; one that cannot be imported is
 named and left out. Prints medians: tokens a second (without padding), the ratio to the fastest peer, peak memory and its
 ratio to the smallest peer's, the share of the matrix-multiply rate measured in the same run, and the first loss, which must be
-the same for all to four digits (but for :grouped, whose first batch is another).
+the same for all to four digits (but for :grouped and :packed, whose first batch is another).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--peers",
         default="trainer,trl,llamafactory,torchtune",
-        help="of these; trainer:grouped and trl:grouped sort rows by length; tunesmith:uncached runs frozen layers each epoch",
+        help="of these; trainer:grouped and trl:grouped sort rows by length; trl:packed, llamafactory:packed and torchtune:packed fill rows of 1,024 tokens; tunesmith:uncached runs frozen layers each epoch",
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith_bench_train")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -57,6 +57,13 @@ def test_only_the_last_and_the_best_are_kept(tiny: Path, tmp_path: Path, data: P
     assert kept[-1] == 48 and best in kept and len(kept) in (limit, limit + 1)
 
 
+def test_checkpoints_between_the_regular_ones_cost_none_of_them(tmp_path: Path) -> None:
+    for step in (5, 8, 10, 13, 15, 17):  # every fifth is asked for, the others were made because a minute had passed
+        (tmp_path / "checkpoints" / f"checkpoint-step-{step}").mkdir(parents=True)
+    checkpoint.prune(Run(tmp_path), 2, {5}, 5)
+    assert [checkpoint.number(f) for f in checkpoint.existing(Run(tmp_path))] == [5, 10, 15, 17]
+
+
 def damage_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 

@@ -293,10 +293,12 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def prune(run: Run, keep_last: int, kept: set[int]) -> None:
-    """Delete all checkpoints but the last N and those of some steps."""
-    for folder in existing(run)[:-keep_last]:
-        if number(folder) not in kept:
+def prune(run: Run, keep_last: int, kept: set[int], every: int = 1) -> None:
+    """Delete all checkpoints but the newest, the last N of those made `every` so many steps, and those of some steps."""
+    found = existing(run)
+    regular = [folder for folder in found if number(folder) % every == 0][-keep_last:]
+    for folder in found[:-1]:
+        if folder not in regular and number(folder) not in kept:
             shutil.rmtree(folder)
 
 

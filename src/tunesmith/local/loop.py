@@ -151,7 +151,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
             if world.rank == 0:
                 saved = checkpoint.save(run, model, renderer, state, position)
                 run.append("checkpoint", step=position.step, path=saved.name)
-                checkpoint.prune(run, recipe.save_total_limit, position.kept())
+                checkpoint.prune(run, recipe.save_total_limit, position.kept(), int(recipe.save_steps))
             saving, saved_at = time.monotonic() - saved_at, time.monotonic()
         if asked and not last:
             tracker.close(False)
