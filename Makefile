@@ -8,12 +8,14 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
+# The last releases of the OpenAI SDK's older majors lie beside: the server is tried with all three.
 # torch first and alone: its exact pin takes the CPU build where one is at hand; a looser one pulls gigabytes of CUDA
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	for release in 1.109.1 2.54.0; do $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/openai$${release%%.*} openai==$$release; done
 	touch $@
 
 quickstart: install

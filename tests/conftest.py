@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +106,38 @@ def cli(tmp_path: Path) -> Callable[..., Result]:
         return Result(done)
 
     return run
+
+
+# ---- serving
+
+
+@pytest.fixture(scope="session")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One server for all tests of a worker of the suite, on the tiny model and the starter."""
+    from serving import Server
+
+    made = Server(tmp_path_factory.mktemp("serve") / "data", "--allow-model", f"tiny={tiny}", "--max-jobs", 2)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="session")
+def strict(server: Any) -> Any:
+    """The SDK, refusing every response that is not exactly as its types say."""
+    return server.client(_strict_response_validation=True)
+
+
+@pytest.fixture(scope="session")
+def tuned(server: Any) -> dict[str, Any]:
+    """A job that has ended well, of 24 rows and 3 epochs, with validation."""
+    from serving import chats
+
+    train, valid = (server.upload(chats(n, first)).json()["id"] for n, first in ((24, 0), (10, 100)))
+    hyper = {"n_epochs": 3, "batch_size": 4}
+    order = {"model": "tiny", "training_file": train, "validation_file": valid, "suffix": "My_Suffix", "seed": 5}
+    order |= {"method": {"type": "supervised", "supervised": {"hyperparameters": hyper}}, "metadata": {"run": "a b"}}
+    made = server.ask("POST", "/fine_tuning/jobs", order)
+    assert made.status == 200, made.body
+    found = server.job(made.json()["id"])
+    assert found["status"] == "succeeded", found
+    return found

@@ -255,7 +255,7 @@ def _follow(
             where=str(run),
             fix=f"go on with: tunesmith train --resume {run}",
         )
-    last = next((e for e in reversed(list(run.events())) if e["type"] == "error"), {})
+    last = run.last("error")
     error = TunesmithError(
         last.get("message", "the run failed"),
         where=last.get("where", str(run)),

@@ -182,6 +182,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
     min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
 
+    token_accuracy: Annotated[
+        bool,
+        opt("watching", "also tell the share of tokens that were the likeliest, at a few percent of the time"),
+    ] = False
     track: Annotated[
         Literal["none", "wandb", "mlflow"],
         opt("watching", "send the curves there too; TensorBoard files are always in logs/", "report_to"),
@@ -203,6 +207,7 @@ SAFE = (
     "threads",
     "nproc",
     "sharding",
+    "token_accuracy",
     "track",
 )
 POSITIVE = (

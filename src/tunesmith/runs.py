@@ -92,6 +92,24 @@ class Run:
         whole = data[: data.rfind(b"\n") + 1]
         return [event for line in whole.split(b"\n") if (event := _decode(line)) is not None], offset + len(whole)
 
+    def events_with_offsets(self, offset: int) -> Iterator[tuple[Event, int]]:
+        """Whole events from a byte offset on, each with the offset of what comes after it."""
+        try:
+            with (self / "events.jsonl").open("rb") as stream:
+                stream.seek(offset)
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        return
+                    offset += len(line)
+                    if (event := _decode(line)) is not None:
+                        yield event, offset
+        except FileNotFoundError:
+            return
+
+    def last(self, kind: str) -> Event:
+        """The newest event of a kind, {} where there is none."""
+        return next((e for e in reversed(list(self.events())) if e["type"] == kind), {})
+
     def log_size(self) -> int:
         """Bytes of the event log: where events to come will begin."""
         return (self / "events.jsonl").stat().st_size if (self / "events.jsonl").exists() else 0
@@ -116,7 +134,7 @@ class Run:
 
     def state(self) -> str:
         """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
-        word = next((e["state"] for e in reversed(list(self.events())) if e["type"] == "state"), "unknown")
+        word = self.last("state").get("state", "unknown")
         if word in ("preparing", "running") and not self.busy():
             return "interrupted"
         return str(word)
@@ -169,7 +187,7 @@ class Run:
         manifest = self.manifest()
         steps, evals = self.metrics("step"), self.metrics("eval")
         best = next((e for e in reversed(evals) if e["best"]), None)
-        done = next((e for e in reversed(list(self.events())) if e["type"] == "done"), {})
+        done = self.last("done")
         return {
             "run": str(self),
             "status": self.state(),

@@ -28,6 +28,7 @@ LAYERS = [
     {"local"},
     {"evaluation"},
     {"api"},
+    {"server"},
     {"cli"},
 ]
 HEAVY = {

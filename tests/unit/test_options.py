@@ -459,6 +459,14 @@ def _(b: Bench) -> None:
     assert b.run(epochs=6, min_gain=100.0, patience=0).summary()["steps"] == 72
 
 
+@proves("token_accuracy")
+def _(b: Bench) -> None:
+    run = b.run(token_accuracy=True, epochs=2)
+    told = [e["accuracy"] for kind in ("step", "eval") for e in run.metrics(kind)]
+    assert len(told) == 27 and all(0 <= share <= 1 for share in told) and told[-1] > told[0]
+    assert "accuracy" not in b.run(max_steps=1).metrics("step")[0]
+
+
 @proves("output_dir", "runs_dir")
 def _(b: Bench) -> None:
     assert planning.output_path(b.plan(output_dir="x/y").recipe) == Path("x/y")

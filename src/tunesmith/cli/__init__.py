@@ -32,10 +32,14 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "runs show": ("runs:show", "one run: settings, losses, checkpoints"),
     "runs watch": ("runs:watch", "follow a run that another process trains"),
     "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
+    "serve": ("serve:serve", "offer files, jobs and models to any OpenAI client"),
+    "keys add": ("serve:add", "make a key for a server"),
+    "keys list": ("serve:list_keys", "a server's keys"),
+    "keys rm": ("serve:rm", "take a key back"),
     "chat": ("chat:chat", "talk with a model or a run"),
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
 }
-GROUPS = ("data", "runs")
+GROUPS = ("data", "runs", "keys")
 HELP_WIDTH = 80  # columns of the help pages
 
 

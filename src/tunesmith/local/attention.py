@@ -32,12 +32,17 @@ def packed(
     scaling: float | None = None,
     segments: list[int] | None = None,
     sliding_window: int | None = None,
+    cached: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, dim], key and value [1, kv_heads, tokens, dim] -> [1, tokens, heads, dim].
 
-    `segments`: lengths of the conversations in order; they add up to `tokens`.
+    `segments`: lengths of the conversations in order; they add up to `tokens`. `cached`: the Decoder that writes answers.
     """
+    if cached is not None:
+        if sliding_window or kwargs.get("softcap"):
+            raise NotImplementedError("packed attention has no sliding window and no soft cap")
+        return cached.attend(module.layer_idx, query, key, value, scaling), None
     if segments is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -74,6 +74,7 @@ class LocalBackend:
                 where=str(run),
                 fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run}",
                 exit_status=1,
+                lost=True,
             )
             run.append("state", state="failed")
             return "failed"

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from threading import Thread
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from collections.abc import Iterator, Sequence
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError
 from tunesmith.local import model as models
+from tunesmith.local.decode import Decoder
+from tunesmith.local.sampling import Answer, Sampling
 from tunesmith.models import find
 from tunesmith.render import Renderer
 
-BATCH = 16  # prompts answered at a time
+TOP_P = 0.95  # of sampled answers
+HALF_SIGN = "\ufffd"  # what a part of a character's bytes is decoded to
 
 
 class Chat:
     """A loaded model that answers. Temperature 0 is greedy; otherwise answers depend on the seed alone."""
 
     def __init__(self, name: str, template: str | None = None) -> None:
-        folder = find(name)
-        self.renderer = Renderer(folder, template)
-        self.model: Any = models.to_judge(name)
-        self.model.generation_config = (
-            GenerationConfig()
-        )  # the folder's own sampling defaults must not mix with what is asked for here
-        self.context = self.model.config.get_text_config().max_position_embeddings
+        self.renderer = Renderer(find(name), template)
+        self.decoder = Decoder(models.to_judge(name))
+        self.context = self.decoder.context
 
     def __call__(
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
@@ -39,36 +33,15 @@ class Chat:
         """
         room = min(max_tokens, self.context // 2)
         ids = [self.renderer.prompt_ids(p.messages, p.tools)[room - self.context :] for p in prompts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        answers = [""] * len(ids)
-        torch.manual_seed(seed)
-        for start in range(0, len(order), BATCH):
-            group = order[start : start + BATCH]
-            for i, answer in zip(group, self._batch([ids[i] for i in group], room, temperature), strict=True):
-                answers[i] = answer
-        return answers
+        answers = [Answer(p, self._how(room, temperature, seed + i)) for i, p in enumerate(ids)]
+        for answer in answers:
+            self.decoder.add(answer)
+        while self.decoder.busy():
+            self.decoder.step()
+        return [self._text(answer.ids) for answer in answers]
 
-    @torch.inference_mode()
-    def _batch(self, prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
-        width = max(map(len, prompts))
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([[self.renderer.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = self.model.generate(ids, attention_mask=mask, **self._how(max_tokens, temperature))
-        return [self._text(row[width:].tolist()) for row in out]
-
-    def _how(self, max_tokens: int, temperature: float) -> dict[str, Any]:
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
-            if temperature > 0
-            else {"do_sample": False}
-        )
-        return {
-            "max_new_tokens": max_tokens,
-            "eos_token_id": self.renderer.stop_ids,
-            "pad_token_id": self.renderer.pad_id,
-            **sampling,
-        }
+    def _how(self, max_tokens: int, temperature: float, seed: int) -> Sampling:
+        return Sampling(max_tokens, temperature, TOP_P, seed, frozenset(self.renderer.stop_ids))
 
     def _text(self, ids: list[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), len(ids))
@@ -87,53 +60,65 @@ class Chat:
             raise DataError(
                 f"the prompt is {self.context - left} tokens, the model's context {self.context}", fix="shorten it"
             )
-        torch.manual_seed(seed)
-        ids = torch.tensor([self.renderer.prompt_ids(messages)], device=next(self.model.parameters()).device)
-        streamer = TextIteratorStreamer(_Decoder(self.renderer))
-        arguments = {
-            "attention_mask": torch.ones_like(ids),
-            "streamer": _NewOnly(streamer, ids.shape[1]),
-            **self._how(min(max_tokens, left), temperature),
-        }
-        failures: list[BaseException] = []
-
-        def write() -> None:
-            try:
-                with torch.inference_mode():
-                    self.model.generate(ids, **arguments)
-            except BaseException as error:
-                failures.append(error)
-                streamer.end()  # else the reader would wait for ever
-
-        thread = Thread(target=write, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-        if failures:
-            raise failures[0]
+        answer = Answer(self.renderer.prompt_ids(messages), self._how(min(max_tokens, left), temperature, seed))
+        written = Written(self.renderer)
+        self.decoder.add(answer)
+        try:
+            while not answer.finish:
+                for _, token in self.decoder.step():
+                    if piece := written.add(token.id):
+                        yield piece
+            if piece := written.rest():
+                yield piece
+        finally:  # the reader may have left in the middle
+            answer.finish = answer.finish or "cancelled"
 
 
-class _Decoder:
-    """What a streamer needs of a tokenizer."""
+class Written:
+    """Text of tokens as they come: only whole characters, and nothing of what may become a stop string.
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._renderer = renderer
+    `stopped`: a stop string has come; it is no part of the text. `characters`: of the text, those held back among them.
+    """
 
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return self._renderer.decode(ids)
+    def __init__(self, renderer: Renderer, stops: Sequence[str] = ()) -> None:
+        self._renderer, self._stops = renderer, [s for s in stops if s]
+        self._ids: list[int] = []
+        self._shown, self._read = 0, 0  # tokens before which nothing is decoded again, and whose text is known
+        self._held = ""
+        self.stopped, self.characters = False, 0
 
+    def add(self, token: int) -> str:
+        """What can be shown after one more token."""
+        self._ids.append(token)
+        before = self._renderer.decode(self._ids[self._shown : self._read])
+        text = self._renderer.decode(self._ids[self._shown :])
+        if text.endswith(HALF_SIGN) and len(self._ids) - self._read < 8:  # no character has more bytes than four
+            return ""
+        self._shown, self._read = self._read, len(self._ids)
+        return self._show(text[len(before) :])
 
-class _NewOnly:
-    """A streamer without the prompt, which generate() puts first."""
+    def rest(self) -> str:
+        """What was still held back, at the end."""
+        more = self._renderer.decode(self._ids[self._shown :])[
+            len(self._renderer.decode(self._ids[self._shown : self._read])) :
+        ]
+        self._shown = self._read = len(self._ids)
+        shown = self._show(more)
+        rest, self._held = self._held, ""
+        return shown + ("" if self.stopped else rest)
 
-    def __init__(self, streamer: TextIteratorStreamer, prompt: int) -> None:
-        self._streamer, self._skip = streamer, prompt
-
-    def put(self, ids: torch.Tensor) -> None:
-        flat = ids.reshape(-1)
-        skipped, self._skip = min(self._skip, len(flat)), max(0, self._skip - len(flat))
-        if len(flat) > skipped:
-            self._streamer.put(flat[skipped:])
-
-    def end(self) -> None:
-        self._streamer.end()
+    def _show(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        self.characters += len(new)
+        self._held += new
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self.characters -= len(self._held) - min(found)
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown

@@ -20,7 +20,7 @@ from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
 from tunesmith.local.machine import peak_memory_mb
-from tunesmith.local.step import Diverged, Engine
+from tunesmith.local.step import Diverged, Engine, Judged, Stepped
 from tunesmith.local.tracking import Tracker
 from tunesmith.local.world import join
 from tunesmith.models import find
@@ -88,8 +88,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
         first = engine.validate()
-        run.append("eval", step=0, epoch=0.0, loss=first, best=False)
-        tracker.scalars(0, {"valid/loss": first})
+        run.append("eval", step=0, epoch=0.0, best=False, **known(first))
+        tracker.scalars(0, {"valid/loss": first.loss})
 
     while position.step < planned and not stopped_early:
         clock = time.perf_counter()
@@ -105,7 +105,11 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         position.since_eval += done.loss
         position.seconds = before + time.perf_counter() - began
         took = time.perf_counter() - clock
-        seen = {"loss": done.loss, "lr": rate, "grad_norm": done.norm, "tokens_per_second": done.tokens / took}
+        seen = known(done, "loss", "accuracy") | {
+            "lr": rate,
+            "grad_norm": done.norm,
+            "tokens_per_second": done.tokens / took,
+        }
         run.append(
             "step",
             step=position.step,
@@ -121,7 +125,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
 
         last = position.step == planned
         if len(valid_set) and (position.step % int(recipe.eval_steps) == 0 or last):
-            loss_now = engine.validate()
+            judged = engine.validate()
+            loss_now = judged.loss
             if not math.isfinite(loss_now):
                 raise diverged(run, loss_now, position.step)
             improved = position.best_loss is None or loss_now < position.best_loss - recipe.min_gain
@@ -129,8 +134,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
                 "eval",
                 step=position.step,
                 epoch=round(position.step / per_epoch, 4),
-                loss=loss_now,
                 best=improved,
+                **known(judged),
             )
             tracker.scalars(position.step, {"valid/loss": loss_now})
             worth_keeping = position.seen(loss_now, improved, recipe.save_best_limit)
@@ -150,7 +155,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
             state = checkpoint.gather(model, engine.optimizer, world)
             if world.rank == 0:
                 saved = checkpoint.save(run, model, renderer, state, position)
-                run.append("checkpoint", step=position.step, path=saved.name)
+                regular = last or position.step % int(recipe.save_steps) == 0
+                run.append("checkpoint", step=position.step, path=saved.name, regular=regular)
                 checkpoint.prune(run, recipe.save_total_limit, position.kept(), int(recipe.save_steps))
             saving, saved_at = time.monotonic() - saved_at, time.monotonic()
         if asked and not last:
@@ -179,6 +185,12 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     if world.rank == 0:
         write_card(run)
     run.append("state", state="succeeded")
+
+
+def known(figures: Stepped | Judged, *names: str) -> dict[str, float]:
+    """Some figures of a step or a validation by name (all of them where none is named), without those that were not asked for."""
+    found = {name: getattr(figures, name) for name in names or figures.__struct_fields__}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def diverged(run: Run, value: float, step: int, what: str = "loss") -> TunesmithError:

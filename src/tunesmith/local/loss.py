@@ -18,8 +18,10 @@ CHUNK = 512  # rows of logits at a time: 512 x 50k fp32 is 100 MB; larger was no
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        need_h, need_w, need_b, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hits: list[Tensor] | None
+    ) -> Tensor:
+        need_h, need_w, need_b, *_ = ctx.needs_input_grad
         narrow = _narrow(weight)
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight) if need_w else None
@@ -33,6 +35,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits, 1, out=logits
             )  # one pass, a row at a time: it stays in the processor's cache
             right = rights[start : start + CHUNK] = shares.gather(1, t)
+            if hits is not None:
+                hits.append((shares.amax(1, keepdim=True) == right).sum())
             if not (need_h or need_w or need_b):
                 continue
             grad = shares.scatter_(1, t, right - 1).to(narrow.dtype)  # softmax - one-hot, in the logits' memory
@@ -54,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None)
+        return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None, None)
 
 
 def _beyond(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -81,9 +85,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor 
     return (logits if bias is None else logits.add_(bias)).float()
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum of -log p(target) in nats, fp32. hidden [n, d], weight [vocabulary, d], targets [n] int64."""
-    result: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hits: list[Tensor] | None = None
+) -> Tensor:
+    """Sum of -log p(target) in nats, fp32. hidden [n, d], weight [vocabulary, d], targets [n] int64.
+
+    `hits`: a list to which the number of targets that were the likeliest tokens is added, chunk by chunk.
+    """
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, hits)
     return result
 
 
@@ -106,7 +115,10 @@ class LossModule(nn.Module):
     It is a module so that wrappers for several processes hook one `forward`. `mode` is how the model runs:
     "packed" (all conversations at once), "single" (one after the other, for models whose attention
     cannot be packed), or "logits" (the model's own head, for models that do more than a matrix product there).
+    `hits`: None, or a list to which each forward pass adds how many of its tokens were the likeliest.
     """
+
+    hits: list[Tensor] | None = None
 
     def __init__(self, model: nn.Module, mode: str = "packed", neftune_alpha: float = 0.0) -> None:
         super().__init__()
@@ -149,11 +161,13 @@ class LossModule(nn.Module):
         """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
         at = supervised(mask, segments)
         if self.mode == "logits":
-            return self._own_losses(ids, at, segments)[0].sum(), len(at)
+            losses, right = self._own_losses(ids, at, segments)
+            if self.hits is not None:
+                self.hits.append(right.sum())
+            return losses.sum(), len(at)
         head = self._head[0]
-        return chunked_cross_entropy(
-            self.hidden(ids, segments, bottom)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
-        ), len(at)
+        hidden = self.hidden(ids, segments, bottom)[at]
+        return chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), ids[at + 1], self.hits), len(at)
 
     @torch.no_grad()
     def scores(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:

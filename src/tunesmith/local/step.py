@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -30,12 +30,21 @@ class Diverged(Exception):
 
 
 class Stepped(msgspec.Struct, frozen=True):
-    """Of one step: mean loss in nats a supervised token, tokens, supervised tokens, the gradient's norm before clipping."""
+    """Of one step: mean loss in nats a supervised token, tokens, supervised tokens, the gradient's norm before clipping; the
+    share of supervised tokens that were the likeliest, where the recipe asks for it."""
 
     loss: float
     tokens: int
     supervised: int
     norm: float
+    accuracy: float | None
+
+
+class Judged(msgspec.Struct, frozen=True):
+    """Of a validation: mean loss in nats a supervised token, and the accuracy as of Stepped."""
+
+    loss: float
+    accuracy: float | None
 
 
 class Engine:
@@ -97,7 +106,7 @@ class Engine:
         if found is None:  # only now: the error's traceback held all that the failed pass had kept
             self.halve()
             found = self._backward(rows, supervised)
-        total, tokens = self._world.sum(*found)
+        total, tokens, hits = self._world.sum(*found, self._hits())
         self.scaler.unscale_(self.optimizer)
         clip = self.recipe.max_grad_norm or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)).item()
@@ -108,17 +117,37 @@ class Engine:
         self.scaler.step(self.optimizer)  # with fp16, not where a gradient has overflowed: the scale is lowered instead
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Stepped(total / supervised, int(tokens), supervised, norm)
+        return Stepped(total / supervised, int(tokens), supervised, norm, self._share(hits, supervised))
+
+    def _count(self) -> None:
+        """Begin to count the tokens that were the likeliest, where they are asked for."""
+        self.module.hits = [] if self.recipe.token_accuracy else None
+
+    @contextmanager
+    def _counting(self, real: bool) -> Iterator[None]:
+        """Count nothing of rows that only keep a process in step with the others."""
+        kept, self.module.hits = self.module.hits, self.module.hits if real else None
+        try:
+            yield
+        finally:
+            self.module.hits = kept
+
+    def _hits(self) -> int:
+        return sum(int(count) for count in self.module.hits or ())
+
+    def _share(self, hits: float, of: float) -> float | None:
+        return hits / max(of, 1) if self.recipe.token_accuracy else None
 
     def _backward(self, rows: list[int], supervised: int) -> tuple[float, int]:
         """Add up the gradient of the step's mean loss; (sum of the losses, tokens) of this process's rows."""
+        self._count()
         train = self.sets["train"]
         parts = self._alike([self._micro(mine) for mine in self._shares(rows)])
         share = supervised if self._spread else supervised / self._world.size  # DDP divides what it adds up
         total, tokens = 0.0, 0
         for number, part in enumerate(parts, 1):
             together = self._spread or self._world.size == 1 or number == len(parts)
-            with nullcontext() if together else self._forward.no_sync():
+            with self._counting(bool(part)), nullcontext() if together else self._forward.no_sync():
                 loss, _ = self.loss("train", part or rows[:1], self._forward)
                 self.scaler.scale(loss * bool(part) / share).backward()
             if part:
@@ -152,23 +181,25 @@ class Engine:
         self._warn(f"out of memory: going on with {self.most_rows} rows at a time, to the same result")
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over all supervised tokens of the validation set, in nats. Holds the logits of a chunk at most, or of one
+    def validate(self) -> Judged:
+        """Mean loss over all supervised tokens of the validation set. Holds the logits of a chunk at most, or of one
         conversation where the model's own head must be run."""
         was_training = self.model.training
         self.model.eval()
+        self._count()
         total, count = 0.0, 0
         for group in self._alike(self._shares(list(batches.in_order(self.sets["valid"], self.most_tokens)))):
             if not group and not self._spread:
                 continue
-            loss, n = self.loss("valid", group or [0])
+            with self._counting(bool(group)):
+                loss, n = self.loss("valid", group or [0])
             if group:
                 total, count = total + loss.item(), count + n
         self.model.train(was_training)
         if self._spread:
             self._forward.reshard()  # without a backward pass the outermost weights stay whole
-        total, counted = self._world.sum(total, count)
-        return total / max(counted, 1)
+        total, counted, hits = self._world.sum(total, count, self._hits())
+        return Judged(total / max(counted, 1), self._share(hits, counted))
 
     def finite(self) -> bool:
         """Whether every trained weight is a number."""

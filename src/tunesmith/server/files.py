@@ -1,0 +1,309 @@
+"""Files: uploaded whole or in parts, listed, read, deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, BinaryIO, Literal
+
+import msgspec
+from msgspec import Meta
+from multipart import MultipartError, MultipartSegment, PushMultipartParser
+from starlette.responses import FileResponse, Response
+
+from tunesmith.server import store as db
+from tunesmith.server.app import Call, Route
+from tunesmith.server.protocol import (
+    PURPOSES,
+    Deleted,
+    Expiry,
+    File,
+    Listing,
+    NewUpload,
+    Part,
+    Refusal,
+    Upload,
+    WholeUpload,
+    no_such,
+)
+
+FIELDS = 16  # parts of a form
+FIELD_BYTES = 4096
+NAME = 255  # characters of a file's name that are kept
+HOUR = 3600
+
+
+class FilesQuery(msgspec.Struct):
+    purpose: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+
+
+def _file(row: dict[str, Any]) -> File:
+    return File(
+        row["id"], row["bytes"], row["created_at"], row["filename"], row["purpose"], expires_at=row["expires_at"]
+    )
+
+
+async def create_file(call: Call) -> File:
+    """Take a file in."""
+    id, fields = db.new_id("file-"), {}
+    writing = call.service.blobs.writing(id)
+    with writing as stream:
+        fields = await _form(call, "file", stream, call.service.limits.file_bytes)
+        purpose = fields.get("purpose")
+        if purpose not in PURPOSES:
+            words = (
+                f"'{purpose}' is not one of {list(PURPOSES)}" if purpose else "Missing required parameter: 'purpose'"
+            )
+            raise Refusal(400, words, param="purpose")
+        seconds = _expires(fields)
+    size = int(fields["bytes"])
+    now = int(time.time())
+    row = {"bytes": size, "filename": fields["filename"], "purpose": purpose, "created_at": now}
+    expires = None if seconds is None else now + seconds
+    return _file(call.store.add(db.files, id=id, owner=call.owner, expires_at=expires, **row))
+
+
+def _expires(fields: dict[str, str]) -> int | None:
+    given = {k[14:-1]: v for k, v in fields.items() if re.fullmatch(r"expires_after\[\w+\]", k)}
+    if not given:
+        return None
+    try:
+        return int(msgspec.convert(given, Expiry, strict=False).seconds)
+    except msgspec.ValidationError as error:
+        raise Refusal(400, f"Invalid value for 'expires_after': {error}", param="expires_after") from None
+
+
+async def _form(call: Call, wanted: str, out: BinaryIO, most: int) -> dict[str, str]:
+    """A multipart body: its texts by name; the part `wanted` goes to `out` as it comes. Adds `filename` and `bytes`.
+
+    Raises Refusal where a limit is passed, before another byte is written.
+    """
+    kind = call.request.headers.get("content-type", "")
+    boundary = re.search(r'boundary="?([^";,]+)"?', kind)
+    if not kind.startswith("multipart/form-data") or not boundary:
+        raise Refusal(400, "Expected a multipart/form-data body")
+    length = call.request.headers.get("content-length", "")
+    said = int(length) if length.isdecimal() else 0
+    if said > most + 64 * FIELD_BYTES:
+        raise Refusal(413, f"The file is larger than {most} bytes", param=wanted)
+    call.service.room(said)
+    fields: dict[str, str] = {}
+    name, size, seen, text = "", 0, False, bytearray()
+    try:
+        async for part in _segments(call, boundary[1]):
+            if isinstance(part, MultipartSegment):
+                name, text = part.name, bytearray()
+                if name == wanted:
+                    if seen:
+                        raise Refusal(400, f"'{wanted}' came twice", param=wanted)
+                    seen = True
+                    fields["filename"] = _name(part.filename or "upload")
+            elif part is None:
+                if name != wanted:
+                    fields[name] = text.decode("utf-8", "replace")
+            elif name == wanted:
+                size += len(part)
+                if size > most:
+                    raise Refusal(413, f"The file is larger than {most} bytes", param=wanted)
+                if size % (16 << 20) < len(part):
+                    call.service.room(0)
+                out.write(part)
+            else:
+                text += part
+                if len(text) > FIELD_BYTES:
+                    raise Refusal(400, "A field of the form is too long", param=name)
+    except MultipartError as error:
+        raise Refusal(400, f"The multipart body is damaged: {error}") from None
+    if not seen:
+        raise Refusal(400, f"Missing required parameter: '{wanted}'", param=wanted, code="missing_required_parameter")
+    fields["bytes"] = str(size)
+    return fields
+
+
+async def _segments(call: Call, boundary: str) -> AsyncIterator[Any]:
+    """What the parser makes of the body as it comes: the head of a part, its bytes, None at its end."""
+    with PushMultipartParser(boundary, max_segment_count=FIELDS, max_header_size=FIELD_BYTES) as parser:
+        async for chunk in call.request.stream():
+            for found in parser.parse(chunk):
+                yield found
+        if not parser.closed:
+            for found in parser.parse(b""):
+                yield found
+
+
+def _name(given: str) -> str:
+    """A file's name as it is kept and shown: never a path, and nothing that steers a terminal."""
+    last = re.split(r"[/\\]", given)[-1]
+    return "".join(c for c in last if c.isprintable())[:NAME] or "upload"
+
+
+def list_files(call: Call) -> Listing:
+    """The files, newest first."""
+    query: FilesQuery = call.query
+    where = [] if call.caller.admin else [db.files.c.owner == call.owner]
+    if query.purpose is not None:
+        where.append(db.files.c.purpose == query.purpose)
+    return page(call, db.files, where, query.after, query.limit, query.order == "desc", _file, ends=True)
+
+
+def page(
+    call: Call,
+    table: Any,
+    where: list[Any],
+    after: str | None,
+    limit: int,
+    newest_first: bool,
+    show: Any,
+    ends: bool = False,
+) -> Listing:
+    """A page of rows as objects. Raises Refusal for a cursor that is none of them."""
+    try:
+        rows, more = call.store.page(table, where, after, limit, newest_first)
+    except LookupError:
+        raise Refusal(400, f"No such cursor: {after}", param="after") from None
+    found = Listing([show(row) for row in rows], more)
+    if ends:
+        found.first_id, found.last_id = (rows[0]["id"], rows[-1]["id"]) if rows else (None, None)
+    return found
+
+
+def own(call: Call, table: Any, id: str, what: str) -> dict[str, Any]:
+    """A row that the caller may see. Raises Refusal 404 for any other."""
+    row = call.store.get(table, id, None if call.caller.admin else call.owner)
+    if row is None:
+        raise no_such(what, id)
+    return row
+
+
+def get_file(call: Call) -> File:
+    """One file."""
+    return _file(own(call, db.files, call.path["file_id"], "File"))
+
+
+def get_content(call: Call) -> Response:
+    """Its bytes, as they came."""
+    row = own(call, db.files, call.path["file_id"], "File")
+    return FileResponse(call.service.blobs.path(row["id"]), media_type="application/octet-stream")
+
+
+def delete_file(call: Call) -> Deleted:
+    """Delete a file. Jobs that have begun keep what they have taken from it."""
+    row = own(call, db.files, call.path["file_id"], "File")
+    with call.store.begin() as connection:
+        connection.execute(db.files.delete().where(db.files.c.id == row["id"]))
+    call.service.blobs.delete(row["id"])
+    return Deleted(row["id"], "file")
+
+
+# ---- uploads in parts
+
+
+def _upload(call: Call, row: dict[str, Any]) -> Upload:
+    file = call.store.get(db.files, row["file"], None) if row["file"] else None
+    names = ("id", "bytes", "created_at", "expires_at", "filename", "purpose", "status")
+    return Upload(**{name: row[name] for name in names}, file=_file(file) if file else None)
+
+
+def create_upload(call: Call, body: NewUpload) -> Upload:
+    """Announce a file that comes in parts within an hour."""
+    if body.bytes > call.service.limits.upload_bytes:
+        raise Refusal(413, f"The file is larger than {call.service.limits.upload_bytes} bytes", param="bytes")
+    call.service.room(2 * body.bytes)
+    keep = body.expires_after.seconds if body.expires_after else None
+    given = {
+        "bytes": body.bytes,
+        "filename": _name(body.filename),
+        "purpose": body.purpose,
+        "mime_type": body.mime_type,
+    }
+    row = {**given, "owner": call.owner, "status": "pending", "keep": keep, "expires_at": int(time.time()) + HOUR}
+    return _upload(call, call.store.add(db.uploads, id=db.new_id("upload_"), **row))
+
+
+def _pending(call: Call) -> dict[str, Any]:
+    row = own(call, db.uploads, call.path["upload_id"], "Upload")
+    status = "expired" if row["status"] == "pending" and row["expires_at"] < time.time() else row["status"]
+    if status != "pending":
+        raise Refusal(400, f"Upload {row['id']} is {status}", param="upload_id")
+    return row
+
+
+async def add_part(call: Call) -> Part:
+    """One part of an upload."""
+    upload, id = _pending(call), db.new_id("part_")
+    with call.service.blobs.writing(id) as stream:
+        fields = await _form(call, "data", stream, call.service.limits.part_bytes)
+    row = call.store.add(db.parts, id=id, upload_id=upload["id"], bytes=int(fields["bytes"]))
+    return Part(id, row["created_at"], upload["id"])
+
+
+def complete_upload(call: Call, body: WholeUpload) -> Upload:
+    """Put the parts together, in the order in which they are named."""
+    upload = _pending(call)
+    rows, _ = call.store.page(db.parts, [db.parts.c.upload_id == upload["id"]], None, 10_000, False)
+    known = {row["id"]: row["bytes"] for row in rows}
+    for id in body.part_ids:
+        if id not in known:
+            raise no_such("Part", id)
+    total = sum(known[id] for id in body.part_ids)
+    if total != upload["bytes"]:
+        raise Refusal(400, f"The parts have {total} bytes, {upload['bytes']} were announced", param="part_ids")
+    file, digest = db.new_id("file-"), hashlib.md5(usedforsecurity=False)
+    with call.service.blobs.writing(file) as out:
+        for piece in _pieces(call, body.part_ids):
+            digest.update(piece)
+            out.write(piece)
+        if body.md5 is not None and body.md5.lower() != digest.hexdigest():
+            raise Refusal(400, "The md5 of the parts is another", param="md5")
+    now = int(time.time())
+    row = {"bytes": total, "filename": upload["filename"], "purpose": upload["purpose"], "created_at": now}
+    with call.store.begin() as connection:
+        expires = None if upload["keep"] is None else now + upload["keep"]
+        db.add(connection, db.files, id=file, owner=upload["owner"], expires_at=expires, **row)
+        db.change(connection, db.uploads, upload["id"], status="completed", file=file)
+    _drop_parts(call, known)
+    return _upload(call, own(call, db.uploads, upload["id"], "Upload"))
+
+
+def _pieces(call: Call, ids: list[str]) -> Iterator[bytes]:
+    for id in ids:
+        with call.service.blobs.path(id).open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                yield piece
+
+
+def _drop_parts(call: Call, ids: Any) -> None:
+    for id in ids:
+        call.service.blobs.delete(id)
+
+
+def cancel_upload(call: Call) -> Upload:
+    """Give an upload up."""
+    upload = _pending(call)
+    call.store.change(db.uploads, upload["id"], status="cancelled")
+    rows, _ = call.store.page(db.parts, [db.parts.c.upload_id == upload["id"]], None, 10_000, False)
+    _drop_parts(call, [row["id"] for row in rows])
+    return _upload(call, {**upload, "status": "cancelled"})
+
+
+_BYTES = {"type": "string", "format": "binary"}
+_PURPOSE = {"type": "string", "enum": list(PURPOSES)}
+FILE_FORM = {"type": "object", "required": ["file", "purpose"], "properties": {"purpose": _PURPOSE, "file": _BYTES}}
+PART_FORM = {"type": "object", "required": ["data"], "properties": {"data": _BYTES}}
+
+ROUTES = [
+    Route("POST", "/files", create_file, File, form=FILE_FORM),
+    Route("GET", "/files", list_files, Listing, query=FilesQuery),
+    Route("GET", "/files/{file_id}", get_file, File),
+    Route("DELETE", "/files/{file_id}", delete_file, Deleted),
+    Route("GET", "/files/{file_id}/content", get_content),
+    Route("POST", "/uploads", create_upload, Upload, NewUpload),
+    Route("POST", "/uploads/{upload_id}/parts", add_part, Part, form=PART_FORM),
+    Route("POST", "/uploads/{upload_id}/complete", complete_upload, Upload, WholeUpload),
+    Route("POST", "/uploads/{upload_id}/cancel", cancel_upload, Upload),
+]

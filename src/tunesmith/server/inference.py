@@ -1,0 +1,278 @@
+"""Models in memory and the one thread that lets them write: a running batch for each base, adapters sharing their base."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.local import model as models
+from tunesmith.local.decode import Decoder
+from tunesmith.local.generate import Written
+from tunesmith.local.sampling import Answer, Sampling, Token
+from tunesmith.models import find, read_json
+from tunesmith.render import Renderer
+from tunesmith.server.protocol import Refusal, busy
+
+log = logging.getLogger("tunesmith.server")
+LOADING = 20.0  # seconds that a request waits for a model before it is told to come again
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """New text of an answer, and where their probabilities are asked for the tokens; `finish` as of Answer, "" before the end."""
+
+    text: str
+    tokens: list[Token]
+    finish: str
+    count: int = 0  # of the tokens that were written for it, without the one that ends an answer
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """An answer on its way to the one who asked."""
+
+    answer: Answer
+    written: Written
+    stop_ids: frozenset[int]
+    arrived: asyncio.Queue[Piece]
+    streams: bool
+    text: str = ""  # not yet delivered
+    tokens: list[Token] = []
+    count: int = 0
+    begun: bool = False
+
+    def take(self) -> Piece:
+        """What there is to deliver; before the first, where it is asked for, what was heard of the prompt."""
+        answer, tokens = self.answer, self.tokens
+        if answer.how.echo and not self.begun:
+            tokens = [Token(answer.prompt[0]), *answer.heard, *tokens]
+        piece = Piece(self.text, tokens, answer.finish, self.count)
+        self.text, self.tokens, self.count, self.begun = "", [], 0, True
+        return piece
+
+
+class Base:
+    """A model in memory with the answers that it is writing."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.coming: list[Ticket] = []
+        self.tickets: dict[int, Ticket] = {}  # by id() of their answers
+        self.used = time.monotonic()
+
+    def busy(self) -> bool:
+        return bool(self.coming or self.tickets)
+
+
+class Host(msgspec.Struct, frozen=True):
+    """What a model's name leads to: its base in memory, the adapter on it, its template and tokenizer."""
+
+    base: Base
+    adapter: str | None
+    renderer: Renderer
+
+
+class Inference:
+    """`most_models`: bases that are kept in memory. `queue`: answers that may wait."""
+
+    def __init__(self, most_models: int = 4, most_answers: int = 256, queue: int = 1000) -> None:
+        self._most_models, self._most_answers, self._queue = most_models, most_answers, queue
+        self._bases: dict[str, Base] = {}
+        self._hosts: dict[str, Host] = {}
+        self._loading: dict[str, asyncio.Task[Host]] = {}
+        self._changed = threading.Condition()  # held for moments only: the event loop waits for it
+        self._stepping = threading.Lock()  # no adapter comes or goes in the middle of a step
+        self._making = threading.Lock()  # one model is loaded at a time
+        self._ending = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.tokens = 0  # written since the start
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread; what is still being written is cut off."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self._thread:
+            await asyncio.to_thread(self._thread.join, 10)
+
+    # ---- models
+
+    async def host(self, folder: Path) -> Host:
+        """The model of a folder, ready to write. Raises Refusal: 503 while it is loaded, 500 where it cannot be."""
+        key = str(folder)
+        if found := self._hosts.get(key):
+            found.base.used = time.monotonic()
+            return found
+        task = self._loading.get(key)
+        if task is None:
+            task = self._loading[key] = asyncio.create_task(asyncio.to_thread(self._load, folder))
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), LOADING)
+        except TimeoutError:
+            raise Refusal(
+                503,
+                "The model is being loaded",
+                type="server_error",
+                code="model_loading",
+                headers={"retry-after": "5"},
+            ) from None
+        except TunesmithError as error:
+            raise Refusal(500, f"The model cannot be loaded: {error.message}", type="server_error") from None
+
+    def _load(self, folder: Path) -> Host:
+        adapter = read_json(folder / "adapter_config.json")
+        with self._making:
+            renderer = Renderer(folder if (folder / "tokenizer.json").exists() else find(_base_of(adapter)))
+            if adapter and not _quantised(folder):
+                base = self._base(find(_base_of(adapter)))
+                with contextlib.suppress(ModelError):  # more than an adapter: with a base of its own
+                    with self._stepping:
+                        base.decoder.adapters.load(str(folder), folder)
+                    host = Host(base, str(folder), renderer)
+                    self._hosts[str(folder)] = host
+                    return host
+            host = Host(self._base(folder), None, renderer)
+            self._hosts[str(folder)] = host
+            return host
+
+    def _base(self, folder: Path) -> Base:
+        key = str(folder)
+        if key not in self._bases:
+            self._make_room()
+            self._bases[key] = Base(Decoder(models.to_judge(key), self._most_answers))
+        base = self._bases[key]
+        base.used = time.monotonic()
+        return base
+
+    def _make_room(self) -> None:
+        """Forget the bases that nobody has used for the longest time."""
+        for key, base in sorted(self._bases.items(), key=lambda item: item[1].used):
+            if len(self._bases) < self._most_models:
+                return
+            if not base.busy():
+                self._bases.pop(key)
+                self._hosts = {name: host for name, host in self._hosts.items() if host.base is not base}
+
+    def forget(self, folder: Path) -> None:
+        """A model has been deleted."""
+        self._hosts.pop(str(folder), None)
+        base = self._bases.get(str(folder))
+        if base and not base.busy():
+            self._bases.pop(str(folder))
+
+    def load(self) -> tuple[int, int, int]:
+        """Bases in memory, answers in work, answers that wait."""
+        loads = [base.decoder.load() for base in self._bases.values()]
+        return len(loads), sum(n for n, _ in loads), sum(n for _, n in loads)
+
+    # ---- answers
+
+    def refuse_full(self, host: Host, more: int) -> None:
+        """Raises Refusal where so many answers more would wait too long."""
+        if len(host.base.tickets) + len(host.base.coming) + more > self._queue + self._most_answers:
+            raise busy("Too many requests are waiting", 1)
+
+    async def ask(
+        self, host: Host, prompt: list[int], how: Sampling, stops: list[str], streams: bool
+    ) -> AsyncGenerator[Piece]:
+        """The pieces of an answer as they come; one whole piece where it does not stream. Leaving the iteration cancels it."""
+        answer = Answer(prompt, how, host.adapter)
+        ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams)
+        with self._changed:
+            host.base.coming.append(ticket)
+            self._changed.notify()
+        try:
+            while True:
+                piece = await ticket.arrived.get()
+                if piece.finish == "failed":
+                    raise Refusal(500, "The model could not go on", type="server_error")
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            answer.finish = answer.finish or "cancelled"
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ending and not any(base.busy() for base in self._bases.values()):
+                    self._changed.wait()
+                if self._ending:
+                    return
+                busy = [base for base in self._bases.values() if base.busy()]
+                for base in busy:
+                    for ticket in base.coming:
+                        base.tickets[id(ticket.answer)] = ticket
+                        base.decoder.add(ticket.answer)
+                    base.coming = []
+            for base in busy:
+                self._step(base)
+
+    def _step(self, base: Base) -> None:
+        ready: list[tuple[Ticket, Piece]] = []
+        try:
+            with self._stepping:
+                chosen = base.decoder.step()
+        except Exception as error:  # a defect or want of memory: nobody may wait for ever
+            log.exception("a step failed", extra={"about": {"error": str(error)}})
+            ready = [(ticket, Piece("", [], "failed")) for ticket in base.tickets.values()]
+            base.tickets = {}
+            base.decoder.clear()
+            self._deliver(ready)
+            return
+        self.tokens += len(chosen)
+        for answer, token in chosen:
+            ticket = base.tickets[id(answer)]
+            piece = "" if token.id in ticket.stop_ids else ticket.written.add(token.id)
+            if answer.finish and not ticket.written.stopped:
+                piece += ticket.written.rest()
+            elif ticket.written.stopped:
+                answer.finish = "stop"
+            ticket.text += piece
+            if token.id not in ticket.stop_ids:
+                ticket.count += 1
+                if answer.how.logprobs is not None:
+                    ticket.tokens.append(token)
+            if answer.finish or ticket.streams and (piece or ticket.tokens):
+                ready.append((ticket, ticket.take()))
+        for key in [key for key, ticket in base.tickets.items() if ticket.answer.finish]:
+            ticket = base.tickets.pop(key)
+            if not any(ticket is other for other, _ in ready):  # asked for no token at all, or cancelled
+                ready.append((ticket, ticket.take()))
+        base.used = time.monotonic()
+        self._deliver(ready)
+
+    def _deliver(self, ready: list[tuple[Ticket, Piece]]) -> None:
+        if ready and self._loop and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hand_over, ready)
+
+
+def _hand_over(ready: list[tuple[Ticket, Piece]]) -> None:
+    for ticket, piece in ready:
+        ticket.arrived.put_nowait(piece)
+
+
+def _base_of(adapter: dict[str, Any]) -> str:
+    return str(adapter["base_model_name_or_path"])
+
+
+def _quantised(folder: Path) -> bool:
+    """Whether an adapter was trained on 4-bit weights, on which it is then loaded."""
+    from tunesmith.runs import Run
+
+    run = next((f for f in (folder, *list(folder.resolve().parents)[:2]) if (f / "run.json").exists()), None)
+    return run is not None and Run(run).recipe().method == "qlora"

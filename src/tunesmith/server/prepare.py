@@ -1,0 +1,109 @@
+"""The process that checks a job's files and lays out its run: `python -m tunesmith.server.prepare FOLDER`, the order on stdin.
+
+It leaves FOLDER/run and FOLDER/prepared.json: what became of "auto", or which file is wrong and why.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from tunesmith import api
+from tunesmith.conversation import Issue
+from tunesmith.data.check import examine
+from tunesmith.data.write import write_json
+from tunesmith.errors import TunesmithError
+from tunesmith.local.backend import lay_out
+
+LEAST_ROWS = 10  # as OpenAI asks
+
+
+class Order(msgspec.Struct):
+    """What to prepare: files, the base's folder, settings of the Recipe; `multiplier` is of the rate that "auto" gives."""
+
+    training_file: str
+    validation_file: str | None
+    config: str | None
+    settings: dict[str, Any]
+    multiplier: float
+    most_rows: int
+
+
+class Prepared(msgspec.Struct):
+    """What came of it. `error`: code, message and param as the protocol's job has them."""
+
+    n_epochs: int = 0
+    batch_size: int = 0
+    steps: int = 0
+    error: dict[str, str] | None = None
+
+
+class Wrong(Exception):
+    """A file that cannot be trained on."""
+
+    def __init__(self, code: str, message: str, param: str) -> None:
+        super().__init__(message)
+        self.found = {"code": code, "message": message, "param": param}
+
+
+def prepare(order: Order, folder: Path) -> Prepared:
+    """Check the files and lay out the run. What is wrong with them is part of the answer."""
+    try:
+        _check(order.training_file, "training_file", order.most_rows)
+        if order.validation_file:
+            _check(order.validation_file, "validation_file", order.most_rows)
+        settings = {**order.settings, "dataset": order.training_file, "valid_dataset": order.validation_file}
+        prepared = api.prepare(config=order.config, **settings)
+    except Wrong as wrong:
+        return Prepared(error=wrong.found)
+    except TunesmithError as error:
+        return Prepared(error={"code": "invalid_training_file", "message": error.message, "param": "training_file"})
+    shutil.rmtree(folder / "run", ignore_errors=True)  # of a process that was killed
+    recipe = prepared.plan.recipe
+    recipe = replace(recipe, learning_rate=float(recipe.learning_rate) * order.multiplier)
+    lay_out(replace(prepared, plan=replace(prepared.plan, recipe=recipe)), folder / "run")
+    return Prepared(int(recipe.epochs), int(recipe.batch_size), prepared.plan.steps)
+
+
+def _check(path: str, param: str, most_rows: int) -> None:
+    """The rules of the protocol, which are stricter than ours. Raises Wrong with the first line that breaks one."""
+    word = param.removesuffix("_file")
+    try:
+        found = examine([path], provider="openai", structure_only=True)
+    except TunesmithError as error:
+        raise _format(word, error.message, param) from None
+    if bad := found.errors():
+        first = next((issue for issue in bad if issue.code != "too-few-rows"), None)
+        if first:
+            raise _format(word, _said(first), param)
+    if found.rows_in < LEAST_ROWS:
+        few = f"{word.capitalize()} file has {found.rows_in} example(s), but must have at least {LEAST_ROWS} examples"
+        raise Wrong("invalid_n_examples", few, param)
+    if most_rows and found.rows_in > most_rows:
+        raise Wrong(
+            "invalid_n_examples", f"{word.capitalize()} file has {found.rows_in} examples, over {most_rows}", param
+        )
+
+
+def _format(word: str, detail: str, param: str) -> Wrong:
+    message = f"The job failed due to a file format error in the {word} file. Invalid file format. {detail}"
+    return Wrong("invalid_file_format", message, param)
+
+
+def _said(issue: Issue) -> str:
+    line = issue.where.rpartition(":")[2]
+    return f"Example {line}: {issue.message}" if line.isdigit() else issue.message
+
+
+def main(folder: Path) -> None:
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
+    write_json(folder / "prepared.json", prepare(order, folder))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,75 @@
+"""Serving: one process, structured logs on stderr, an end that loses nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+
+import uvicorn
+
+from tunesmith.errors import UsageError
+from tunesmith.server import completions, files, health, jobs
+from tunesmith.server.app import build
+from tunesmith.server.service import Service
+
+ROUTES = [*files.ROUTES, *jobs.ROUTES, *completions.ROUTES, *health.ROUTES]
+DRAIN = 30  # seconds that requests in hand have when the server is told to end
+
+
+class _Line(logging.Formatter):
+    """A log record as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+        said = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
+        said |= getattr(record, "about", {})
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said, ensure_ascii=False)
+
+
+def run(service: Service, host: str, port: int) -> int:
+    """Serve until SIGTERM or SIGINT: then no new connections, requests in hand are finished, jobs make a checkpoint.
+
+    Raises UsageError where another server has the data directory, or somebody the port.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Line())
+    log = logging.getLogger("tunesmith.server")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    with (service.data_dir / ".lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                "another server has it", where=str(service.data_dir), fix="choose another --data-dir"
+            ) from None
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listening.bind((host, port))
+            except OSError as error:
+                fix = "choose another --port" if error.errno == 98 else "check --host and --port"
+                raise UsageError(str(error.strerror), where=f"{host}:{port}", fix=fix) from None
+            shown = f"[{host}]" if ":" in host else host
+            print(f"http://{shown}:{listening.getsockname()[1]}/v1", flush=True)
+            config = uvicorn.Config(
+                build(service, ROUTES),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=DRAIN,
+                h11_max_incomplete_event_size=64 << 10,
+                server_header=False,
+            )
+            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own, and sends what it got on to these at its end
+                signal.signal(number, lambda *_: None)
+            uvicorn.Server(config).run(sockets=[listening])
+    return 0

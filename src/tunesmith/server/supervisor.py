@@ -1,0 +1,306 @@
+"""Keeps workers and jobs in step: what should run is run, what a run says becomes events, what fell over is set up again.
+
+The database says what is wanted of a job, its run directory what has become of it; this loop compares the two again and again,
+so that nothing needs to be remembered in between. Killing the server, a worker or both at any moment loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import msgspec
+import sqlalchemy as sql
+
+from tunesmith.backends import Backend
+from tunesmith.data.write import sync_folder
+from tunesmith.runs import Run
+from tunesmith.server import store as db
+from tunesmith.server.orders import Orders, wanted
+from tunesmith.server.prepare import Prepared
+from tunesmith.server.protocol import RESULTS, NewJob
+from tunesmith.server.results import CHECKPOINTS, Told, results, translate
+from tunesmith.server.store import Blobs, Store
+
+log = logging.getLogger("tunesmith.server")
+TICK = 0.2  # seconds
+ATTEMPTS = 8  # times in a row that a worker may end without a word before its job fails
+
+
+class Supervisor:
+    """Runs the jobs of a store, `most` at a time, those of different owners in turn."""
+
+    def __init__(self, store: Store, blobs: Blobs, backend: Backend, orders: Orders, most: int) -> None:
+        self._store, self._blobs, self._backend, self._orders, self._most = store, blobs, backend, orders, most
+        self._folder = orders.data_dir / "jobs"
+        self._preparing: dict[str, subprocess.Popen[bytes]] = {}
+        self._working: set[str] = set()  # jobs whose worker this process has started
+        self._ending = False
+
+    async def run(self) -> None:
+        """Look again and again, until `stop`."""
+        while not self._ending:
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                log.exception("supervisor", extra={"about": {}})
+                await asyncio.sleep(1)
+            await asyncio.sleep(TICK)
+
+    async def stop(self, patience: float = 60.0) -> None:
+        """Ask every worker for a checkpoint and wait for its end; jobs stay as they are, to go on when the server starts."""
+        self._ending = True
+        for process in self._preparing.values():
+            process.kill()
+        for id in self._working:
+            self._backend.cancel(self._run(id))
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and any(self._run(id).busy() for id in self._working):
+            await asyncio.sleep(TICK)
+
+    def _run(self, id: str) -> Run:
+        return Run(self._folder / id / "run")
+
+    def look(self) -> None:
+        """One comparison of what should be with what is."""
+        with self._store.reading() as connection:
+            active = sql.select(db.jobs).where(db.jobs.c.status.in_(("validating_files", "queued", "running")))
+            jobs = [dict(row) for row in connection.execute(active.order_by(db.jobs.c.seq)).mappings()]
+        self._stop_others({job["id"] for job in jobs})
+        for job in jobs:
+            if job["status"] == "validating_files":
+                self._validate(job)
+            elif job["status"] == "running":
+                self._follow(job)
+        self._start(jobs)
+        self._expire()
+
+    def _stop_others(self, wanted: set[str]) -> None:
+        """Workers of jobs that were cancelled or paused."""
+        for id in [id for id in self._preparing if id not in wanted]:
+            self._preparing.pop(id).kill()
+        for id in [id for id in self._working if id not in wanted]:
+            run = self._run(id)
+            if run.busy():
+                self._backend.cancel(run)
+            elif self._backend.poll(run) not in ("running", "preparing"):
+                self._working.discard(id)
+
+    # ---- files
+
+    def _validate(self, job: dict[str, Any]) -> None:
+        """Have a job's files checked by a process of its own; one job after the other."""
+        id, done = job["id"], self._folder / job["id"] / "prepared.json"
+        if done.exists():
+            self._validated(job, msgspec.json.decode(done.read_bytes(), type=Prepared))
+            return
+        process = self._preparing.get(id)
+        if process is None:
+            if not self._preparing:
+                self._preparing[id] = self._prepare(job)
+            return
+        if process.poll() is None:
+            return
+        self._preparing.pop(id)
+        if not done.exists():
+            attempts = (job["attempts"] or 0) + 1
+            self._store.change(db.jobs, id, attempts=attempts)
+            if attempts >= ATTEMPTS:
+                self._fail(id, {"code": "server_error", "message": "The files could not be checked", "param": None})
+
+    def _prepare(self, job: dict[str, Any]) -> subprocess.Popen[bytes]:
+        folder = self._folder / job["id"]
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self._folder)
+        with (folder / "prepare.log").open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tunesmith.server.prepare", str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        assert process.stdin
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(msgspec.json.encode(self._orders.order(job, folder)))
+        return process
+
+    def _validated(self, job: dict[str, Any], found: Prepared) -> None:
+        if found.error:
+            self._fail(job["id"], found.error)
+            return
+        given = wanted(msgspec.convert(job["request"], NewJob))
+        multiplier = given["learning_rate_multiplier"]
+        resolved = {
+            "n_epochs": found.n_epochs,
+            "batch_size": found.batch_size,
+            "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
+        }
+        with self._store.begin() as connection:
+            if not _still(connection, job, "validating_files"):
+                return
+            db.change(
+                connection, db.jobs, job["id"], status="queued", prepared=True, hyperparameters=resolved, attempts=0
+            )
+            tell(connection, job["id"], Told("queued", "Files validated, moving job to queued state"))
+
+    # ---- workers
+
+    def _start(self, jobs: list[dict[str, Any]]) -> None:
+        """Start what is queued, of the owner with the fewest running jobs first, then the one that has waited longest."""
+        running = [job["owner"] for job in jobs if job["status"] == "running"]
+        queued = [job for job in jobs if job["status"] == "queued"]
+        while queued and len(running) < self._most:
+            job = min(queued, key=lambda job: (running.count(job["owner"]), job["seq"]))
+            queued.remove(job)
+            if self._run(job["id"]).busy():  # a worker that is still ending
+                continue
+            with self._store.begin() as connection:
+                if not _still(connection, job, "queued"):
+                    continue
+                db.change(connection, db.jobs, job["id"], status="running")
+            running.append(job["owner"])
+
+    def _follow(self, job: dict[str, Any]) -> None:
+        """Note what a running job's worker has said; start one where there is none."""
+        id, run = job["id"], self._run(job["id"])
+        if id not in self._working:
+            if run.busy():  # the worker of a server that was killed ends by itself
+                return
+            if run.state() != "succeeded":
+                run.mend_log()
+                self._backend.resume(run)
+            self._working.add(id)
+        state = self._backend.poll(run)
+        ended = state not in ("queued", "preparing", "running")
+        events, offset = translate(run, job, int(job["read"] or 0), ended)
+        got_on = self._note(job, events, offset)
+        if not ended:
+            return
+        if state == "succeeded":
+            self._succeed(job, run)
+        elif state == "failed" and not (last := run.last("error")).get("lost"):
+            words = {"code": "training_failed", "message": str(last.get("message", "training failed")), "param": None}
+            self._fail(id, words)
+        else:  # it was killed, or stopped by who knows whom
+            attempts = 0 if got_on else (job["attempts"] or 0) + 1
+            self._store.change(db.jobs, id, attempts=attempts)
+            if attempts >= ATTEMPTS:
+                words = {"code": "server_error", "message": "The worker was lost again and again", "param": None}
+                self._fail(id, words)
+        self._working.discard(id)
+
+    def _note(self, job: dict[str, Any], events: list[Told], offset: int) -> bool:
+        """Keep events and how far the log has been read, both or neither; whether anything was new."""
+        if offset == (job["read"] or 0):
+            return False
+        with self._store.begin() as connection:
+            if not _still(connection, job, "running"):
+                return False
+            new = [tell(connection, job["id"], event) for event in events]
+            db.change(connection, db.jobs, job["id"], read=offset)
+            for event in events:
+                if event.checkpoint is not None:
+                    _keep(connection, job, event)
+        return any(new)
+
+    def _succeed(self, job: dict[str, Any], run: Run) -> None:
+        """All that a finished job leaves, in one transaction; the bytes of its result file first."""
+        id, name = job["id"], job["model"]
+        file = "file-" + id.removeprefix("ftjob-")  # the same when this is done again after a crash
+        table = results(run)
+        with self._blobs.writing(file) as stream:
+            stream.write(table)
+        summary = run.summary()
+        folder = run / ("best_model" if run.recipe().patience else "final_model")
+        with self._store.begin() as connection:
+            if not _still(connection, job, "running"):
+                return
+            row = {"owner": job["owner"], "bytes": len(table), "filename": "step_metrics.csv", "purpose": RESULTS}
+            db.add(connection, db.files, id=file, **row)
+            place = str(folder.relative_to(self._folder.parent))
+            db.add(connection, db.models, id=name, owner=job["owner"], job_id=id, folder=place)
+            final = {"step": summary["steps"], "model": name}
+            connection.execute(
+                db.checkpoints.update()
+                .where(db.checkpoints.c.job_id == id, db.checkpoints.c.step == final["step"])
+                .values(model=name)
+            )
+            connection.execute(db.models.delete().where(db.models.c.id == f"{name}:ckpt-step-{summary['steps']}"))
+            tell(connection, id, Told("model", f"New fine-tuned model created: {name}"))
+            tell(connection, id, Told("succeeded", "The job has successfully completed"))
+            now, tokens = int(time.time()), summary["tokens"]
+            done = {"status": "succeeded", "finished_at": now, "trained_tokens": tokens, "result_file": file}
+            db.change(connection, db.jobs, id, **done, estimated_finish=None)
+
+    def _fail(self, id: str, error: dict[str, Any]) -> None:
+        with self._store.begin() as connection:
+            job = db.get(connection, db.jobs, id)
+            if job and job["status"] in ("validating_files", "queued", "running"):
+                db.change(connection, db.jobs, id, status="failed", error=error, finished_at=int(time.time()))
+                tell(connection, id, Told("failed", str(error["message"]), level="error"))
+
+    def _expire(self) -> None:
+        """Files and uploads whose time is over."""
+        now = int(time.time())
+        with self._store.reading() as connection:
+            over = connection.execute(sql.select(db.files.c.id).where(db.files.c.expires_at < now)).scalars().all()
+            late = sql.select(db.uploads.c.id).where(db.uploads.c.status == "pending", db.uploads.c.expires_at < now)
+            uploads = connection.execute(late).scalars().all()
+        for id in over:
+            with self._store.begin() as connection:
+                connection.execute(db.files.delete().where(db.files.c.id == id))
+            self._blobs.delete(id)
+        for id in uploads:
+            self._store.change(db.uploads, id, status="expired")
+
+    def remove(self, id: str) -> None:
+        """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
+        for name in ("checkpoints", "best_model", "final_model"):
+            shutil.rmtree(self._run(id) / name, ignore_errors=True)
+        for file in self._run(id).path.glob("*.safetensors"):
+            file.unlink()
+
+
+# ---- rows
+
+
+def tell(connection: sql.Connection, job: str, told: Told) -> bool:
+    """Keep an event, unless it was kept before; whether it was new."""
+    known = sql.select(db.events.c.seq).where(db.events.c.job_id == job, db.events.c.name == told.name)
+    if connection.scalar(known) is not None:
+        return False
+    values = {"name": told.name, "level": told.level, "type": told.type, "message": told.message, "data": told.data}
+    db.add(
+        connection, db.events, id=db.new_id("ftevent-"), job_id=job, created_at=told.time or int(time.time()), **values
+    )
+    return True
+
+
+def _still(connection: sql.Connection, job: dict[str, Any], status: str) -> bool:
+    """Whether a job has not been cancelled or paused meanwhile."""
+    now = db.get(connection, db.jobs, job["id"])
+    return now is not None and now["status"] == status
+
+
+def _keep(connection: sql.Connection, job: dict[str, Any], told: Told) -> None:
+    """A checkpoint and its model, unless it is known; of more than three the oldest goes."""
+    step, metrics = told.checkpoint or (0, {})
+    table = db.checkpoints
+    known = sql.select(table.c.seq).where(table.c.job_id == job["id"], table.c.step == step)
+    if connection.scalar(known) is not None:
+        return
+    name = f"{job['model']}:ckpt-step-{step}"
+    db.add(connection, table, id=db.new_id("ftckpt_"), job_id=job["id"], step=step, model=name, metrics=metrics)
+    place = f"jobs/{job['id']}/run/checkpoints/checkpoint-step-{step}"
+    db.add(connection, db.models, id=name, owner=job["owner"], job_id=job["id"], folder=place)
+    steps = connection.execute(sql.select(table.c.step).where(table.c.job_id == job["id"])).scalars().all()
+    for old in sorted(steps)[:-CHECKPOINTS]:
+        connection.execute(table.delete().where(table.c.job_id == job["id"], table.c.step == old))
+        connection.execute(db.models.delete().where(db.models.c.id == f"{job['model']}:ckpt-step-{old}"))
