@@ -1,4 +1,4 @@
-"""The road of the OpenAI guide through the unmodified SDK, with only the address and a key changed: three major versions of it."""
+"""The road of the OpenAI guide through the unmodified SDK, with only address and key changed: three major versions of it."""
 
 from __future__ import annotations
 

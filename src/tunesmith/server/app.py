@@ -75,8 +75,9 @@ def build(service: Service, routes: list[Route]) -> Starlette:
     async def described(_: Request) -> Response:
         return Response(document, media_type=JSON)
 
-    paths = [Path("/openapi.json", described, methods=["GET"])]
+    paths = []
     for prefix in ("/v1", ""):
+        paths.append(Path(f"{prefix}/openapi.json", described, methods=["GET"]))
         for path in dict.fromkeys(route.path for route in routes):
             here = {route.method: route for route in routes if route.path == path}
             paths.append(Path(prefix + path, _dispatch(service, here), methods=list(here)))

@@ -21,6 +21,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.local.backend import lay_out
 
 LEAST_ROWS = 10  # as OpenAI asks
+KEYS = ("messages", "tools", "parallel_tool_calls", "functions")  # of a row of conversation
 
 
 class Order(msgspec.Struct):
@@ -72,22 +73,32 @@ def prepare(order: Order, folder: Path) -> Prepared:
 
 def _check(path: str, param: str, most_rows: int) -> None:
     """The rules of the protocol, which are stricter than ours. Raises Wrong with the first line that breaks one."""
-    word = param.removesuffix("_file")
-    try:
-        found = examine([path], provider="openai", structure_only=True)
-    except TunesmithError as error:
-        raise _format(word, error.message, param) from None
-    if bad := found.errors():
-        first = next((issue for issue in bad if issue.code != "too-few-rows"), None)
-        if first:
+    word, rows = param.removesuffix("_file"), 0
+    if Path(path).stat().st_size:
+        try:
+            found = examine([path], provider="openai", structure_only=True)
+        except TunesmithError as error:
+            raise _format(word, error.message, param) from None
+        if first := next((issue for issue in found.errors() if issue.code != "too-few-rows"), None):
             raise _format(word, _said(first), param)
-    if found.rows_in < LEAST_ROWS:
-        few = f"{word.capitalize()} file has {found.rows_in} example(s), but must have at least {LEAST_ROWS} examples"
+        if extra := _extra_key(path):
+            raise _format(word, extra, param)
+        rows = found.rows_in
+    if rows < LEAST_ROWS:
+        few = f"{word.capitalize()} file has {rows} example(s), but must have at least {LEAST_ROWS} examples"
         raise Wrong("invalid_n_examples", few, param)
-    if most_rows and found.rows_in > most_rows:
-        raise Wrong(
-            "invalid_n_examples", f"{word.capitalize()} file has {found.rows_in} examples, over {most_rows}", param
-        )
+    if most_rows and rows > most_rows:
+        raise Wrong("invalid_n_examples", f"{word.capitalize()} file has {rows} examples, over {most_rows}", param)
+
+
+def _extra_key(path: str) -> str:
+    """The first key beside the messages that the protocol does not know, in its words; "" where there is none."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = msgspec.json.decode(line) if line.strip() else None
+            if isinstance(row, dict) and "messages" in row and (extra := next((k for k in row if k not in KEYS), None)):
+                return f'Example {number} contains an extra "{extra}".'
+    return ""
 
 
 def _format(word: str, detail: str, param: str) -> Wrong:

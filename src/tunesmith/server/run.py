@@ -69,7 +69,10 @@ def run(service: Service, host: str, port: int) -> int:
                 h11_max_incomplete_event_size=64 << 10,
                 server_header=False,
             )
-            for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn has its own, and sends what it got on to these at its end
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # uvicorn has its own, and sends what it got on to these at its end
                 signal.signal(number, lambda *_: None)
             uvicorn.Server(config).run(sockets=[listening])
     return 0

@@ -97,7 +97,7 @@ class Service:
             self._keys_at = time.monotonic()
         if not self._keys:
             return Caller("", True)
-        key = authorization.removeprefix("Bearer ").strip()
+        key = authorization.partition(" ")[2].strip()
         found = self._keys.get(hashed(key))
         if found is None:
             what = "Incorrect API key provided" if key else "You didn't provide an API key"

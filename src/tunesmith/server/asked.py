@@ -1,0 +1,137 @@
+"""What a request asks of a model: its prompt as tokens, how its answer is chosen; what cannot be done is refused."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import Message
+from tunesmith.local.sampling import Sampling
+from tunesmith.render import Renderer
+from tunesmith.server.inference import Host
+from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def refuse(body: ChatRequest) -> None:
+    """What would silently change the meaning is refused."""
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise Refusal(400, "'max_tokens' and 'max_completion_tokens' are the same: give one", param="max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Refusal(400, "'top_logprobs' needs 'logprobs'", param="top_logprobs")
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        raise Refusal(400, "Only the response format 'text' is offered here", param="response_format")
+    if body.tool_choice not in (None, "auto", "none"):
+        raise Refusal(400, "Only the tool choices 'auto' and 'none' are offered here", param="tool_choice")
+
+
+def messages(given: list[dict[str, Any]]) -> list[Message]:
+    found = []
+    for number, message in enumerate(given):
+        place, role = f"messages[{number}]", message.get("role")
+        if role not in ROLES:
+            raise Refusal(
+                400, f"Invalid value: '{role}'. Supported values are: {', '.join(ROLES)}", param=f"{place}.role"
+            )
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_part(part, f"{place}.content") for part in content)
+        calls = message.get("tool_calls")
+        if content is None and not calls and role != "assistant" or not isinstance(content, str | None):
+            raise Refusal(400, "Expected a string or an array of parts", param=f"{place}.content")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
+            raise Refusal(400, "Expected an array of calls", param=f"{place}.tool_calls")
+        texts = {key: message.get(key) for key in ("tool_call_id", "name")}
+        if not all(isinstance(text, str | None) for text in texts.values()):
+            raise Refusal(400, "Expected strings", param=place)
+        told: Any = "system" if role == "developer" else role
+        found.append(Message(told, content or "", tool_calls=calls, **texts))
+    return found
+
+
+def _part(part: Any, place: str) -> str:
+    if (
+        not isinstance(part, dict)
+        or not isinstance(part.get("text"), str)
+        or part.get("type") not in ("text", "refusal")
+    ):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise Refusal(400, f"This model reads text only, not '{kind}'", param=place)
+    return str(part["text"])
+
+
+def tools(body: ChatRequest, renderer: Renderer) -> list[dict[str, Any]] | None:
+    if not body.tools or body.tool_choice == "none":
+        return None
+    if "tools" not in renderer.template:
+        raise Refusal(400, "This model's chat template knows no tools", param="tools")
+    return body.tools
+
+
+def prompts(given: str | list[Any], renderer: Renderer) -> list[list[int]]:
+    """A text, texts, token ids or lists of them, as lists of ids."""
+    if isinstance(given, str) or given and all(isinstance(item, int) and not isinstance(item, bool) for item in given):
+        given = [given]
+    known, found = renderer.tokenizer.get_vocab_size(), []
+    for item in given:
+        if isinstance(item, str):
+            begin = renderer.special["bos_token"]
+            text = item if not begin or item.startswith(begin) else begin + item
+            ids = renderer.tokenizer.encode(text, add_special_tokens=False).ids or [renderer.stop_ids[0]]
+        elif isinstance(item, list) and item and all(isinstance(i, int) and 0 <= i < known for i in item):
+            ids = item
+        else:
+            raise Refusal(400, "Expected a string, strings, token ids or lists of them", param="prompt")
+        found.append(ids)
+    if not found:
+        raise Refusal(400, "The prompt is empty", param="prompt")
+    if len(found) > 128:
+        raise Refusal(400, "At most 128 prompts", param="prompt")
+    return found
+
+
+def room(host: Host, prompt: int, asked: int | None, param: str) -> int:
+    """Tokens that may be written. Raises Refusal where the context is too short for what is asked."""
+    context = host.base.decoder.context
+    left = context - prompt
+    if left < (1 if asked is None else asked):
+        used = f"your request has {prompt} tokens" + (f" and asks for {asked}" if asked else "")
+        words = f"This model's maximum context length is {context} tokens; {used}"
+        raise Refusal(400, words, param=param, code="context_length_exceeded")
+    return left if asked is None else asked
+
+
+def sampling(body: ChatRequest | CompletionRequest, host: Host, most: int, logprobs: int | None) -> Sampling:
+    biases = {}
+    for token, bias in (body.logit_bias or {}).items():
+        if not token.isdecimal():
+            raise Refusal(400, f"'{token}' is no token id", param="logit_bias")
+        biases[int(token)] = bias
+    return Sampling(
+        max_tokens=most,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        stop_ids=frozenset(host.renderer.stop_ids),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=biases,
+        logprobs=logprobs,
+    )
+
+
+def seeds(how: Sampling, seed: int | None, count: int) -> list[Sampling]:
+    first = secrets.randbits(62) if seed is None else seed
+    return [msgspec.structs.replace(how, seed=first + i) for i in range(count)]
+
+
+def stops(stop: str | list[str] | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else [s for s in stop or () if s]
+
+
+def usage(body: ChatRequest | CompletionRequest) -> bool:
+    if body.stream_options is not None and not body.stream:
+        raise Refusal(400, "'stream_options' needs 'stream'", param="stream_options")
+    return bool(body.stream_options and body.stream_options.include_usage)

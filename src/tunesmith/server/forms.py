@@ -1,0 +1,156 @@
+"""How answers are written: chat completions and completions, whole and as chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+
+import msgspec
+
+from tunesmith.local.sampling import Token
+from tunesmith.render import Renderer
+from tunesmith.server import store as db
+from tunesmith.server.inference import Host, Piece
+from tunesmith.server.protocol import ChatRequest, CompletionRequest
+
+FINGERPRINT = "fp_tunesmith"
+CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes and Qwen write it
+
+
+class Written(msgspec.Struct):
+    """One choice of an answer, whole."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = []
+    count: int = 0
+    finish: str = ""
+
+
+def _token(renderer: Renderer, token: int) -> str:
+    return renderer.decode([token], special=True)
+
+
+class ChatForm:
+    """How a chat completion is written."""
+
+    def __init__(self, body: ChatRequest, host: Host) -> None:
+        self._renderer, self._tools, self._logprobs = host.renderer, bool(body.tools), bool(body.logprobs)
+        common = {"id": db.new_id("chatcmpl-"), "created": int(time.time()), "model": body.model}
+        self.head: dict[str, Any] = {"object": "chat.completion", **common, "system_fingerprint": FINGERPRINT}
+        self.chunk: dict[str, Any] = {"object": "chat.completion.chunk", **common, "system_fingerprint": FINGERPRINT}
+
+    def whole(self, choice: Written) -> dict[str, Any]:
+        text, calls = self._called(choice.text)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        finish = "tool_calls" if calls else choice.finish
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._told(choice.tokens),
+            "finish_reason": finish,
+        }
+
+    def first(self, choice: Written) -> dict[str, Any]:
+        return self._delta(choice, {"role": "assistant", "content": ""})
+
+    def pieces(self, choice: Written, piece: Piece) -> list[dict[str, Any]]:
+        found = []
+        if self._tools:  # whether it is a call is known at its end only
+            if not piece.finish:
+                return []
+            text, calls = self._called(choice.text + piece.text)
+            if text:
+                found.append(self._delta(choice, {"content": text}, choice.tokens + piece.tokens))
+            if calls:
+                found.append(self._delta(choice, {"tool_calls": [{"index": i, **c} for i, c in enumerate(calls)]}))
+            finish = "tool_calls" if calls else piece.finish
+        else:
+            if piece.text or piece.tokens:
+                found.append(self._delta(choice, {"content": piece.text}, piece.tokens))
+            finish = piece.finish
+        if finish:
+            found.append({**self._delta(choice, {}), "finish_reason": finish})
+        return found
+
+    def _delta(self, choice: Written, delta: dict[str, Any], tokens: list[Token] | None = None) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": self._told(tokens or []) if tokens else None,
+            "finish_reason": None,
+        }
+
+    def _called(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """The text without the calls of tools in it, and these."""
+        calls = []
+        for found in CALL.finditer(text) if self._tools else ():
+            try:
+                said = json.loads(found[1])
+                arguments = said.get("arguments", {})
+                words = arguments if isinstance(arguments, str) else json.dumps(arguments)
+                function = {"name": str(said["name"]), "arguments": words}
+                calls.append({"id": db.new_id("call_"), "type": "function", "function": function})
+            except (ValueError, KeyError, AttributeError):
+                continue
+        return (CALL.sub("", text).strip() if calls else text), calls
+
+    def _told(self, tokens: list[Token]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+
+        def shown(id: int, logprob: float) -> dict[str, Any]:
+            text = _token(self._renderer, id)
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+        content = [{**shown(t.id, t.logprob or 0.0), "top_logprobs": [shown(id, p) for id, p in t.top]} for t in tokens]
+        return {"content": content, "refusal": None}
+
+
+class TextForm:
+    """How a completion is written: chunks of a stream have the form of the whole."""
+
+    def __init__(self, body: CompletionRequest, host: Host, prompts: list[list[int]]) -> None:
+        self._renderer, self._prompts = host.renderer, prompts
+        self._echo, self._logprobs = bool(body.echo), body.logprobs
+        common = {"created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
+        self.head: dict[str, Any] = {"id": db.new_id("cmpl-"), "object": "text_completion", **common}
+        self.chunk = self.head
+
+    def whole(self, choice: Written) -> dict[str, Any]:
+        text = self._before(choice) + choice.text
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": self._told(choice.tokens, 0),
+            "finish_reason": choice.finish,
+        }
+
+    def first(self, choice: Written) -> dict[str, Any]:
+        before = self._before(choice)
+        return {"index": choice.index, "text": before, "logprobs": None, "finish_reason": None} if before else {}
+
+    def pieces(self, choice: Written, piece: Piece) -> list[dict[str, Any]]:
+        begun = choice.tokens or not self._echo  # else the prompt's tokens come with the first piece
+        offset = len(self._before(choice)) + len(choice.text) if begun else 0
+        told = self._told(piece.tokens, offset) if piece.tokens else None
+        return [{"index": choice.index, "text": piece.text, "logprobs": told, "finish_reason": piece.finish or None}]
+
+    def _before(self, choice: Written) -> str:
+        return self._renderer.decode(self._prompts[choice.index]) if self._echo else ""
+
+    def _told(self, tokens: list[Token], offset: int) -> dict[str, Any] | None:
+        if self._logprobs is None:
+            return None
+        texts = [_token(self._renderer, t.id) for t in tokens]
+        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [{_token(self._renderer, id): p for id, p in t.top} if t.top else None for t in tokens],
+            "text_offset": offsets,
+        }
