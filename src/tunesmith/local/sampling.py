@@ -64,10 +64,12 @@ def choose(answers: list[Answer], logits: Tensor) -> list[tuple[Answer, Token]]:
     kept: dict[int, Tensor] = {i: logits[i].clone() for i, a in enumerate(answers) if a.how.logprobs is not None}
     for i, answer in enumerate(answers):
         _adjust(logits[i], answer)
-    picked = logits.argmax(1).tolist()
     drawn = [i for i, a in enumerate(answers) if a.how.temperature > 0]
+    every = len(drawn) == len(answers)
+    picked = [0] * len(answers) if every else logits.argmax(1).tolist()
     if drawn:
-        for i, token in zip(drawn, _draw([answers[i] for i in drawn], logits[drawn]), strict=True):
+        tokens = _draw([answers[i] for i in drawn], logits if every else logits[drawn])
+        for i, token in zip(drawn, tokens, strict=True):
             picked[i] = token
     found = []
     for i, (answer, token) in enumerate(zip(answers, picked, strict=True)):
@@ -97,19 +99,23 @@ def _adjust(logits: Tensor, answer: Answer) -> None:
 
 def _draw(answers: list[Answer], logits: Tensor) -> list[int]:
     """A token for each by its probability: within the likeliest that make up top_p together (nucleus, Holtzman et al. 2020)."""
-    heat = torch.tensor([a.how.temperature for a in answers], device=logits.device)
-    shares = torch.softmax(logits / heat[:, None], 1)
+    heat = [a.how.temperature for a in answers]
+    if any(h != 1 for h in heat):
+        logits = logits / torch.tensor(heat, device=logits.device)[:, None]
+    shares = torch.softmax(logits, 1)
     for i, answer in enumerate(answers):
         if answer.how.top_p < 1:
             ordered, places = shares[i].sort(descending=True)
             outside = ordered.cumsum(0) - ordered >= answer.how.top_p
             outside[0] = False
             shares[i, places[outside]] = 0
-    sums = shares.double().cumsum(1)
-    chance = [a.chance.random() if a.chance else 0.0 for a in answers]
-    wanted = torch.tensor(chance, dtype=torch.float64, device=logits.device)[:, None] * sums[:, -1:]
-    last = (shares > 0).int().cumsum(1).argmax(1)  # rounding must not lead beyond what is possible
-    return torch.minimum(torch.searchsorted(sums, wanted, right=True).squeeze(1), last).tolist()  # type: ignore[no-any-return]
+    sums = shares.cumsum(1)
+    chance = torch.tensor([a.chance.random() if a.chance else 0.0 for a in answers], device=logits.device)
+    total = sums[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not lead beyond what is possible
+    wanted = torch.minimum(chance[:, None] * total, below)
+    picked: list[int] = torch.searchsorted(sums, wanted, right=True).squeeze(1).tolist()
+    return picked
 
 
 def told(logits: Tensor, tokens: list[int], top: int) -> list[Token]:

@@ -17,6 +17,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.local import model as models
 from tunesmith.local.decode import Decoder
 from tunesmith.local.generate import Written
+from tunesmith.local.machine import tune
 from tunesmith.local.sampling import Answer, Sampling, Token
 from tunesmith.models import find, read_json
 from tunesmith.render import Renderer
@@ -207,6 +208,7 @@ class Inference:
             answer.finish = answer.finish or "cancelled"
 
     def _work(self) -> None:
+        tune()
         while True:
             with self._changed:
                 while not self._ending and not any(base.busy() for base in self._bases.values()):
