@@ -65,8 +65,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_readme_command(line: str, trained: Path) -> None:
     """Each command runs as written; training is cut short, quickstart has a test of its own."""
     words = shlex.split(line)[1:]
-    if words[0] == "quickstart":
-        words = ["quickstart", "--help"]
+    if words[0] in ("quickstart", "serve"):  # each has tests of its own
+        words = [words[0], "--help"]
     elif words[0] == "lr-find":
         words += ["--trial-steps", "1"]
     elif words[0] == "train" and "--resume" not in words:
@@ -110,6 +110,28 @@ def test_tree_is_free_of_machine_paths() -> None:
     texts = [p for p in map(ROOT.joinpath, tracked) if p.suffix in (".py", ".md", ".toml", ".jinja", ".json")]
     assert len(texts) > 60
     assert not [str(p) for p in texts if re.search(r"(?<![\w.])/(root|home/\w+)/", p.read_text(encoding="utf-8"))]
+
+
+def test_the_guide_to_serving(tiny: Path, tmp_path: Path) -> None:
+    """Its options exist, and its program runs against a server."""
+    from serving import Server, chats
+
+    guide = (ROOT / "docs/guides/serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", guide, re.S)
+    lines = [line.split("  #")[0] for kind, text in blocks if kind == "sh" for line in text.splitlines()]
+    assert len(lines) == 7 and [kind for kind, _ in blocks].count("python") == 1
+    known = (ROOT / "src/tunesmith/assets/help/serve.txt").read_text()
+    for option in set(re.findall(r"--[a-z][a-z-]+", guide)) - {"--admin"}:
+        assert option in known, option
+    (tmp_path / "train.jsonl").write_bytes(chats(12))
+    server = Server(tmp_path / "data")
+    try:
+        code = next(text for kind, text in blocks if kind == "python").replace("http://127.0.0.1:8000/v1", server.url)
+        code = code.replace('suffix="my-bot"', 'suffix="my-bot", hyperparameters={"n_epochs": 1}')
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.stop()
 
 
 def test_the_guide_to_several_machines() -> None:
