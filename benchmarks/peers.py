@@ -34,7 +34,8 @@ def layers_kept(model: Path) -> int:
 
 def trainer_arguments(options: argparse.Namespace, out: str, how: str) -> dict[str, Any]:
     return dict(
-        output_dir=out, max_steps=-1 if how == "packed" else options.steps * options.epochs, num_train_epochs=options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
+        output_dir=out, max_steps=-1 if how == "packed" else options.steps * options.epochs,
+        num_train_epochs=options.epochs, per_device_train_batch_size=options.batch, use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=1.0, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
         train_sampling_strategy="group_by_length" if how == "grouped" else "sequential",
@@ -203,7 +204,8 @@ def torchtune(options: argparse.Namespace, rows: Rows, folder: Path, out: str, h
         modules = ["q_proj", "k_proj", "v_proj", "output_proj"]
         shape |= dict(lora_attn_modules=modules, apply_lora_to_mlp=True, lora_rank=16, lora_alpha=32, lora_dropout=0.0)
     settings = OmegaConf.create(dict(
-        output_dir=out, seed=0, shuffle=False, batch_size=options.batch, epochs=options.epochs, max_steps_per_epoch=None if how == "packed" else options.steps,
+        output_dir=out, seed=0, shuffle=False, batch_size=options.batch, epochs=options.epochs,
+        max_steps_per_epoch=None if how == "packed" else options.steps,
         model={"_component_": builder + ("lora_llama3_2" if options.method == "lora" else "llama3_2"), **shape},
         tokenizer={"_component_": "peers.torchtune_tokenizer"},
         dataset={"_component_": "peers.torchtune_rows", "file": str(options.folder / "ordered.jsonl"), "packed": how == "packed"},

@@ -1,10 +1,11 @@
 """Serving beside `transformers serve`: the same model, the same clients, one server after the other in one run.
 
-    python benchmarks/serve.py [--clients 200] [--seconds 60] [--repeat 1] [--servers ours,transformers,transformers:cb] [--requests 0]
+    python benchmarks/serve.py [--clients 200] [--seconds 60] [--servers ours,transformers,transformers:cb] [--requests 0]
 
-Each client asks one short question after the other of the starter, for 64 tokens at most, and waits for each answer. Prints tokens and
-answers a second, the median and 99th percentile of their times, errors, and the server's peak memory; `transformers:cb` is with
-continuous batching. `--requests 10000`: so many in all instead of a time, with the memory after each tenth of them.
+Each client asks one short question after the other of the starter, for 64 tokens at most, and waits for each answer.
+Prints tokens and answers a second, the median and 99th percentile of their times, errors, and the server's peak memory;
+`transformers:cb` is with continuous batching. `--requests 10000`: so many in all instead of a time, with the memory after
+each tenth of them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def main() -> None:
         m = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
         ratio = f" {m['tokens_s'] / best:5.2f}x" if best else ""
         print(
-            f"{name:16} {m['tokens_s']:6.0f} tokens/s{ratio} {m['answers_s']:6.1f} answers/s  p50 {m['p50']:.2f} s  p99 {m['p99']:.2f} s "
+            f"{name:16} {m['tokens_s']:6.0f} tokens/s{ratio} {m['answers_s']:6.1f} answers/s  p50 {m['p50']:.2f} s  "
+            f"p99 {m['p99']:.2f} s "
             f"({m['p99'] / m['p50']:.1f}x)  errors {m['errors']:.0f}  peak {m['peak_mb']:.0f} MB"
         )
 

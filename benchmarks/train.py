@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument(
         "--peers",
         default="trainer,trl,llamafactory,torchtune",
-        help="of these; trainer:grouped and trl:grouped sort rows by length; trl:packed, llamafactory:packed and torchtune:packed fill rows of 1,024 tokens; tunesmith:uncached runs frozen layers each epoch",
+        help="of these; trainer:grouped and trl:grouped sort rows by length; trl:packed, "
+        "llamafactory:packed and torchtune:packed fill rows of 1,024 tokens; tunesmith:uncached runs frozen layers each epoch",
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith_bench_train")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -105,6 +105,14 @@ def test_logprobs_are_told_where_asked_for(strict: openai.OpenAI) -> None:
     assert strict.chat.completions.create(**ASK, max_tokens=2).choices[0].logprobs is None
 
 
+def test_a_temperature_next_to_zero_is_none(strict: openai.OpenAI) -> None:
+    cold = [
+        strict.chat.completions.create(**ASK, temperature=t, max_tokens=8).choices[0].message.content
+        for t in (0, 1e-40, 1e-4)
+    ]
+    assert len(set(cold)) == 1
+
+
 def test_biases_and_penalties_act(strict: openai.OpenAI) -> None:
     from tunesmith.models import STARTER
     from tunesmith.render import Renderer

@@ -103,7 +103,9 @@ def test_a_server_killed_at_once_knows_its_job(tiny: Path, tmp_path: Path, momen
     if moment == "start":
         server.job(job.json()["id"], "running", "succeeded")
     server.stop(signal.SIGKILL)
+    (server.folder / "files" / "file-nobodys").write_bytes(b"half a request")
     server.start()
     assert server.job(job.json()["id"])["status"] == "succeeded"
+    assert not (server.folder / "files" / "file-nobodys").exists()
     assert server.upload(b"x").status == 200
     server.stop()

@@ -127,6 +127,20 @@ def test_files_of_another_purpose_are_refused(server: Server) -> None:
     assert found.status == 400 and found.error()["param"] == "training_file"
 
 
+def test_a_file_that_is_deleted_meanwhile_is_named(server: Server) -> None:
+    blocking = long(server)["id"]  # its worker keeps this machine busy: the next job's file goes before it is read
+    file = server.upload(chats(12)).json()["id"]
+    (server.folder / "files" / file).unlink()
+    job = start(server, file)
+    assert server.job(job["id"])["error"] == {
+        "code": "invalid_training_file", "message": "The file has been deleted", "param": "training_file"
+    }  # fmt: skip
+    running = server.ask("GET", f"/fine_tuning/jobs/{blocking}").json()
+    assert running["estimated_finish"] >= running["created_at"]
+    ended = server.ask("POST", f"/fine_tuning/jobs/{blocking}/cancel").json()
+    assert ended["estimated_finish"] is None
+
+
 def test_pause_resume_and_cancel(server: Server) -> None:
     job = long(server)["id"]
     assert server.ask("POST", f"/fine_tuning/jobs/{job}/resume").status == 400

@@ -39,6 +39,8 @@ REFUSED: list[tuple[str, str, Any, int, str | None, str | None, str]] = [
     ("GET", "/fine_tuning/checkpoints/m/permissions", None, 404, None, None, "Unknown request URL"),
     ("POST", "/fine_tuning/jobs", b"{", 400, None, None, "could not parse the JSON body"),
     ("POST", "/fine_tuning/jobs", b"\xff\xfe", 400, None, None, "could not parse the JSON body"),
+    ("POST", "/chat/completions", b'{"messages":[{"a":' + b"[" * 50_000, 400, None, None, "could not parse the JSON body"),
+    ("POST", "/completions", {**TEXT, "prompt": ["x"] * 128, "n": 128}, 400, None, None, "answers to a request"),
     ("POST", "/fine_tuning/jobs", b"[]", 400, None, "invalid_value", "object"),
     ("POST", "/fine_tuning/jobs", {"training_file": "f"}, 400, "model", "missing_required_parameter", "model"),
     ("POST", "/fine_tuning/jobs", {**JOB, "epochs": 3}, 400, "epochs", None, "Unrecognized request argument supplied: epochs"),

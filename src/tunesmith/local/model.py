@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +66,7 @@ def load(
 
             model = PeftModel.from_pretrained(model, str(adapter))
             model = model.merge_and_unload().requires_grad_(True) if merge else model
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"cannot be loaded: {str(error).splitlines()[0]}",
             where=str(folder),

@@ -165,7 +165,7 @@ def decode(data: bytes, kind: Any) -> Any:
         return msgspec.json.decode(data or b"{}", type=kind)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refusal(400, "We could not parse the JSON body of your request") from None
 
 

@@ -13,6 +13,7 @@ from tunesmith.render import Renderer
 from tunesmith.server.inference import Host
 from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
 
+COLDEST = 1e-5  # a lower temperature is none: logits divided by it leave 32 bits
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -112,7 +113,7 @@ def sampling(body: ChatRequest | CompletionRequest, host: Host, most: int, logpr
         biases[int(token)] = bias
     return Sampling(
         max_tokens=most,
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=1.0 if body.temperature is None else body.temperature if body.temperature >= COLDEST else 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
         stop_ids=frozenset(host.renderer.stop_ids),
         presence_penalty=body.presence_penalty or 0.0,

@@ -28,6 +28,7 @@ from tunesmith.server.protocol import (
     WholeUpload,
     no_such,
 )
+from tunesmith.server.supervisor import drop_parts
 
 FIELDS = 16  # parts of a form
 FIELD_BYTES = 4096
@@ -266,7 +267,7 @@ def complete_upload(call: Call, body: WholeUpload) -> Upload:
         expires = None if upload["keep"] is None else now + upload["keep"]
         db.add(connection, db.files, id=file, owner=upload["owner"], expires_at=expires, **row)
         db.change(connection, db.uploads, upload["id"], status="completed", file=file)
-    _drop_parts(call, known)
+    drop_parts(call.store, call.service.blobs, upload["id"])
     return _upload(call, own(call, db.uploads, upload["id"], "Upload"))
 
 
@@ -277,17 +278,11 @@ def _pieces(call: Call, ids: list[str]) -> Iterator[bytes]:
                 yield piece
 
 
-def _drop_parts(call: Call, ids: Any) -> None:
-    for id in ids:
-        call.service.blobs.delete(id)
-
-
 def cancel_upload(call: Call) -> Upload:
     """Give an upload up."""
     upload = _pending(call)
     call.store.change(db.uploads, upload["id"], status="cancelled")
-    rows, _ = call.store.page(db.parts, [db.parts.c.upload_id == upload["id"]], None, 10_000, False)
-    _drop_parts(call, [row["id"] for row in rows])
+    drop_parts(call.store, call.service.blobs, upload["id"])
     return _upload(call, {**upload, "status": "cancelled"})
 
 

@@ -24,6 +24,7 @@ from tunesmith.render import Renderer
 from tunesmith.server.protocol import Refusal, busy
 
 log = logging.getLogger("tunesmith.server")
+ADAPTERS = 64  # on one base in memory
 LOADING = 20.0  # seconds that a request waits for a model before it is told to come again
 
 
@@ -62,8 +63,8 @@ class Ticket(msgspec.Struct, eq=False):
 class Base:
     """A model in memory with the answers that it is writing."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, key: str, decoder: Decoder) -> None:
+        self.key, self.decoder = key, decoder
         self.coming: list[Ticket] = []
         self.tickets: dict[int, Ticket] = {}  # by id() of their answers
         self.used = time.monotonic()
@@ -124,13 +125,7 @@ class Inference:
         try:
             return await asyncio.wait_for(asyncio.shield(task), LOADING)
         except TimeoutError:
-            raise Refusal(
-                503,
-                "The model is being loaded",
-                type="server_error",
-                code="model_loading",
-                headers={"retry-after": "5"},
-            ) from None
+            raise _later("The model is being loaded") from None
         except TunesmithError as error:
             raise Refusal(500, f"The model cannot be loaded: {error.message}", type="server_error") from None
 
@@ -138,52 +133,68 @@ class Inference:
         adapter = read_json(folder / "adapter_config.json")
         with self._making:
             renderer = Renderer(folder if (folder / "tokenizer.json").exists() else find(_base_of(adapter)))
+            host = None
             if adapter and not _quantised(folder):
-                base = self._base(find(_base_of(adapter)))
                 with contextlib.suppress(ModelError):  # more than an adapter: with a base of its own
-                    with self._stepping:
-                        base.decoder.adapters.load(str(folder), folder)
-                    host = Host(base, str(folder), renderer)
-                    self._hosts[str(folder)] = host
-                    return host
-            host = Host(self._base(folder), None, renderer)
-            self._hosts[str(folder)] = host
+                    host = self._on_base(self._base(find(_base_of(adapter))), folder, renderer)
+            host = host or Host(self._base(folder), None, renderer)
+            with self._changed:
+                self._hosts[str(folder)] = host
             return host
+
+    def _on_base(self, base: Base, folder: Path, renderer: Renderer) -> Host:
+        """A model that is an adapter, on a base that others use too. Raises ModelError where it is more than that."""
+        with self._stepping:
+            with self._changed:
+                used = {ticket.answer.adapter for ticket in (*base.tickets.values(), *base.coming)}
+                mine = [key for key, host in self._hosts.items() if host.base is base and host.adapter]
+                for key in [key for key in mine if key not in used][: max(0, len(mine) + 1 - ADAPTERS)]:
+                    base.decoder.adapters.unload(key)
+                    self._hosts.pop(key)
+            base.decoder.adapters.load(str(folder), folder)
+        return Host(base, str(folder), renderer)
 
     def _base(self, folder: Path) -> Base:
         key = str(folder)
         if key not in self._bases:
             self._make_room()
-            self._bases[key] = Base(Decoder(models.to_judge(key), self._most_answers))
+            made = Base(key, Decoder(models.to_judge(key), self._most_answers))
+            with self._changed:
+                self._bases[key] = made
         base = self._bases[key]
         base.used = time.monotonic()
         return base
 
     def _make_room(self) -> None:
-        """Forget the bases that nobody has used for the longest time."""
-        for key, base in sorted(self._bases.items(), key=lambda item: item[1].used):
+        """Forget the base that nobody has used for the longest time. Raises Refusal where all are in use."""
+        with self._changed:
+            idle = sorted((base for base in self._bases.values() if not base.busy()), key=lambda base: base.used)
             if len(self._bases) < self._most_models:
                 return
-            if not base.busy():
-                self._bases.pop(key)
-                self._hosts = {name: host for name, host in self._hosts.items() if host.base is not base}
+            if not idle:
+                raise _later("All models in memory are in use")
+            self._bases.pop(idle[0].key)
+            self._hosts = {name: host for name, host in self._hosts.items() if host.base is not idle[0]}
 
     def forget(self, folder: Path) -> None:
-        """A model has been deleted."""
-        self._hosts.pop(str(folder), None)
-        base = self._bases.get(str(folder))
-        if base and not base.busy():
-            self._bases.pop(str(folder))
+        """A model has been deleted: who is being answered is answered, and nobody else."""
+        with self._changed:
+            host = self._hosts.pop(str(folder), None)
+            if host and host.adapter is None and not host.base.busy():
+                self._bases.pop(host.base.key, None)
 
     def load(self) -> tuple[int, int, int]:
         """Bases in memory, answers in work, answers that wait."""
-        loads = [base.decoder.load() for base in self._bases.values()]
+        with self._changed:
+            loads = [base.decoder.load() for base in self._bases.values()]
         return len(loads), sum(n for n, _ in loads), sum(n for _, n in loads)
 
     # ---- answers
 
     def refuse_full(self, host: Host, more: int) -> None:
         """Raises Refusal where so many answers more would wait too long."""
+        if more > self._queue + self._most_answers:
+            raise Refusal(400, f"At most {self._queue + self._most_answers} answers to a request")
         if len(host.base.tickets) + len(host.base.coming) + more > self._queue + self._most_answers:
             raise busy("Too many requests are waiting", 1)
 
@@ -194,6 +205,9 @@ class Inference:
         answer = Answer(prompt, how, host.adapter)
         ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams)
         with self._changed:
+            there = self._bases.setdefault(host.base.key, host.base) is host.base
+            if not there or host.adapter and host.adapter not in host.base.decoder.adapters:  # forgotten since
+                raise busy("The model was being exchanged", 1)
             host.base.coming.append(ticket)
             self._changed.notify()
         try:
@@ -215,27 +229,27 @@ class Inference:
                     self._changed.wait()
                 if self._ending:
                     return
-                busy = [base for base in self._bases.values() if base.busy()]
-                for base in busy:
+                working = [base for base in self._bases.values() if base.busy()]
+                for base in working:
                     for ticket in base.coming:
                         base.tickets[id(ticket.answer)] = ticket
                         base.decoder.add(ticket.answer)
                     base.coming = []
-            for base in busy:
-                self._step(base)
+            for base in working:
+                try:
+                    self._deliver(self._step(base))
+                except Exception as error:  # a defect or want of memory: nobody may wait for ever
+                    log.exception("a step failed", extra={"about": {"error": str(error)}})
+                    ready = [(ticket, Piece("", [], "failed")) for ticket in base.tickets.values()]
+                    base.tickets = {}
+                    base.decoder.clear()
+                    self._deliver(ready)
 
-    def _step(self, base: Base) -> None:
+    def _step(self, base: Base) -> list[tuple[Ticket, Piece]]:
+        """A token for each answer; what there is to deliver."""
         ready: list[tuple[Ticket, Piece]] = []
-        try:
-            with self._stepping:
-                chosen = base.decoder.step()
-        except Exception as error:  # a defect or want of memory: nobody may wait for ever
-            log.exception("a step failed", extra={"about": {"error": str(error)}})
-            ready = [(ticket, Piece("", [], "failed")) for ticket in base.tickets.values()]
-            base.tickets = {}
-            base.decoder.clear()
-            self._deliver(ready)
-            return
+        with self._stepping:
+            chosen = base.decoder.step()
         self.tokens += len(chosen)
         for answer, token in chosen:
             ticket = base.tickets[id(answer)]
@@ -256,11 +270,16 @@ class Inference:
             if not any(ticket is other for other, _ in ready):  # asked for no token at all, or cancelled
                 ready.append((ticket, ticket.take()))
         base.used = time.monotonic()
-        self._deliver(ready)
+        return ready
 
     def _deliver(self, ready: list[tuple[Ticket, Piece]]) -> None:
         if ready and self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_hand_over, ready)
+
+
+def _later(why: str) -> Refusal:
+    again = {"retry-after": "5"}
+    return Refusal(503, why, type="server_error", code="model_loading", headers=again)
 
 
 def _hand_over(ready: list[tuple[Ticket, Piece]]) -> None:

@@ -83,8 +83,7 @@ def _job(row: dict[str, Any]) -> Job:
 def create_job(call: Call, body: NewJob) -> Job:
     """Create a fine-tuning job. It is answered at once; its files are checked after."""
     _refuse(body)
-    folder = call.service.folder(body.model, call.caller)
-    del folder  # it is there, and the caller's
+    call.service.folder(body.model, call.caller)  # refuses a model that is not there, or another's
     for name in ("training_file", "validation_file"):
         if (file := getattr(body, name)) is not None:
             row = call.store.get(db.files, file, None if call.caller.admin else call.owner)
@@ -174,7 +173,7 @@ def _turn(call: Call, to: str, allowed: tuple[str, ...], told: Told | None) -> J
         if to == "queued" and not row["prepared"]:
             to = "validating_files"
         ended = int(time.time()) if to in ENDED else None
-        db.change(connection, db.jobs, id, status=to, finished_at=ended, attempts=0)
+        db.change(connection, db.jobs, id, status=to, finished_at=ended, estimated_finish=None, attempts=0)
         if told:
             tell(connection, id, told)
         found = db.get(connection, db.jobs, id)

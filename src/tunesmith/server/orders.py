@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tunesmith.data.spread import cores
 from tunesmith.errors import TunesmithError
 from tunesmith.models import facts
 from tunesmith.server import store as db
@@ -21,13 +22,22 @@ LARGE = 200_000_000  # parameters: from here on jobs train adapters, unless the 
 
 
 class Orders:
-    """What a server makes of requests. `config`: the operator's settings, a file or a preset."""
+    """What a server makes of requests. `config`: the operator's settings, a file or a preset; `at_once`: jobs that share the
+    machine."""
 
     def __init__(
-        self, data_dir: Path, store: Store, blobs: Blobs, bases: dict[str, Path], config: str | None, most_rows: int
+        self,
+        data_dir: Path,
+        store: Store,
+        blobs: Blobs,
+        bases: dict[str, Path],
+        config: str | None,
+        most_rows: int,
+        at_once: int,
     ) -> None:
         self.data_dir, self._store, self._blobs, self._bases = data_dir, store, blobs, bases
         self._config, self._most_rows = config, most_rows
+        self._threads = max(1, cores() // at_once)  # two trainings on the same cores slow each other down many times
 
     def order(self, job: dict[str, Any], folder: Path) -> Order:
         """What to prepare for a job; its files stand in `folder` under names that say what they are."""
@@ -53,10 +63,15 @@ class Orders:
             "patience": 3 if early else 0,
             "save_total_limit": CHECKPOINTS,
             "token_accuracy": True,
+            "threads": self._threads,
         }
         if self._config:  # what the operator has set is not overruled by what only stands in for it
             origin = resolve({}, self._config)[1]
-            settings = {k: v for k, v in settings.items() if k not in ("method", "over_long") or origin[k] == "default"}
+            settings = {
+                k: v
+                for k, v in settings.items()
+                if k not in ("method", "over_long", "threads") or origin[k] == "default"
+            }
         multiplier = given["learning_rate_multiplier"]
         return Order(
             str(files["training_file"]),

@@ -62,6 +62,9 @@ def prepare(order: Order, folder: Path) -> Prepared:
         prepared = api.prepare(config=order.config, **settings)
     except Wrong as wrong:
         return Prepared(error=wrong.found)
+    except FileNotFoundError as error:
+        param = Path(error.filename).stem
+        return Prepared(error={"code": f"invalid_{param}", "message": "The file has been deleted", "param": param})
     except TunesmithError as error:
         return Prepared(error={"code": "invalid_training_file", "message": error.message, "param": "training_file"})
     shutil.rmtree(folder / "run", ignore_errors=True)  # of a process that was killed
@@ -95,7 +98,10 @@ def _extra_key(path: str) -> str:
     """The first key beside the messages that the protocol does not know, in its words; "" where there is none."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            row = msgspec.json.decode(line) if line.strip() else None
+            try:
+                row = msgspec.json.decode(line)
+            except (msgspec.DecodeError, RecursionError):  # a blank line, or one that has been reported
+                continue
             if isinstance(row, dict) and "messages" in row and (extra := next((k for k in row if k not in KEYS), None)):
                 return f'Example {number} contains an extra "{extra}".'
     return ""

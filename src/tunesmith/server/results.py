@@ -24,6 +24,7 @@ class Told(msgspec.Struct, frozen=True):
     data: dict[str, Any] = {}
     time: int = 0
     checkpoint: tuple[int, dict[str, float]] | None = None
+    left: float | None = None  # seconds until the last step, at the pace so far
 
 
 def translate(run: Run, job: dict[str, Any], offset: int, ended: bool) -> tuple[list[Told], int]:
@@ -60,7 +61,8 @@ def _step(events: list[Event], steps: int, model: str) -> list[Told]:
         if valid:
             words += f", full validation loss={valid['loss']:.2f}"
         data = {**metrics, "total_steps": steps}
-        told.append(Told(f"step-{step['step']}", words, "metrics", data=data, time=int(step["time"])))
+        left = step.get("seconds", 0.0) / step["step"] * (steps - step["step"])
+        told.append(Told(f"step-{step['step']}", words, "metrics", data=data, time=int(step["time"]), left=left))
     for event in events:
         when = int(event["time"])
         if event["type"] == "state" and event["state"] == "running":

@@ -67,7 +67,7 @@ class Service:
         self.store = Store(f"sqlite:///{data_dir / 'tunesmith.db'}")
         self.blobs: Blobs = blobs or Folder(data_dir / "files")
         self.inference = Inference(self.limits.models, self.limits.answers, self.limits.queue)
-        orders = Orders(data_dir, self.store, self.blobs, bases, config, self.limits.rows)
+        orders = Orders(data_dir, self.store, self.blobs, bases, config, self.limits.rows, max_jobs)
         self.supervisor = Supervisor(self.store, self.blobs, backend, orders, max_jobs)
         self.draining = False
         self._keys: dict[str, Caller] = {}

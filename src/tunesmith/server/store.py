@@ -217,6 +217,10 @@ class Blobs(Protocol):
 
     def delete(self, id: str) -> None: ...
 
+    def ids(self) -> list[str]:
+        """Of all bytes that are kept."""
+        ...
+
 
 class Folder:
     """Bytes as files of a directory, named by ids that this server made."""
@@ -245,3 +249,6 @@ class Folder:
 
     def delete(self, id: str) -> None:
         self.path(id).unlink(missing_ok=True)
+
+    def ids(self) -> list[str]:
+        return [path.name for path in self._folder.iterdir() if path.suffix != ".tmp"]

@@ -45,6 +45,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Look again and again, until `stop`."""
+        await asyncio.to_thread(sweep, self._store, self._blobs)
         while not self._ending:
             try:
                 await asyncio.to_thread(self.look)
@@ -98,6 +99,8 @@ class Supervisor:
         """Have a job's files checked by a process of its own; one job after the other."""
         id, done = job["id"], self._folder / job["id"] / "prepared.json"
         if done.exists():
+            if process := self._preparing.pop(id, None):
+                process.wait()  # its last word has been read
             self._validated(job, msgspec.json.decode(done.read_bytes(), type=Prepared))
             return
         process = self._preparing.get(id)
@@ -204,7 +207,9 @@ class Supervisor:
             if not _still(connection, job, "running"):
                 return False
             new = [tell(connection, job["id"], event) for event in events]
-            db.change(connection, db.jobs, job["id"], read=offset)
+            left = next((event.left for event in reversed(events) if event.left is not None), None)
+            finish = job["estimated_finish"] if left is None else int(time.time() + left)
+            db.change(connection, db.jobs, job["id"], read=offset, estimated_finish=finish)
             for event in events:
                 if event.checkpoint is not None:
                     _keep(connection, job, event)
@@ -243,7 +248,8 @@ class Supervisor:
         with self._store.begin() as connection:
             job = db.get(connection, db.jobs, id)
             if job and job["status"] in ("validating_files", "queued", "running"):
-                db.change(connection, db.jobs, id, status="failed", error=error, finished_at=int(time.time()))
+                ended = {"finished_at": int(time.time()), "estimated_finish": None}
+                db.change(connection, db.jobs, id, status="failed", error=error, **ended)
                 tell(connection, id, Told("failed", str(error["message"]), level="error"))
 
     def _expire(self) -> None:
@@ -259,6 +265,7 @@ class Supervisor:
             self._blobs.delete(id)
         for id in uploads:
             self._store.change(db.uploads, id, status="expired")
+            drop_parts(self._store, self._blobs, id)
 
     def remove(self, id: str) -> None:
         """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
@@ -269,6 +276,24 @@ class Supervisor:
 
 
 # ---- rows
+
+
+def drop_parts(store: Store, blobs: Blobs, upload: str) -> None:
+    """Forget the parts of an upload that has ended, and their bytes."""
+    with store.begin() as connection:
+        mine = db.parts.c.upload_id == upload
+        ids = connection.execute(sql.select(db.parts.c.id).where(mine)).scalars().all()
+        connection.execute(db.parts.delete().where(mine))
+    for id in ids:
+        blobs.delete(id)
+
+
+def sweep(store: Store, blobs: Blobs) -> None:
+    """Delete bytes that no row knows: their request was cut off by the end of the server."""
+    with store.reading() as connection:
+        known = {id for table in (db.files, db.parts) for id in connection.execute(sql.select(table.c.id)).scalars()}
+    for id in set(blobs.ids()) - known:
+        blobs.delete(id)
 
 
 def tell(connection: sql.Connection, job: str, told: Told) -> bool:

@@ -1,0 +1,123 @@
+"""Models in memory: which stay, which go, and what a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import rows, write
+from training import fit
+from tunesmith.local.sampling import Sampling
+from tunesmith.server import inference
+from tunesmith.server.inference import Host, Inference
+from tunesmith.server.protocol import Refusal
+
+
+def using(act: Callable[[Inference], Awaitable[None]], **limits: int) -> None:
+    async def all_of_it() -> None:
+        made = Inference(**limits)
+        made.start()
+        try:
+            await asyncio.wait_for(act(made), 60)
+        finally:
+            await made.stop()
+
+    asyncio.run(all_of_it())
+
+
+async def ask(made: Inference, host: Host, **how: Any) -> str:
+    text = ""
+    async for piece in made.ask(host, [5, 6, 7], Sampling(**{"max_tokens": 4, **how}), [], False):
+        text += piece.text
+    return text
+
+
+def test_the_model_that_was_used_longest_ago_goes(tiny: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny, tmp_path / "other")
+
+    async def act(made: Inference) -> None:
+        first = await made.host(tiny)
+        want = await ask(made, first)
+        await made.host(other)
+        assert made.load()[0] == 1 and list(made._bases) == [str(other)]
+        assert await ask(made, first) == want  # who still holds it is answered
+        slow = asyncio.create_task(ask(made, first, max_tokens=400))
+        also = asyncio.create_task(ask(made, await made.host(other), max_tokens=400))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refusal, match="All models in memory are in use"):
+            await made.host(shutil.copytree(tiny, tmp_path / "third"))
+        await asyncio.gather(slow, also)
+
+    using(act, most_models=1)
+
+
+def test_adapters_come_and_go_on_one_base(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "ADAPTERS", 2)
+    data = write(tmp_path / "d.jsonl", rows(20))
+    run = fit(tmp_path / "run", data, tiny, method="lora", learning_rate=5e-2, epochs=2)
+    folders = [shutil.copytree(run / "final_model", tmp_path / f"a{i}") for i in range(3)]
+
+    async def act(made: Inference) -> None:
+        plain = await ask(made, await made.host(tiny))
+        hosts = [await made.host(folder) for folder in folders]
+        assert made.load()[0] == 1 and len(made._hosts) == 3  # the base and two adapters
+        with pytest.raises(Refusal, match="exchanged"):
+            await ask(made, hosts[0])  # forgotten: the client comes again
+        texts = [await ask(made, await made.host(folder)) for folder in (folders[0], folders[2])]
+        assert texts[0] == texts[1] != plain
+        made.forget(folders[2])
+        assert str(folders[2]) not in made._hosts and await ask(made, await made.host(tiny)) == plain
+
+    using(act)
+
+
+def test_a_failing_step_fails_its_answers_and_no_others(tiny: Path) -> None:
+    async def act(made: Inference) -> None:
+        host = await made.host(tiny)
+        want = await ask(made, host)
+        step = host.base.decoder.step
+
+        def fail() -> Any:
+            raise RuntimeError("out of luck")
+
+        host.base.decoder.step = fail  # type: ignore[method-assign]
+        with pytest.raises(Refusal, match="could not go on"):
+            await ask(made, host)
+        host.base.decoder.step = step  # type: ignore[method-assign]
+        assert await ask(made, host) == want and made.load() == (1, 0, 0)
+
+    using(act)
+
+
+def test_too_many_are_sent_away(tiny: Path) -> None:
+    async def act(made: Inference) -> None:
+        host = await made.host(tiny)
+        with pytest.raises(Refusal, match="At most 5") as never:
+            made.refuse_full(host, 6)
+        waiting = [asyncio.create_task(ask(made, host, max_tokens=300)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refusal, match="waiting") as later:
+            made.refuse_full(host, 1)
+        assert (never.value.status, later.value.status) == (400, 429) and later.value.headers["retry-after"]
+        await asyncio.gather(*waiting)
+        made.refuse_full(host, 5)
+
+    using(act, most_answers=2, queue=3)
+
+
+def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path, tiny: Path) -> None:
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+
+    async def act(made: Inference) -> None:
+        with pytest.raises(Refusal, match="cannot be loaded") as error:
+            await made.host(broken)
+        assert error.value.status == 500 and str(tmp_path) not in error.value.message
+        await made.host(tiny)
+
+    using(act)
