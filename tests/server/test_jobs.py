@@ -141,6 +141,21 @@ def test_a_file_that_is_deleted_meanwhile_is_named(server: Server) -> None:
     assert ended["estimated_finish"] is None
 
 
+def test_a_job_whose_model_is_deleted_fails_alone(server: Server, tuned: dict[str, Any]) -> None:
+    file = server.upload(chats(24, 700)).json()["id"]
+    base = start(server, file, hyperparameters={"n_epochs": 1})["id"]
+    model = server.job(base)["fine_tuned_model"]
+    job = start(server, file, model=model)["id"]
+    server.ask("POST", f"/fine_tuning/jobs/{job}/pause")
+    assert server.ask("DELETE", f"/models/{model}").status == 200
+    again = server.ask("POST", f"/fine_tuning/jobs/{job}/resume").json()
+    if again["status"] != "queued":  # else it was faster than we
+        found = server.job(job)
+        assert found["status"] == "failed" and found["error"]["code"] == "model_not_found"
+    other = start(server, file, hyperparameters={"n_epochs": 1})["id"]
+    assert server.job(other)["status"] == "succeeded"  # the others go on
+
+
 def test_pause_resume_and_cancel(server: Server) -> None:
     job = long(server)["id"]
     assert server.ask("POST", f"/fine_tuning/jobs/{job}/resume").status == 400
@@ -210,23 +225,34 @@ def test_a_step_waits_for_what_belongs_to_it(tmp_path: Path) -> None:
     run, job = Run(tmp_path), {"model": "ft:m"}
     step = {"loss": 1.0, "accuracy": 0.5}
     run.append("state", state="running")
-    told, at = translate(run, job, 0, False)
+    told, at = translate(run, job, 0)
     assert [t.message for t in told] == ["Fine-tuning job started"] and at == run.log_size()
     run.append("step", step=1, **step)
-    assert translate(run, job, at, False) == ([], at)  # a validation may follow
+    assert translate(run, job, at) == ([], at)  # a validation may follow
     run.append("eval", step=1, loss=2.0, best=True)
     run.append("checkpoint", step=1, path="x", regular=True)
-    assert translate(run, job, at, False) == ([], at)
+    assert translate(run, job, at) == ([], at)
     before = run.log_size()
     run.append("step", step=2, **step)
-    told, at = translate(run, job, at, False)
+    told, at = translate(run, job, at)
     assert [t.name for t in told] == ["step-1", "checkpoint-1"] and at == before
     assert told[0].message == "Step 1/2: training loss=1.00, full validation loss=2.00"
     assert told[1].checkpoint and told[1].checkpoint[1]["full_valid_loss"] == 2.0
     run.append("checkpoint", step=2, path="y", regular=False)  # made because a minute had passed: nobody's model
     run.append("done", step=2)
-    told, at = translate(run, job, at, True)
+    told, at = translate(run, job, at)
     assert [t.name for t in told] == ["step-2"] and at == run.log_size()
+    run.append("step", step=3, **step)  # killed before its validation was written: done again from step 2
+    assert translate(run, job, at) == ([], at)
+    run.append("resumed", step=2)
+    run.append("state", state="running")
+    run.append("step", step=3, **step)
+    run.append("eval", step=3, loss=1.5, best=True)
+    run.append("done", step=3)
+    told, at = translate(run, job, at)
+    assert [t.name for t in told] == ["started", "step-3"] and told[1].data["full_valid_loss"] == 1.5
+    run.append("step", step=4, **step)
+    assert [t.name for t in translate(run, job, at, over=True)[0]] == ["step-4"]  # it failed after it: nothing comes
     with (tmp_path / "events.jsonl").open("ab") as log:
         log.write(b'{"type": "st')  # a line that is still being written
-    assert translate(run, job, at, True) == ([], at)
+    assert translate(run, job, at) == ([], at)

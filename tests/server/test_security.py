@@ -204,6 +204,22 @@ def test_a_key_that_is_taken_back_is_refused(keyed: Keyed) -> None:
     keyed.server.wait_until(lambda: keyed.ask("carl", "GET", "/files").status == 401, 10)
 
 
+def test_taking_back_the_last_key_opens_nothing(tmp_path: Path) -> None:
+    word = key(tmp_path / "data", "only")
+    server = Server(tmp_path / "data")
+    try:
+        assert server.ask("GET", "/files", headers={"Authorization": f"Bearer {word}"}).status == 200
+        subprocess.run(
+            [sys.executable, "-m", "tunesmith", "keys", "rm", "only", "--data-dir", tmp_path / "data"], check=True
+        )
+        server.wait_until(
+            lambda: server.ask("GET", "/files", headers={"Authorization": f"Bearer {word}"}).status == 401, 10
+        )
+        assert server.ask("GET", "/files").status == 401
+    finally:
+        server.stop()
+
+
 def test_keys_are_kept_as_hashes_only(keyed: Keyed) -> None:
     data = b"".join(p.read_bytes() for p in keyed.server.folder.glob("tunesmith.db*"))
     assert b"ann" in data and not [k for k in keyed.keys.values() if k.encode() in data]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_joining_and_leaving_in_the_middle_changes_nothing(llama: Path) -> None:
     assert decoder.load() == (0, 0) and not any(g.keys for g in decoder._groups.values())  # no cache is kept
 
 
-def test_too_little_room_lets_answers_wait_and_read_again(llama: Path) -> None:
+def test_too_little_room_lets_answers_wait_and_read_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load(llama).eval()
     how = Sampling(max_tokens=80)
     want = finish(Decoder(model), [Answer(p, how) for p in PROMPTS])
@@ -95,6 +96,8 @@ def test_too_little_room_lets_answers_wait_and_read_again(llama: Path) -> None:
         assert held <= 3 * ROOM or most[0] == 1
         waited, seen = max(waited, most[1]), seen + 1
     assert [a.ids for a in answers] == want and waited >= 2
+    monkeypatch.setattr("tunesmith.local.decode.PROMPT_TOKENS", 7)  # and what is read again comes in parts
+    assert finish(Decoder(model, tokens=3 * ROOM), [Answer(p, how) for p in PROMPTS]) == want
     few = Decoder(model, most=2)
     assert finish(few, [Answer(p, how) for p in PROMPTS]) == want
 
@@ -133,7 +136,7 @@ def drawn(how: Sampling, logits: list[float], said: list[int] | None = None) -> 
     for seed in range(2000):
         answer = Answer([1], how)
         answer.ids = list(said or [])
-        answer.chance = __import__("random").Random(seed)
+        answer.chance = random.Random(seed)
         found[choose([answer], torch.tensor([logits]))[0][1].id] += 1
     return found
 

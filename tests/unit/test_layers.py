@@ -107,6 +107,7 @@ def test_no_inheritance_but_from_exception_protocol_and_what_libraries_demand() 
         "Module",
         "Function",
         "Extension",
+        "Formatter",
         "ArgumentParser",
         "TunesmithError",
         "UsageError",

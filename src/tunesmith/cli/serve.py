@@ -57,7 +57,8 @@ def serve(argv: list[str]) -> int:
     )
     bases, backend = allowed(options.allow_model), get("huggingface")
     service = Service(options.data_dir.resolve(), backend, bases, options.max_jobs, options.config, limits)
-    if options.host not in LOOPBACK and not service.has_keys():
+    service.keyed = options.host not in LOOPBACK or service.has_keys()
+    if service.keyed and not service.has_keys():
         raise UsageError(
             "everybody who reaches this address could use it: there are no keys",
             where=f"--host {options.host}",

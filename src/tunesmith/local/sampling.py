@@ -56,7 +56,9 @@ class Answer(msgspec.Struct, eq=False):
 
     def ahead(self, most: int) -> list[int]:
         """The next tokens that the model has not seen."""
-        return (self.prompt + self.ids)[self.done : self.done + most] if self.done < len(self.prompt) else self.ids[-1:]
+        if self.ids and self.done == self.size() - 1:
+            return self.ids[-1:]
+        return (self.prompt + self.ids)[self.done : self.done + most]
 
 
 def choose(answers: list[Answer], logits: Tensor) -> list[tuple[Answer, Token]]:
@@ -115,7 +117,8 @@ def _draw(answers: list[Answer], logits: Tensor) -> list[int]:
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not lead beyond what is possible
     wanted = torch.minimum(chance[:, None] * total, below)
     picked: list[int] = torch.searchsorted(sums, wanted, right=True).squeeze(1).tolist()
-    return picked
+    last = shares.shape[1] - 1
+    return [min(token, last) for token in picked]  # where a model's numbers are none, any token is as good
 
 
 def told(logits: Tensor, tokens: list[int], top: int) -> list[Token]:

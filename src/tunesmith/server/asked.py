@@ -13,6 +13,7 @@ from tunesmith.render import Renderer
 from tunesmith.server.inference import Host
 from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
 
+BIASES = 1024
 COLDEST = 1e-5  # a lower temperature is none: logits divided by it leave 32 bits
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -107,8 +108,10 @@ def room(host: Host, prompt: int, asked: int | None, param: str) -> int:
 
 def sampling(body: ChatRequest | CompletionRequest, host: Host, most: int, logprobs: int | None) -> Sampling:
     biases = {}
+    if len(body.logit_bias or ()) > BIASES:
+        raise Refusal(400, f"At most {BIASES} tokens", param="logit_bias")
     for token, bias in (body.logit_bias or {}).items():
-        if not token.isdecimal():
+        if not token.isdecimal() or len(token) > 9:
             raise Refusal(400, f"'{token}' is no token id", param="logit_bias")
         biases[int(token)] = bias
     return Sampling(
@@ -125,7 +128,7 @@ def sampling(body: ChatRequest | CompletionRequest, host: Host, most: int, logpr
 
 def seeds(how: Sampling, seed: int | None, count: int) -> list[Sampling]:
     first = secrets.randbits(62) if seed is None else seed
-    return [msgspec.structs.replace(how, seed=first + i) for i in range(count)]
+    return [msgspec.structs.replace(how, seed=(first + i) % 2**64) for i in range(count)]
 
 
 def stops(stop: str | list[str] | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -18,6 +19,7 @@ from tunesmith.server.forms import ChatForm, TextForm, Written
 from tunesmith.server.inference import Host, Piece
 from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
 
+log = logging.getLogger("tunesmith.server")
 ALIVE = 10.0  # seconds of silence after which a stream says that it is alive
 LEGACY_TOKENS = 16  # of a completion, as the protocol has it
 
@@ -165,6 +167,9 @@ async def _stream(call: Call, order: Order, form: ChatForm | TextForm) -> AsyncI
             queue.put_nowait(None)
         except Refusal as refusal:
             queue.put_nowait(refusal)
+        except Exception:
+            log.exception("a stream failed", extra={"about": {}})
+            queue.put_nowait(Refusal(500, "The server had an error", type="server_error"))
 
     feeding = asyncio.create_task(feed())
     try:

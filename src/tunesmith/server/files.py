@@ -105,7 +105,7 @@ async def _form(call: Call, wanted: str, out: BinaryIO, most: int) -> dict[str, 
                     seen = True
                     fields["filename"] = _name(part.filename or "upload")
             elif part is None:
-                if name != wanted:
+                if name != wanted and name not in ("filename", "bytes"):
                     fields[name] = text.decode("utf-8", "replace")
             elif name == wanted:
                 size += len(part)

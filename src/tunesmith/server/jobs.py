@@ -97,7 +97,7 @@ def create_job(call: Call, body: NewJob) -> Job:
     files += f" and validation file: {body.validation_file}" if body.validation_file else ""
     with call.store.begin() as connection:
         mine = db.jobs.c.owner == call.owner
-        if int(call.request.headers.get("x-stainless-retry-count", "0") or 0) > 0:
+        if call.request.headers.get("x-stainless-retry-count", "0").lstrip("0").isdecimal():
             recent = sql.select(db.jobs).where(mine, db.jobs.c.digest == known, db.jobs.c.created_at > now - AGAIN)
             if known_row := connection.execute(recent.order_by(db.jobs.c.seq.desc())).mappings().first():
                 return _job(dict(known_row))

@@ -225,7 +225,8 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Stops = str | Annotated[list[str], Meta(max_length=4)]
+Stop = Annotated[str, Meta(max_length=256)]
+Stops = Stop | Annotated[list[Stop], Meta(max_length=4)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 

@@ -27,24 +27,25 @@ class Told(msgspec.Struct, frozen=True):
     left: float | None = None  # seconds until the last step, at the pace so far
 
 
-def translate(run: Run, job: dict[str, Any], offset: int, ended: bool) -> tuple[list[Told], int]:
+def translate(run: Run, job: dict[str, Any], offset: int, over: bool = False) -> tuple[list[Told], int]:
     """Events of a run from a byte of its log on, and the byte to go on from.
 
-    A step is told together with the validation and the checkpoint that follow it; until another step comes, or the end, it waits.
+    A step is told together with the validation and the checkpoint that follow it; until another step comes, or the end, it
+    waits. Where the worker was lost in between, the step is done again after a resume, and told then. `over`: nothing comes.
     """
     told: list[Told] = []
     steps = run.manifest()["plan"]["steps"]
     found: list[Event] = []
     waiting = offset
     for event, upto in run.events_with_offsets(offset):
+        if event["type"] == "resumed":  # what was half told is done again
+            found = [e for e in found if e.get("step", 0) <= event["step"]]
         if event["type"] == "step" or event["type"] == "done":
             told += _step(found, steps, job["model"])
             found, waiting = [], offset
         found.append(event)
         offset = upto
-    if ended:
-        return told + _step(found, steps, job["model"]), offset
-    if not any(event["type"] == "step" for event in found):
+    if over or not any(event["type"] == "step" for event in found):
         return told + _step(found, steps, job["model"]), offset
     return told, waiting
 

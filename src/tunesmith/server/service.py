@@ -22,7 +22,7 @@ from tunesmith.server.inference import Inference
 from tunesmith.server.orders import Orders
 from tunesmith.server.protocol import Model, Refusal, busy, no_model
 from tunesmith.server.store import Blobs, Folder, Store
-from tunesmith.server.supervisor import Supervisor
+from tunesmith.server.supervisor import Supervisor, sweep
 
 KEYS_SECONDS = 2.0  # after which the keys are looked up again
 
@@ -72,19 +72,22 @@ class Service:
         self.draining = False
         self._keys: dict[str, Caller] = {}
         self._keys_at = -KEYS_SECONDS
+        self.keyed = False  # whether keys are asked for: once there were any, for ever
         self._rates: dict[str, tuple[float, float]] = {}
         self._watch()
 
     async def start(self) -> None:
+        sweep(self.store, self.blobs)  # before anything new comes
         self.inference.start()
         self._task = asyncio.create_task(self.supervisor.run())
 
     async def stop(self) -> None:
         """Let no job go on without its checkpoint, then end."""
         self.draining = True
+        self.supervisor.end()
+        await self._task
         await self.inference.stop()
         await self.supervisor.stop()
-        await self._task
 
     # ---- who
 
@@ -95,7 +98,8 @@ class Service:
                 rows = connection.execute(sql.select(db.keys)).mappings().all()
             self._keys = {row["hash"]: Caller(row["id"], bool(row["admin"])) for row in rows}
             self._keys_at = time.monotonic()
-        if not self._keys:
+        self.keyed = self.keyed or bool(self._keys)
+        if not self.keyed:
             return Caller("", True)
         key = authorization.partition(" ")[2].strip()
         found = self._keys.get(hashed(key))
@@ -139,7 +143,7 @@ class Service:
     def model(self, row: dict[str, object] | None, name: str) -> Model:
         """A model as the protocol shows it; a base where there is no row."""
         if row is None:
-            return Model(name, int((self.bases[name] / "config.json").stat().st_mtime), "system")
+            return Model(name, int(self.bases[name].stat().st_mtime), "system")
         return Model(name, int(str(row["created_at"])), "local")
 
     # ---- figures

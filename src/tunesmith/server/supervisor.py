@@ -20,6 +20,7 @@ import sqlalchemy as sql
 
 from tunesmith.backends import Backend
 from tunesmith.data.write import sync_folder
+from tunesmith.errors import TunesmithError
 from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server.orders import Orders, wanted
@@ -44,8 +45,7 @@ class Supervisor:
         self._ending = False
 
     async def run(self) -> None:
-        """Look again and again, until `stop`."""
-        await asyncio.to_thread(sweep, self._store, self._blobs)
+        """Look again and again, until `end`."""
         while not self._ending:
             try:
                 await asyncio.to_thread(self.look)
@@ -54,9 +54,15 @@ class Supervisor:
                 await asyncio.sleep(1)
             await asyncio.sleep(TICK)
 
-    async def stop(self, patience: float = 60.0) -> None:
-        """Ask every worker for a checkpoint and wait for its end; jobs stay as they are, to go on when the server starts."""
+    def end(self) -> None:
+        """Let `run` return."""
         self._ending = True
+
+    async def stop(self, patience: float = 60.0) -> None:
+        """Ask every worker for a checkpoint and wait for its end; jobs stay as they are, to go on when the server starts.
+
+        To be called when `run` has returned.
+        """
         for process in self._preparing.values():
             process.kill()
         for id in self._working:
@@ -75,10 +81,14 @@ class Supervisor:
             jobs = [dict(row) for row in connection.execute(active.order_by(db.jobs.c.seq)).mappings()]
         self._stop_others({job["id"] for job in jobs})
         for job in jobs:
-            if job["status"] == "validating_files":
-                self._validate(job)
-            elif job["status"] == "running":
-                self._follow(job)
+            try:
+                if job["status"] == "validating_files":
+                    self._validate(job)
+                elif job["status"] == "running":
+                    self._follow(job)
+            except Exception as error:  # one job's trouble is not the others'
+                log.exception("job", extra={"about": {"job": job["id"]}})
+                self._failed_again(job, f"The server had an error with this job: {type(error).__name__}")
         self._start(jobs)
         self._expire()
 
@@ -105,22 +115,31 @@ class Supervisor:
             return
         process = self._preparing.get(id)
         if process is None:
-            if not self._preparing:
-                self._preparing[id] = self._prepare(job)
+            if not self._preparing and (started := self._prepare(job)):
+                self._preparing[id] = started
             return
         if process.poll() is None:
             return
         self._preparing.pop(id)
         if not done.exists():
-            attempts = (job["attempts"] or 0) + 1
-            self._store.change(db.jobs, id, attempts=attempts)
-            if attempts >= ATTEMPTS:
-                self._fail(id, {"code": "server_error", "message": "The files could not be checked", "param": None})
+            self._failed_again(job, "The files could not be checked")
 
-    def _prepare(self, job: dict[str, Any]) -> subprocess.Popen[bytes]:
+    def _failed_again(self, job: dict[str, Any], why: str) -> None:
+        """Count what went wrong with a job that was not its fault; after ATTEMPTS times in a row it fails."""
+        attempts = (job["attempts"] or 0) + 1
+        self._store.change(db.jobs, job["id"], attempts=attempts)
+        if attempts >= ATTEMPTS:
+            self._fail(job["id"], {"code": "server_error", "message": why, "param": None})
+
+    def _prepare(self, job: dict[str, Any]) -> subprocess.Popen[bytes] | None:
         folder = self._folder / job["id"]
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(self._folder)
+        try:
+            order = self._orders.order(job, folder)
+        except TunesmithError as error:
+            self._fail(job["id"], {"code": "model_not_found", "message": error.message, "param": "model"})
+            return None
         with (folder / "prepare.log").open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tunesmith.server.prepare", str(folder)],
@@ -131,7 +150,7 @@ class Supervisor:
             )
         assert process.stdin
         with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(msgspec.json.encode(self._orders.order(job, folder)))
+            process.stdin.write(msgspec.json.encode(order))
         return process
 
     def _validated(self, job: dict[str, Any], found: Prepared) -> None:
@@ -182,21 +201,19 @@ class Supervisor:
             self._working.add(id)
         state = self._backend.poll(run)
         ended = state not in ("queued", "preparing", "running")
-        events, offset = translate(run, job, int(job["read"] or 0), ended)
+        last = run.last("error") if state == "failed" else {}
+        failed = state == "failed" and not last.get("lost")
+        events, offset = translate(run, job, int(job["read"] or 0), failed)
         got_on = self._note(job, events, offset)
         if not ended:
             return
         if state == "succeeded":
             self._succeed(job, run)
-        elif state == "failed" and not (last := run.last("error")).get("lost"):
+        elif failed:
             words = {"code": "training_failed", "message": str(last.get("message", "training failed")), "param": None}
             self._fail(id, words)
         else:  # it was killed, or stopped by who knows whom
-            attempts = 0 if got_on else (job["attempts"] or 0) + 1
-            self._store.change(db.jobs, id, attempts=attempts)
-            if attempts >= ATTEMPTS:
-                words = {"code": "server_error", "message": "The worker was lost again and again", "param": None}
-                self._fail(id, words)
+            self._failed_again({**job, "attempts": -1} if got_on else job, "The worker was lost again and again")
         self._working.discard(id)
 
     def _note(self, job: dict[str, Any], events: list[Told], offset: int) -> bool:
