@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, natural, positive, show_json
 from tunesmith.errors import UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.server.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -41,7 +46,7 @@ def serve(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     _need()
     from tunesmith.backends import get
-    from tunesmith.server.run import run
+    from tunesmith.server.run import alone, run
     from tunesmith.server.service import Limits, Service, allowed
     from tunesmith.settings import resolve
 
@@ -55,16 +60,22 @@ def serve(argv: list[str]) -> int:
         models=options.max_models,
         free_bytes=options.keep_free << 20,
     )
-    bases, backend = allowed(options.allow_model), get("huggingface")
-    service = Service(options.data_dir.resolve(), backend, bases, options.max_jobs, options.config, limits)
-    service.keyed = options.host not in LOOPBACK or service.has_keys()
+    bases, backend, folder = allowed(options.allow_model), get("huggingface"), options.data_dir.resolve()
+    with alone(folder):
+        service = Service(folder, backend, bases, options.max_jobs, options.config, limits)
+        service.keyed = options.host not in LOOPBACK or service.has_keys()
+        refuse_open(service, options)
+        return run(service, options.host, options.port)
+
+
+def refuse_open(service: Service, options: argparse.Namespace) -> None:
+    """UsageError where everybody could reach a server without keys."""
     if service.keyed and not service.has_keys():
         raise UsageError(
             "everybody who reaches this address could use it: there are no keys",
             where=f"--host {options.host}",
             fix=f"tunesmith keys add NAME --data-dir {options.data_dir}",
         )
-    return run(service, options.host, options.port)
 
 
 def add(argv: list[str]) -> int:

@@ -95,7 +95,13 @@ class Decoder:
         self._reading: list[Answer] = []
         self._groups: dict[int, _Group] = {}
         self._parts: list[tuple[Answer, int]] = []  # whose prompts are read in this step, and how much of them
-        self.packed = models.loss_module(model)[0].mode == "packed" and self._same()
+        self.packed = not self._bends() and models.loss_module(model)[0].mode == "packed" and self._same()
+
+    def _bends(self) -> bool:
+        """Whether positions turn otherwise once a row is long: packed, one long answer would change all others."""
+        config = self.causal.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return rope.get("rope_type") in ("dynamic", "longrope")
 
     # ---- who is there
 
@@ -122,6 +128,9 @@ class Decoder:
 
     def _leave(self) -> None:
         """What is finished goes."""
+        for answer in self._reading:
+            if answer.finish:
+                answer.held, answer.cache = {}, None
         self._reading = [a for a in self._reading if not a.finish]
         for group in self._groups.values():
             for at in reversed(range(len(group.answers))):
@@ -275,8 +284,10 @@ class Decoder:
             ids = answer.ahead(answer.size())
             self.adapters.where = self._places([(answer, len(ids))])
             row = torch.tensor([ids], device=self.device)
-            logits = self.causal(input_ids=row, past_key_values=answer.cache, use_cache=True).logits[0].float()
-            if answer.how.echo and not answer.ids:
+            heard = answer.how.echo and not answer.ids
+            every = {} if heard else {"logits_to_keep": 1}
+            logits = self.causal(input_ids=row, past_key_values=answer.cache, use_cache=True, **every).logits[0].float()
+            if heard:
                 self._hear(answer, logits)
             answer.done += len(ids)
             found += choose([answer], logits[-1:])

@@ -169,18 +169,23 @@ class Inference:
         """Forget the base that nobody has used for the longest time. Raises Refusal where all are in use."""
         with self._changed:
             idle = sorted((base for base in self._bases.values() if not base.busy()), key=lambda base: base.used)
-            if len(self._bases) < self._most_models:
-                return
-            if not idle:
-                raise _later("All models in memory are in use")
-            self._bases.pop(idle[0].key)
-            self._hosts = {name: host for name, host in self._hosts.items() if host.base is not idle[0]}
+            while len(self._bases) >= self._most_models:
+                if not idle:
+                    raise _later("All models in memory are in use")
+                gone = idle.pop(0)
+                self._bases.pop(gone.key)
+                self._hosts = {name: host for name, host in self._hosts.items() if host.base is not gone}
 
     def forget(self, folder: Path) -> None:
         """A model has been deleted: who is being answered is answered, and nobody else."""
-        with self._changed:
+        with self._stepping, self._changed:
             host = self._hosts.pop(str(folder), None)
-            if host and host.adapter is None and not host.base.busy():
+            if host is None:
+                return
+            using = {ticket.answer.adapter for ticket in (*host.base.tickets.values(), *host.base.coming)}
+            if host.adapter is not None and host.adapter not in using:
+                host.base.decoder.adapters.unload(host.adapter)
+            elif host.adapter is None and not host.base.busy():
                 self._bases.pop(host.base.key, None)
 
     def load(self) -> tuple[int, int, int]:
@@ -205,7 +210,7 @@ class Inference:
         answer = Answer(prompt, how, host.adapter)
         ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams)
         with self._changed:
-            there = self._bases.setdefault(host.base.key, host.base) is host.base
+            there = self._bases.get(host.base.key) is host.base
             if not there or host.adapter and host.adapter not in host.base.decoder.adapters:  # forgotten since
                 raise busy("The model was being exchanged", 1)
             host.base.coming.append(ticket)

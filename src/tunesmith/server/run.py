@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -9,6 +10,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
@@ -33,46 +37,51 @@ class _Line(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a data directory: before anything in it is looked at. Raises UsageError where another server has it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / ".lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError("another server has it", where=str(folder), fix="choose another --data-dir") from None
+        yield
+
+
 def run(service: Service, host: str, port: int) -> int:
     """Serve until SIGTERM or SIGINT: then no new connections, requests in hand are finished, jobs make a checkpoint.
 
-    Raises UsageError where another server has the data directory, or somebody the port.
+    Raises UsageError where somebody has the port.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line())
     log = logging.getLogger("tunesmith.server")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
-    with (service.data_dir / ".lock").open("ab") as lock:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                "another server has it", where=str(service.data_dir), fix="choose another --data-dir"
-            ) from None
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as listening:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listening.bind((host, port))
-            except OSError as error:
-                fix = "choose another --port" if error.errno == 98 else "check --host and --port"
-                raise UsageError(str(error.strerror), where=f"{host}:{port}", fix=fix) from None
-            shown = f"[{host}]" if ":" in host else host
-            print(f"http://{shown}:{listening.getsockname()[1]}/v1", flush=True)
-            config = uvicorn.Config(
-                build(service, ROUTES),
-                log_config=None,
-                access_log=False,
-                lifespan="on",
-                timeout_graceful_shutdown=DRAIN,
-                h11_max_incomplete_event_size=64 << 10,
-                server_header=False,
-            )
-            for number in (
-                signal.SIGTERM,
-                signal.SIGINT,
-            ):  # uvicorn has its own, and sends what it got on to these at its end
-                signal.signal(number, lambda *_: None)
-            uvicorn.Server(config).run(sockets=[listening])
+            listening.bind((host, port))
+        except OSError as error:
+            fix = "choose another --port" if error.errno == errno.EADDRINUSE else "check --host and --port"
+            raise UsageError(str(error.strerror), where=f"{host}:{port}", fix=fix) from None
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listening.getsockname()[1]}/v1", flush=True)
+        config = uvicorn.Config(
+            build(service, ROUTES),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=DRAIN,
+            h11_max_incomplete_event_size=64 << 10,
+            server_header=False,
+        )
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # uvicorn has its own, and sends what it got on to these at its end
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[listening])
     return 0

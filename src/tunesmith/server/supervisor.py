@@ -42,6 +42,7 @@ class Supervisor:
         self._folder = orders.data_dir / "jobs"
         self._preparing: dict[str, subprocess.Popen[bytes]] = {}
         self._working: set[str] = set()  # jobs whose worker this process has started
+        self._turns: dict[tuple[str, str], float] = {}
         self._ending = False
 
     async def run(self) -> None:
@@ -80,7 +81,7 @@ class Supervisor:
             active = sql.select(db.jobs).where(db.jobs.c.status.in_(("validating_files", "queued", "running")))
             jobs = [dict(row) for row in connection.execute(active.order_by(db.jobs.c.seq)).mappings()]
         self._stop_others({job["id"] for job in jobs})
-        for job in jobs:
+        for job in sorted(jobs, key=lambda job: self._turn("validate", job)):  # within an owner's, in order
             try:
                 if job["status"] == "validating_files":
                     self._validate(job)
@@ -117,6 +118,7 @@ class Supervisor:
         if process is None:
             if not self._preparing and (started := self._prepare(job)):
                 self._preparing[id] = started
+                self._turns["validate", job["owner"]] = time.monotonic()
             return
         if process.poll() is None:
             return
@@ -179,7 +181,7 @@ class Supervisor:
         running = [job["owner"] for job in jobs if job["status"] == "running"]
         queued = [job for job in jobs if job["status"] == "queued"]
         while queued and len(running) < self._most:
-            job = min(queued, key=lambda job: (running.count(job["owner"]), job["seq"]))
+            job = min(queued, key=lambda job: (running.count(job["owner"]), self._turn("start", job), job["seq"]))
             queued.remove(job)
             if self._run(job["id"]).busy():  # a worker that is still ending
                 continue
@@ -188,6 +190,11 @@ class Supervisor:
                     continue
                 db.change(connection, db.jobs, job["id"], status="running")
             running.append(job["owner"])
+            self._turns["start", job["owner"]] = time.monotonic()
+
+    def _turn(self, what: str, job: dict[str, Any]) -> float:
+        """When something was last done for a job's owner: who has waited longest is next."""
+        return self._turns.get((what, job["owner"]), 0.0)
 
     def _follow(self, job: dict[str, Any]) -> None:
         """Note what a running job's worker has said; start one where there is none."""
@@ -240,7 +247,8 @@ class Supervisor:
         with self._blobs.writing(file) as stream:
             stream.write(table)
         summary = run.summary()
-        folder = run / ("best_model" if run.recipe().patience else "final_model")
+        early = bool(run.recipe().patience)
+        folder, step = run / ("best_model" if early else "final_model"), summary["best_step" if early else "steps"]
         with self._store.begin() as connection:
             if not _still(connection, job, "running"):
                 return
@@ -248,13 +256,10 @@ class Supervisor:
             db.add(connection, db.files, id=file, **row)
             place = str(folder.relative_to(self._folder.parent))
             db.add(connection, db.models, id=name, owner=job["owner"], job_id=id, folder=place)
-            final = {"step": summary["steps"], "model": name}
-            connection.execute(
-                db.checkpoints.update()
-                .where(db.checkpoints.c.job_id == id, db.checkpoints.c.step == final["step"])
-                .values(model=name)
-            )
-            connection.execute(db.models.delete().where(db.models.c.id == f"{name}:ckpt-step-{summary['steps']}"))
+            mine = (db.checkpoints.c.job_id == id, db.checkpoints.c.step == step)
+            connection.execute(db.checkpoints.update().where(*mine).values(model=name))
+            if step == summary["planned_steps"]:  # announced under the model's own name
+                connection.execute(db.models.delete().where(db.models.c.id == f"{name}:ckpt-step-{step}"))
             tell(connection, id, Told("model", f"New fine-tuned model created: {name}"))
             tell(connection, id, Told("succeeded", "The job has successfully completed"))
             now, tokens = int(time.time()), summary["tokens"]
