@@ -83,14 +83,8 @@ class Run:
 
     def events_from(self, offset: int) -> tuple[list[Event], int]:
         """Events from a byte offset of the log on, and the offset to ask from next time."""
-        try:
-            with (self / "events.jsonl").open("rb") as stream:
-                stream.seek(offset)
-                data = stream.read()
-        except FileNotFoundError:
-            return [], offset
-        whole = data[: data.rfind(b"\n") + 1]
-        return [event for line in whole.split(b"\n") if (event := _decode(line)) is not None], offset + len(whole)
+        found = list(self.events_with_offsets(offset))
+        return [event for event, _ in found], found[-1][1] if found else offset
 
     def events_with_offsets(self, offset: int) -> Iterator[tuple[Event, int]]:
         """Whole events from a byte offset on, each with the offset of what comes after it."""

@@ -28,7 +28,7 @@ KEYS_SECONDS = 2.0  # after which the keys are looked up again
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What one key, or one request, may use. 0: no limit."""
+    """What one key, or one request, may use. 0 for `rows`, `rate` and `jobs`: no limit."""
 
     file_bytes: int = 512 << 20
     upload_bytes: int = 8 << 30

@@ -1,4 +1,4 @@
-"""Brings a database to the present form; called by the store with a connection, or by `alembic` with a URL."""
+"""Brings a database to the present form; called by the store, which gives its connection."""
 
 from __future__ import annotations
 
