@@ -31,6 +31,7 @@ from tunesmith.server.store import Blobs, Store
 
 log = logging.getLogger("tunesmith.server")
 TICK = 0.2  # seconds
+ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that goes on
 ATTEMPTS = 8  # times in a row that a worker may end without a word before its job fails
 
 
@@ -66,11 +67,13 @@ class Supervisor:
         """
         for process in self._preparing.values():
             process.kill()
-        for id in self._working:
-            self._backend.cancel(self._run(id))
+        left = [self._run(id) for id in self._working]
+        for run in left:
+            self._backend.cancel(run)
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and any(self._run(id).busy() for id in self._working):
-            await asyncio.sleep(TICK)
+        while left and time.monotonic() < deadline:
+            await asyncio.sleep(TICK)  # until its process is gone: a run is free a second before that
+            left = [run for run in left if self._backend.poll(run) in ACTIVE]
 
     def _run(self, id: str) -> Run:
         return Run(self._folder / id / "run")
@@ -101,7 +104,7 @@ class Supervisor:
             run = self._run(id)
             if run.busy():
                 self._backend.cancel(run)
-            elif self._backend.poll(run) not in ("running", "preparing"):
+            elif self._backend.poll(run) not in ACTIVE:
                 self._working.discard(id)
 
     # ---- files
@@ -207,7 +210,7 @@ class Supervisor:
                 self._backend.resume(run)
             self._working.add(id)
         state = self._backend.poll(run)
-        ended = state not in ("queued", "preparing", "running")
+        ended = state not in ACTIVE
         last = run.last("error") if state == "failed" else {}
         failed = state == "failed" and not last.get("lost")
         events, offset = translate(run, job, int(job["read"] or 0), failed)
