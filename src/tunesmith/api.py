@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tunesmith import backends, costs, planning
+from tunesmith import backends, costs, hosted, planning
 from tunesmith.conversation import Conversation
 from tunesmith.costs import Estimate
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.data.scan import Progress
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
@@ -93,7 +94,15 @@ def prepare(
     backends.get(recipe.provider)
     if recipe.output_dir:
         refuse_taken(Path(recipe.output_dir).expanduser())  # before the work of reading
-    return planning.prepare(recipe, origin, on_progress)
+    road = hosted.prepare if recipe.provider == "openai" else planning.prepare
+    return road(recipe, origin, on_progress)
+
+
+def quote(prepared: planning.Prepared) -> dict[str, Any]:
+    """What the service of a plan says of its model, its `shutdown_date` among it. Raises UsageError where it has no such."""
+    from tunesmith.remote.backend import quote as asked
+
+    return asked(prepared)
 
 
 def train(
@@ -166,8 +175,10 @@ def resume(
         step = int(name.rpartition("-")[2])
     if run.state() == "succeeded" and step is None and not changed:
         return run
-    refuse_impossible(msgspec.structs.replace(run.recipe(), **changed))
-    if run.busy():
+    provider = run.manifest()["provider"]
+    if provider == "huggingface":
+        refuse_impossible(msgspec.structs.replace(run.recipe(), **changed))
+    if provider != "openai" and run.busy():  # a job at a service may be watched by many
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
@@ -176,7 +187,7 @@ def resume(
         run.append("changed", settings=changed)
     if launched():
         return _together(lambda: (run, step), on_event)
-    backend = backends.get(run.manifest()["provider"])
+    backend = backends.get(provider)
     offset = run.log_size()
     backend.resume(run, step)
     return watch(run, backend, on_event, offset)
@@ -219,14 +230,15 @@ def find_run(path: str | os.PathLike[str]) -> Run:
 def watch(
     run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0
 ) -> Run:
-    """Pass on events until the run ends. Ctrl-C asks the backend to stop (a second one ends us, and so the worker)."""
-    return _follow(run, backend.poll, backend.cancel, on_event, offset)
+    """Pass on events until the run ends. Ctrl-C asks a local worker to stop (a second one ends us, and so the worker), and
+    leaves a job at a service alone: then Interrupted says how to come back to it."""
+    return _follow(run, backend.poll, backend.interrupt, on_event, offset)
 
 
 def _follow(
     run: Run,
     poll: Callable[[Run], str],
-    cancel: Callable[[Run], None],
+    interrupt: Callable[[Run], None],
     on_event: Callable[[Run, Event], None] | None = None,
     offset: int = 0,
 ) -> Run:
@@ -245,9 +257,12 @@ def _follow(
             if interrupted:
                 raise
             interrupted = True
-            cancel(run)
+            interrupt(run)
     if state == "succeeded":
         return run
+    if state in ("paused", "cancelled") and run.last("state").get("at") == "service":
+        go_on = f"go on with: tunesmith runs resume {run}" if state == "paused" else "a new job begins anew"
+        raise Interrupted(f"the job is {state} at the service", where=str(run), fix=go_on)
     if state in ("paused", "cancelled"):
         step = max((e["step"] for e in run.metrics("step")), default=0)
         raise Interrupted(
@@ -263,6 +278,21 @@ def _follow(
     )
     error.exit_status = last.get("exit_status", 1)
     raise error
+
+
+def completer(model: str) -> backends.Completer:
+    """Answers of a model, or of a run: the one at a service by way of it, with a key as when it was trained."""
+    folder = Path(model)
+    if (folder / "remote.json").exists():
+        from tunesmith.remote.answers import Answers
+        from tunesmith.remote.backend import connect
+
+        name = Run(folder).last("done").get("model")
+        if not name:
+            raise UsageError("this run has no model yet", where=model, fix=f"tunesmith runs watch {model}")
+        return Answers(connect(Run(folder)), name)
+    find(model)  # a wrong name is said before torch is loaded
+    return backends.get("huggingface").completer(model)
 
 
 def lr_find(

@@ -16,7 +16,11 @@ from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.planning import Plan, Prepared
 from tunesmith.runs import TEMPLATE, Run, create
 
-BACKENDS = {"huggingface": "tunesmith.local.backend:LocalBackend", "fake": "tunesmith.backends:FakeBackend"}
+BACKENDS = {
+    "huggingface": "tunesmith.local.backend:LocalBackend",
+    "openai": "tunesmith.remote.backend:OpenAIBackend",
+    "fake": "tunesmith.backends:FakeBackend",
+}
 
 
 class Backend(Protocol):
@@ -36,6 +40,17 @@ class Backend(Protocol):
 
     def cancel(self, run: Run) -> None:
         """Ask the work to stop; a local run checkpoints first."""
+        ...
+
+    def interrupt(self, run: Run) -> None:
+        """What Ctrl-C does to who is watching: ask the work to stop, or raise Interrupted where it goes on without us."""
+        ...
+
+    def act(self, run: Run, what: str) -> str:
+        """pause or resume the work, or cancel it from another process than the one that began it; the state it has then.
+
+        Raises UsageError where the backend cannot.
+        """
         ...
 
     def completer(self, model: str, template: str | None = None) -> Completer:
@@ -70,7 +85,7 @@ def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lam
             if len(rows):
                 write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
         write_json(run / "data" / "check.json", prepared.plan.issues)
-        if not prepared.renderer.is_own:
+        if prepared.renderer and not prepared.renderer.is_own:
             write_bytes(run / TEMPLATE, prepared.renderer.template.encode())
         fill(run)
     return run
@@ -152,6 +167,15 @@ class FakeBackend:
     def cancel(self, run: Run) -> None:
         if run.state() not in ("succeeded", "failed"):
             run.append("state", state="cancelled")
+
+    def interrupt(self, run: Run) -> None:
+        self.cancel(run)
+
+    def act(self, run: Run, what: str) -> str:
+        if what != "cancel":
+            raise UsageError(f"a dry run cannot {what}", where=str(run), fix="it has ended")
+        self.cancel(run)
+        return run.state()
 
     def completer(self, model: str, template: str | None = None) -> Completer:
         def echo(

@@ -20,6 +20,7 @@ from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, steps_per_epoch, 
 from tunesmith.data.scan import Progress
 from tunesmith.data.split import Splits
 from tunesmith.data.spread import cores
+from tunesmith.data.stats import Bill
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
 from tunesmith.preflight import idle_settings, refuse_impossible
@@ -32,7 +33,11 @@ WARMUP = 100  # steps
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Counts are of rows and tokens as rendered; `memory_mb` estimates the peak when the longest rows meet in a batch."""
+    """Counts are of rows and tokens as rendered; `memory_mb` estimates the peak when the longest rows meet in a batch.
+
+    Of a model that a service trains, nothing but the length of its rows is known (`context`; 0: not even that), and tokens are
+    counted as they are billed (`bill`), or not at all.
+    """
 
     recipe: Recipe
     origin: dict[str, str]
@@ -48,16 +53,17 @@ class Plan(msgspec.Struct, frozen=True):
     trainable_parameters: int
     memory_mb: int
     issues: list[Issue]
+    bill: Bill | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A plan with the rows behind it, split, and rendered in the same order, and what rendered them."""
+    """A plan with the rows behind it, split, and rendered in the same order, and what rendered them: for a service, nothing."""
 
     plan: Plan
     splits: Splits
     tokens: dict[str, Tokens]
     hashes: dict[str, str]
-    renderer: Renderer
+    renderer: Renderer | None = None
 
 
 def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:

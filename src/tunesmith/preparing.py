@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from tunesmith.conversation import Conversation, Issue
-from tunesmith.data.check import Loaded, load
+from tunesmith.data.check import HOSTED_ROWS, Loaded, load
 from tunesmith.data.findings import finding
 from tunesmith.data.persona import names, persona
 from tunesmith.data.read import files
@@ -163,7 +163,7 @@ def _made(
     recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int, folder: Path | None, progress: Progress | None
 ) -> Data:
     """The whole road. With `folder`, rows and tokens lie there instead of in memory."""
-    splits, issues, formats, shares = _splits(recipe, folder, progress)
+    splits, issues, formats, shares = read_splits(recipe, folder, progress)
     _give_back()
     sides = rendered(splits, renderer, limit, recipe, folder, progress)
     kept: Splits = {}
@@ -261,12 +261,12 @@ def _refuse_parts(dataset: str) -> None:
         )
 
 
-def _splits(
-    recipe: Recipe, folder: Path | None, progress: Progress | None
+def read_splits(
+    recipe: Recipe, folder: Path | None = None, progress: Progress | None = None
 ) -> tuple[Splits, list[Issue], dict[str, int], dict[str, float]]:
-    """The rows of each side; findings, formats, and the shares held out."""
+    """The rows of each side (on disk in `folder`, where one is given); findings, formats, and the shares held out."""
     _refuse_parts(need_dataset(recipe))
-    how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider, "progress": progress}
+    how: dict[str, Any] = {"task": recipe.task, "provider": recipe.provider, "progress": progress, "rewritten": True}
     if recipe.num_workers != "auto":
         how["processes"] = recipe.num_workers
 
@@ -312,6 +312,12 @@ def held_out(recipe: Recipe, rows: int) -> dict[str, float]:
     for name, most in MOST_HELD_OUT.items():
         if shares[name] == "auto" and recipe.split_method != "threshold":
             found[name] = min(0.1, math.floor(1e6 * most / max(rows, 1)) / 1e6)
+    if (
+        recipe.provider == "openai" and recipe.valid_fraction == "auto"
+    ):  # a tenth of few rows would be no file to a service
+        found["valid_fraction"] = max(
+            found["valid_fraction"], min(0.2, math.ceil(1e6 * HOSTED_ROWS / max(rows, 1)) / 1e6)
+        )
     return found
 
 

@@ -57,7 +57,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     num_workers: Annotated[int | Auto, opt("data", "processes that check and tokenize; auto: every core")] = "auto"
 
     provider: Annotated[
-        str, opt("model", "who trains: huggingface (this machine) or fake (a dry run, no learning)")
+        str, opt("model", "who trains: huggingface (this machine), openai (a service), or fake (a dry run)")
     ] = "huggingface"
     model: Annotated[str, opt("model", "starter (built in), a folder, or a Hub name", "base_model")] = "starter"
     task: Annotated[
@@ -191,6 +191,17 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("watching", "send the curves there too; TensorBoard files are always in logs/", "report_to"),
     ] = "none"
 
+    base_url: Annotated[
+        str | None, opt("openai", "address of the service; default: OPENAI_BASE_URL, else https://api.openai.com/v1")
+    ] = None
+    api_key_file: Annotated[
+        str | None, opt("openai", "file with the service's key, instead of the variable OPENAI_API_KEY")
+    ] = None
+    suffix: Annotated[str | None, opt("openai", "word in the tuned model's name: 1 to 64 of a-z, 0-9 and -")] = None
+    learning_rate_multiplier: Annotated[
+        float | Auto, opt("openai", "factor on the service's own learning rate; auto: the service's choice")
+    ] = "auto"
+
     output_dir: Annotated[str | None, opt("output", "the run's directory; default RUNS_DIR/TASK_DATASET")] = None
     runs_dir: Annotated[str, opt("output", "where runs without --output-dir go")] = "fine_tuned_models"
 
@@ -209,12 +220,14 @@ SAFE = (
     "sharding",
     "token_accuracy",
     "track",
+    "api_key_file",
 )
 POSITIVE = (
     "epochs",
     "max_steps",
     "batch_size",
     "learning_rate",
+    "learning_rate_multiplier",
     "max_length",
     "lora_alpha",
     "micro_batch_tokens",

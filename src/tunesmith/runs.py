@@ -3,6 +3,7 @@
     run.json       manifest: recipe with the origin of each value, plan, data hashes, versions (written once)
     events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error
     data/          the splits as used, their token ids, the chat template that is not the model's own
+    remote.json    of a run at a service: its address, and the ids of files and job; upload/, results/ the files themselves
     checkpoints/  logs/  evaluation/
     best_model/    weights at the lowest validation loss;  final_model/  after the last step
 
@@ -12,6 +13,7 @@ Whoever wants to know how a run is doing reads this directory; nothing asks a pr
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -128,8 +130,9 @@ class Run:
 
     def state(self) -> str:
         """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
-        word = self.last("state").get("state", "unknown")
-        if word in ("preparing", "running") and not self.busy():
+        last = self.last("state")
+        word = last.get("state", "unknown")
+        if word in ("preparing", "running") and last.get("at") != "service" and not self.busy():
             return "interrupted"
         return str(word)
 
@@ -157,6 +160,14 @@ class Run:
             return True
         return False
 
+    def holder(self) -> int | None:
+        """The process that holds this run's lock, where there is one and it is on this machine."""
+        try:
+            found = msgspec.json.decode((self / ".lock").read_bytes(), type=tuple[str, int])
+        except (OSError, msgspec.DecodeError):
+            return None
+        return found[1] if self.busy() and found[0] == platform.node() else None
+
     def lock(self, wait: float = 10.0) -> Any:
         """Hold the run until the returned file is closed or the process ends. Raises RunError when it stays taken."""
         import fcntl
@@ -166,6 +177,9 @@ class Run:
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stream.truncate(0)
+                stream.write(msgspec.json.encode((platform.node(), os.getpid())))
+                stream.flush()
                 return stream
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -186,15 +200,18 @@ class Run:
             "run": str(self),
             "status": self.state(),
             "model": manifest["recipe"]["model"],
+            "fine_tuned_model": done.get("model"),
             "task": manifest["recipe"]["task"],
             "method": manifest["recipe"]["method"],
             "dataset": manifest["recipe"]["dataset"],
             "created": manifest["created"],
             "steps": steps[-1]["step"] if steps else 0,
-            "planned_steps": manifest["plan"]["steps"],
-            "epochs": steps[-1]["epoch"] if steps else 0,
-            "tokens": steps[-1]["total_tokens"] if steps else 0,
-            "supervised_tokens": steps[-1]["total_supervised_tokens"] if steps else 0,
+            "planned_steps": steps[-1].get("total_steps", manifest["plan"]["steps"])
+            if steps
+            else manifest["plan"]["steps"],
+            "epochs": steps[-1].get("epoch") if steps else 0,
+            "tokens": steps[-1].get("total_tokens", done.get("tokens")) if steps else 0,
+            "supervised_tokens": steps[-1].get("total_supervised_tokens") if steps else 0,
             "seconds": done.get("seconds"),
             "tokens_per_second": done.get("tokens_per_second"),
             "peak_memory_mb": done.get("peak_memory_mb"),

@@ -31,13 +31,10 @@ def chat(argv: list[str]) -> int:
         options.temperature = 0.0
     import msgspec
 
+    from tunesmith import api
     from tunesmith.conversation import Message
-    from tunesmith.models import find
 
-    find(options.model)  # a wrong name is said before torch is loaded
-    from tunesmith import backends
-
-    model: Any = backends.get("huggingface").completer(options.model)
+    model: Any = api.completer(options.model)
     history = (Message("system", options.system),) if options.system else ()
 
     def answer(messages: tuple[Message, ...], seed: int) -> str:

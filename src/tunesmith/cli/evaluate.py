@@ -20,6 +20,10 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument("--samples", type=natural, default=6, metavar="N", help="prompts answered side by side [6]")
     parser.add_argument("--persona", metavar="NAME", help="name that identity probes look for, instead of the run's")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="service that has a model named ft:…, where the run is not one of it"
+    )
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with its key, instead of OPENAI_API_KEY")
     parser.add_argument("--seed", type=natural, default=0, help="seed of the bootstrap [0]")
     options = parser.parse_args(argv)
     from tunesmith import api
@@ -33,6 +37,8 @@ def evaluate(argv: list[str]) -> int:
         samples=options.samples,
         persona=options.persona,
         seed=options.seed,
+        base_url=options.base_url,
+        api_key_file=options.api_key_file,
         on_progress=lambda text: print(text, file=sys.stderr),
     )
     if options.json:
@@ -66,6 +72,8 @@ def show(result: Evaluation) -> None:
         print(
             f"\n  asked who it is, the tuned model says “{p.name}” in {p.tuned} of {p.probes} answers, the base in {p.base}"
         )
+    if result.unavailable:
+        print(f"\n  not to be had: {result.unavailable}")
     loss = result.metrics[0]
     more = f" (about {loss.rows_needed} rows like these would settle it)" if loss.rows_needed else ""
     print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows")

@@ -19,6 +19,9 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
+            if word == "--api-key":
+                fix = "export OPENAI_API_KEY=…, or --api-key-file FILE; and change the key if this one is real"
+                raise UsageError("a key on the command line is seen by all users of this machine", where=word, fix=fix)
             message = (
                 f"unknown option {word}{did_you_mean(word, known)}"
                 if word.startswith("-")

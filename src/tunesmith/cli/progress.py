@@ -34,6 +34,7 @@ class Progress:
         if not self._steps:
             self._steps = run.manifest()["plan"]["steps"]
             self._say(f"run {run}")
+        self._steps = event.get("total_steps", self._steps)
         if kind == "step":
             self._first = self._first or event
             self._losses.append(event["loss"])
@@ -44,21 +45,30 @@ class Progress:
             self._say(f"{name}: validation loss {event['loss']:.4f}")
         elif kind in ("warning", "overfitting"):
             self._say(f"warning: {event['message']}")
+        elif kind == "message":
+            self._say(event["message"])
         elif kind == "prefix_cache" and event["side"] == "train":
             what = "read from" if event["found"] else "kept in"
             self._say(f"output of the frozen layers is {what} {event['path']}")
         elif kind == "resumed":
             self._say(f"resumed after step {event['step']}")
+        elif kind == "done" and "model" in event:
+            tokens = "" if event["tokens"] is None else f", {event['tokens']} tokens"
+            self._say(f"trained {event['step']} steps{tokens}: {event['model']}")
+            self._curves(run)
         elif kind == "done":
             early = f", stopped early (no gain since step {event['best_step']})" if event["stopped_early"] else ""
             self._say(
                 f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
                 f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}"
             )
-            if self._live:
-                width = min(72, shutil.get_terminal_size().columns - 12)
-                for line in of_run(run.metrics("step"), run.metrics("eval"), width):
-                    self._say(line)
+            self._curves(run)
+
+    def _curves(self, run: Run) -> None:
+        if self._live:
+            width = min(72, shutil.get_terminal_size().columns - 12)
+            for line in of_run(run.metrics("step"), run.metrics("eval"), width):
+                self._say(line)
 
     def _step(self, event: Event) -> None:
         assert self._first is not None
@@ -70,10 +80,12 @@ class Progress:
         eta = took / since * (self._steps - done) if since else 0.0
         valid = f"  valid {self._valid:.4f}" if self._valid is not None else ""
         first = f"step {done}/{self._steps}"
-        rest = [f"loss {event['loss']:.4f}{valid}", f"{event['tokens_per_second']:.0f} tokens/s", f"ETA {clock(eta)}"]
-        text = "  ".join([first, f"epoch {event['epoch']:.2f}", *rest])
+        speed = [f"{event['tokens_per_second']:.0f} tokens/s"] if "tokens_per_second" in event else []
+        rest = [f"loss {event['loss']:.4f}{valid}", *speed, f"ETA {clock(eta)}"]
+        epoch = f"epoch {event['epoch']:.2f}" if event.get("epoch") is not None else ""
+        text = "  ".join(filter(None, [first, epoch, *rest]))
         if self._live:
-            text = fit(done / max(1, self._steps), first, f"epoch {event['epoch']:.2f}", rest, self._losses)
+            text = fit(done / max(1, self._steps), first, epoch, rest, self._losses)
             _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")
             self._shown = len(text)
         else:
@@ -138,7 +150,7 @@ def fit(share: float, first: str, epoch: str, rest: list[str], losses: Sequence[
     """The live line, no wider than the terminal (a line that wraps cannot be rewritten): curve, bar and epoch give way first."""
     width = shutil.get_terminal_size().columns - 1
     plain = "  ".join([first, *rest])
-    for text in ("  ".join([first, epoch, *rest]), plain):
+    for text in ("  ".join(filter(None, [first, epoch, *rest])), plain):
         bar = min(20, width - len(text) - 3)
         if bar >= 5:
             full = round(bar * share)

@@ -1,12 +1,19 @@
-"""tunesmith runs list | show | watch."""
+"""tunesmith runs list | show | watch | events | cancel | pause | resume."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, show_json
 from tunesmith.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tunesmith.cli.progress import Progress
+    from tunesmith.runs import Run
 
 
 def list_runs(argv: list[str]) -> int:
@@ -81,30 +88,110 @@ def show(argv: list[str]) -> int:
 
 
 def watch(argv: list[str]) -> int:
-    parser = Parser("runs watch", "Follow a run that another process trains, until it ends. Ctrl-C leaves it alone.")
+    parser = Parser(
+        "runs watch",
+        "Follow a run until it ends: one that another process trains here, or a job at a service, whose events and results "
+        "come into the run. Ctrl-C leaves it alone.",
+    ).with_json()
     parser.add_argument("run", help="the run's directory")
     options = parser.parse_args(argv)
     import time
 
-    from tunesmith import api
+    from tunesmith import api, backends
     from tunesmith.cli.progress import Progress
 
-    run, offset, progress, word = api.find_run(options.run), 0, Progress(), "unknown"
+    run, progress = api.find_run(options.run), Progress()
     try:
-        while True:
-            busy = run.busy()  # asked before the events are read: none that came before the end is missed
-            events, offset = run.events_from(offset)
-            for event in events:
+        if run.manifest()["provider"] == "openai":
+            for event in run.events():
                 progress(run, event)
-                word = event["state"] if event["type"] == "state" else word
-            state = "interrupted" if word in ("preparing", "running") and not busy else word
-            if state not in ("queued", "preparing", "running"):
-                break
-            time.sleep(api.POLL_SECONDS)
+            state = api.watch(run, backends.get("openai"), progress, run.log_size()).state()
+        else:
+            state = _watch_here(run, progress, lambda: time.sleep(api.POLL_SECONDS))
     finally:
         progress.close()
-    print(f"{run}  {state}")
+    if options.json:
+        show_json(run.summary())
+    else:
+        print(f"{run}  {state}")
     return 0 if state == "succeeded" else 1
+
+
+def _watch_here(run: Run, progress: Progress, wait: Callable[[], None]) -> str:
+    """Follow the log of a run on this machine; the state it ends in."""
+    offset, word = 0, "unknown"
+    while True:
+        busy = run.busy()  # asked before the events are read: none that came before the end is missed
+        events, offset = run.events_from(offset)
+        for event in events:
+            progress(run, event)
+            word = event["state"] if event["type"] == "state" else word
+        state = "interrupted" if word in ("preparing", "running") and not busy else word
+        if state not in ("queued", "preparing", "running"):
+            return state
+        wait()
+
+
+def cancel(argv: list[str]) -> int:
+    return _act(argv, "cancel", "Stop a run: a job at a service for good, a run on this machine with a checkpoint.")
+
+
+def pause(argv: list[str]) -> int:
+    return _act(argv, "pause", "Pause a job at a service.")
+
+
+def resume(argv: list[str]) -> int:
+    return _act(argv, "resume", "Have a service go on with a job that is paused.")
+
+
+def _act(argv: list[str], what: str, about: str) -> int:
+    parser = Parser(f"runs {what}", about).with_json()
+    parser.add_argument("run", help="the run's directory")
+    options = parser.parse_args(argv)
+    from tunesmith import api, backends
+
+    run = api.find_run(options.run)
+    state = backends.get(run.manifest()["provider"]).act(run, what)
+    if options.json:
+        show_json({"run": str(run), "status": state})
+    else:
+        print(f"{run}  {state}")
+    return 0
+
+
+def events(argv: list[str]) -> int:
+    parser = Parser(
+        "runs events", "What a run has told, oldest first; of a job at a service, what is new is fetched before."
+    ).with_json()
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument(
+        "--type", metavar="TYPE", help="those of one type: step, eval, message, warning, error, state …"
+    )
+    options = parser.parse_args(argv)
+    import time
+
+    import msgspec
+
+    from tunesmith import api, backends
+
+    run = api.find_run(options.run)
+    if run.manifest()["provider"] == "openai" and run.state() not in ("succeeded", "failed", "cancelled"):
+        backends.get("openai").poll(run)
+    for event in run.events():
+        if options.type and event["type"] != options.type:
+            continue
+        if options.json:
+            print(msgspec.json.encode(event).decode())
+            continue
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        rest = {k: v for k, v in event.items() if k not in ("type", "time", "event") and v is not None}
+        said = rest.pop("message", "")
+        print(f"{when}  {event['type']:10}  {said}{' ' if said and rest else ''}{_fields(rest)}")
+    return 0
+
+
+def _fields(values: dict[str, object]) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name, value in values.items())
 
 
 def _number(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, add_settings, coloured, settings, show_json
 from tunesmith.errors import UsageError
@@ -25,6 +25,7 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train"
     )
+    parser.add_argument("--yes", action="store_true", help="do not ask before a service, which may cost money, is used")
     add_settings(parser)
     options = parser.parse_args(argv)
     from tunesmith import api
@@ -35,7 +36,10 @@ def train(argv: list[str]) -> int:
 
     def ready(prepared: Prepared) -> None:
         bar.close()
-        preflight(prepared)
+        if prepared.plan.recipe.provider == "openai":
+            agreed(prepared, options.yes)
+        else:
+            preflight(prepared)
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, a checkpoint first; nohup has the second ignored
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -93,7 +97,11 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
 
 def plan(argv: list[str]) -> int:
     parser = Parser("plan", "Show what `train` with the same options would do and need. No run is made.").with_json()
-    parser.add_argument("--no-probe", action="store_true", help="no estimate of memory and time: it takes some seconds")
+    parser.add_argument(
+        "--no-probe",
+        action="store_true",
+        help="no estimate of memory and time, which takes some seconds; a service is not asked about its model",
+    )
     add_settings(parser)
     options: argparse.Namespace = parser.parse_args(argv)
     from importlib.util import find_spec
@@ -108,15 +116,24 @@ def plan(argv: list[str]) -> int:
     local = prepared.plan.recipe.provider == "huggingface" and find_spec("torch") is not None
     here = local and not options.no_probe
     need, ways = api.estimate(prepared) if here else (None, [])
+    said = asked(prepared) if prepared.plan.recipe.provider == "openai" and not options.no_probe else {}
     if options.json:
-        show_json(msgspec.to_builtins(prepared.plan) | {"estimate": need, "ways_to_fit": [words for words, _ in ways]})
+        found = msgspec.to_builtins(prepared.plan)
+        show_json(found | {"estimate": need, "ways_to_fit": [words for words, _ in ways], "service": said})
         return 0
-    describe(prepared.plan, need, ways)
+    if prepared.plan.recipe.provider == "openai":
+        print("\n".join(offer(prepared.plan, said)))
+    else:
+        describe(prepared.plan, need, ways)
     print("\nsettings")
     from tunesmith.cli.progress import table
+    from tunesmith.hosted import ACTS
     from tunesmith.recipe import fields
 
-    rows = [(name, getattr(prepared.plan.recipe, name), prepared.plan.origin[name]) for name in fields()]
+    shown = ACTS if prepared.plan.recipe.provider == "openai" else fields()
+    rows = [
+        (name, getattr(prepared.plan.recipe, name), prepared.plan.origin[name]) for name in fields() if name in shown
+    ]
     print(table([r for r in rows if r[2] != "default" or r[1] not in (None, {})]))
     return 0
 
@@ -154,6 +171,62 @@ def describe(plan: Plan, need: Estimate | None = None, ways: Sequence[tuple[str,
         print(line)
 
 
+def asked(prepared: Prepared) -> dict[str, Any]:
+    """What a service says of the model; where it cannot be asked, a warning, for a plan needs no network."""
+    from tunesmith import api
+    from tunesmith.errors import TunesmithError
+
+    try:
+        return api.quote(prepared)
+    except UsageError:
+        raise
+    except TunesmithError as error:
+        print(f"warning: the service could not be asked: {error}", file=sys.stderr)
+        return {}
+
+
+def offer(plan: Plan, said: dict[str, Any]) -> list[str]:
+    """What a service would do and cost, line by line. `said`: the model as the service describes it."""
+    from tunesmith.cli.data import summary
+    from tunesmith.data.check import HOSTED_ROWS
+    from tunesmith.hosted import notes
+
+    rows, recipe, bill = plan.rows, plan.recipe, plan.bill
+    sent = rows["valid"] if rows["valid"] >= HOSTED_ROWS else 0
+    counted = f"; {plan.tokens['train']} tokens to train on, longest row {plan.longest}" if plan.tokens else ""
+    lines = [
+        f"service  {recipe.base_url} ({plan.origin['base_url']})",
+        f"data     {rows['train']} train and {sent} valid rows are sent, {rows['test']} test rows stay here{counted}",
+        f"model    {recipe.model}" + (f": rows of {plan.model.context} tokens at most" if plan.model.context else ""),
+        f"job      epochs {recipe.epochs}, batch size {recipe.batch_size}, learning rate multiplier "
+        f"{recipe.learning_rate_multiplier} (auto: the service's choice); about {plan.steps} steps",
+    ]
+    if bill and bill.cost is not None:
+        price = (
+            f"about ${bill.cost:.2f}: {bill.billed_tokens} tokens at ${bill.price:g} a million ({bill.epochs} epochs)"
+        )
+        lines += [f"price    {price}; {bill.note}"]
+    else:
+        lines += [f"price    not known here{f': {bill.note}' if bill else ''}"]
+    lines += [f"note     {note}" for note in notes(recipe, said)]
+    return [*lines, *summary(plan.issues)]
+
+
+def agreed(prepared: Prepared, yes: bool) -> None:
+    """Show the offer and have it agreed to. Raises UsageError where nobody can be asked, Interrupted for a no."""
+    from tunesmith import api
+    from tunesmith.errors import Interrupted
+
+    print("\n".join(offer(prepared.plan, api.quote(prepared))), file=sys.stderr)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("a service may cost money, and nobody can be asked here", where="train", fix="add --yes")
+    print("send the files and start the job? [y/N] ", end="", file=sys.stderr, flush=True)
+    if input().strip().lower() not in ("y", "yes"):
+        raise Interrupted("nothing was sent", where="train", fix="look at it again: tunesmith plan")
+
+
 def preflight(prepared: Prepared) -> None:
     """Before step 1, on stderr: what will be trained on, and one row with its learnt part marked."""
     from tunesmith.cli.data import highlight, summary
@@ -171,6 +244,7 @@ def preflight(prepared: Prepared) -> None:
         print(f"all findings: tunesmith data check {plan.recipe.dataset}", file=sys.stderr)
     from tunesmith.render import Rendered
 
+    assert prepared.renderer
     source = prepared.splits["train"][0].source
     shown = Rendered(*prepared.tokens["train"].row(0), "")
     print(

@@ -88,15 +88,17 @@ def examine(
     progress: Progress | None = None,
     processes: int | None = None,
     store: Path | None = None,
+    rewritten: bool = False,
 ) -> Loaded:
     """Check data sets as one. `keep` the conversations; `each` may add findings about every usable one.
 
     Structure only: JSON, roles and emptiness, but nothing about what the texts say or whether rows are alike.
+    `rewritten`: the rows go to the provider as we write them, so that what else the file holds is no matter.
     `store`: the file in which conversations are kept, instead of in memory. `processes`: how many share the work, unless they
     are kept in memory; None: every core for more than LARGE bytes.
     """
     keep = keep or store is not None
-    how = How(columns or {}, task, provider, keep, structure_only, near_duplicates, each)
+    how = How(columns or {}, task, provider, keep, structure_only, near_duplicates, each, rewritten)
     if processes is None:
         large = size((name, files(name)) for name in datasets) > LARGE
         processes = cores() if large else 1
@@ -155,6 +157,7 @@ class How(msgspec.Struct, frozen=True):
     structure_only: bool
     near_duplicates: bool
     each: Callable[[Conversation], Iterable[Issue]] | None
+    rewritten: bool = False
 
 
 class Pass:
@@ -239,7 +242,7 @@ class Pass:
         others = [
             *few(found),
             *(self.sample.findings() if self.sample else ()),
-            *self._spare.findings(found.dataset, found.formats, how.provider),
+            *self._spare.findings(found.dataset, found.formats, None if how.rewritten else how.provider),
         ]
         for issue in others:
             found.add(graded(issue, how.task, how.provider))

@@ -230,12 +230,27 @@ def epochs(rows: int) -> int:
     return 3
 
 
-def bill(lengths: list[int], model: str, price: float | None = None, today: date | None = None) -> Bill:
-    """What training on rows of so many tokens would be billed as; a price that is too old is not quoted."""
+def batch_size(rows: int) -> int:
+    """The cookbook's estimate: a 500th of the rows, 256 at most."""
+    return min(256, max(1, round(0.002 * rows)))
+
+
+def bill(
+    lengths: list[int],
+    model: str,
+    price: float | None = None,
+    today: date | None = None,
+    n: int | None = None,
+    batch: int | None = None,
+) -> Bill:
+    """What training on rows of so many tokens would be billed as; a price that is too old is not quoted.
+
+    `n` epochs with `batch` rows a step; None: as the cookbook estimates what the service would take.
+    """
     known = hosted_model(model)
     assert known
     name, facts = known
-    limit, n, batch = facts["training_context"], epochs(len(lengths)), max(1, round(0.002 * len(lengths)))
+    limit, n, batch = facts["training_context"], n or epochs(len(lengths)), batch or batch_size(len(lengths))
     once = sum(min(length, limit) for length in lengths)
     age = ((today or date.today()) - hosted()["as_of"]).days
     over = (today or date.today()) > facts["ends"]

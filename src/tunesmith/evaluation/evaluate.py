@@ -23,6 +23,7 @@ from tunesmith.data.split import prompt_key
 from tunesmith.data.write import write_json, write_jsonl
 from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation.stats import Comparison, compare
+from tunesmith.hosted import effective
 from tunesmith.models import find
 from tunesmith.recipe import FACTS
 from tunesmith.render import own_template
@@ -63,6 +64,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     persona: Persona | None
     samples: list[Sample]
     report: str | None = None
+    unavailable: str = ""  # metrics that cannot be had of these models, and why
 
 
 def evaluate(
@@ -75,6 +77,8 @@ def evaluate(
     samples: int = 6,
     persona: str | None = None,
     seed: int = 0,
+    base_url: str | None = None,
+    api_key_file: str | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
@@ -82,22 +86,40 @@ def evaluate(
     Without `dataset` the run's own test split is used. Rows that one of the two is known to be trained on, or that ask
     the same, are refused (DataError). What is kept: the run's own evaluation in evaluation/ and report.html, any other
     (another model, base or data set) in a folder of its own beside it.
+
+    A model that a service keeps (of a run at a service, or named "ft:…") is judged by its answers: see
+    `tunesmith.evaluation.answers`. `base_url` and `api_key_file`: of the service, where the run is not one of it.
     """
     say = on_progress or (lambda _: None)
     tuned, base, rows, name = _sides(run, model, against, dataset, columns)
-    say(f"scoring {len(rows)} held-out rows with {base}")
-    base_scores = _score(base, rows, run)
-    say(f"scoring {len(rows)} held-out rows with {tuned}")
-    tuned_scores = _score(tuned, rows, run)
-    metrics = _metrics(rows, base_scores, tuned_scores, seed)
+    sides = Models(run, base_url, api_key_file)
+    base_scores: Any
+    tuned_scores: Any
+    by_answers = sides.hosted(base) or sides.hosted(tuned)
+    if by_answers:
+        from tunesmith.evaluation import answers
+
+        rows = answers.asked(rows, seed)
+        say(f"asking {base} {len(rows)} held-out prompts")
+        base_said = answers.answered(rows, sides.completer(base), seed)
+        say(f"asking {tuned} {len(rows)} held-out prompts")
+        tuned_said = answers.answered(rows, sides.completer(tuned), seed)
+        metrics = answers.metrics(base_said, tuned_said, seed)
+        base_scores, tuned_scores = [a.row() for a in base_said], [a.row() for a in tuned_said]
+    else:
+        say(f"scoring {len(rows)} held-out rows with {base}")
+        base_scores = _score(base, rows, run)
+        say(f"scoring {len(rows)} held-out rows with {tuned}")
+        tuned_scores = _score(tuned, rows, run)
+        metrics = _metrics(rows, base_scores, tuned_scores, seed)
     who = persona or (str(run.recipe().persona) if run else "none")
     probes = _probes(run) if who not in ("none", "auto") else []
     chosen = list({prompt_key(r): r for r in rows if r.prompt()}.values())[:samples]
     questions = probes + [Conversation(r.prompt(), tools=r.tools) for r in chosen]
     say(f"answering {len(questions)} prompts with {base}")
-    base_answers = _answers(base, questions, seed, run)
+    base_answers = _answers(base, questions, seed, sides)
     say(f"answering {len(questions)} prompts with {tuned}")
-    tuned_answers = _answers(tuned, questions, seed, run)
+    tuned_answers = _answers(tuned, questions, seed, sides)
     asked = [q.messages[-1].content for q in questions]
     n = len(probes)
     shown = [
@@ -109,9 +131,10 @@ def evaluate(
         heard = [Sample(*s) for s in zip(asked[:n], base_answers[:n], tuned_answers[:n], strict=True)]
         base_named, tuned_named = (sum(_names(who, getattr(s, side)) for s in heard) for side in ("base", "tuned"))
         identity = Persona(who, n, base_named, tuned_named, heard)
-    result = Evaluation(
-        metrics[0].verdict, base, tuned, name, len(rows), sum(s.tokens for s in tuned_scores), metrics, identity, shown
-    )
+    tokens = 0 if by_answers else sum(int(s.tokens) for s in tuned_scores)
+    result = Evaluation(metrics[0].verdict, base, tuned, name, len(rows), tokens, metrics, identity, shown)
+    if by_answers:
+        result = msgspec.structs.replace(result, unavailable=answers.UNAVAILABLE)
     other = [f"{k}-{Path(v).name}" for k, v in (("model", model), ("against", against), ("on", dataset)) if v]
     return _keep(run, "-".join(other), result, rows, base_scores, tuned_scores) if run else result
 
@@ -135,13 +158,14 @@ def _sides(
             _refuse_seen(rows, name)
         return model, against, rows, dataset
     manifest = run.manifest()
-    if not (run / "best_model").is_dir():
+    there = run.last("done").get("model") if manifest["provider"] == "openai" else str(run / "best_model")
+    if not there or manifest["provider"] != "openai" and not Path(there).is_dir():
         raise UsageError(
             f"this run has no model yet (it is {run.state()})",
             where=str(run),
             fix=f"go on with: tunesmith train --resume {run}",
         )
-    tuned, base = model or str(run / "best_model"), against or manifest["recipe"]["model"]
+    tuned, base = model or there, against or manifest["recipe"]["model"]
     own = run / "data" / "test.jsonl"
     if dataset is None and not own.exists():
         raise UsageError(
@@ -187,11 +211,33 @@ def _score(name: str, rows: list[Conversation], run: Run | None) -> Any:
     return score(name, rows, _template(name, run))
 
 
-def _answers(name: str, questions: list[Conversation], seed: int, run: Run | None) -> list[str]:
+class Models:
+    """Where the models of an evaluation are to be asked: here, or at a service."""
+
+    def __init__(self, run: Run | None, base_url: str | None, api_key_file: str | None) -> None:
+        self._run, self._base_url, self._key_file = run, base_url, api_key_file
+        self._remote = run is not None and run.manifest()["provider"] == "openai"
+
+    def hosted(self, name: str) -> bool:
+        """Whether a service has the model: what is no folder here, for a run at a service; for others "ft:…"."""
+        return not Path(name).is_dir() and (self._remote or name.startswith("ft:"))
+
+    def completer(self, name: str) -> backends.Completer:
+        if not self.hosted(name):
+            return backends.get("huggingface").completer(name, _template(name, None if self._remote else self._run))
+        from tunesmith.remote.answers import Answers
+        from tunesmith.remote.backend import connect
+        from tunesmith.remote.service import Service
+
+        if self._remote and self._run and not self._base_url:
+            return Answers(connect(self._run), name)
+        return Answers(Service(effective(self._base_url)[0], self._key_file), name)
+
+
+def _answers(name: str, questions: list[Conversation], seed: int, sides: Models) -> list[str]:
     if not questions:
         return []
-    complete = backends.get("huggingface").completer(name, _template(name, run))
-    return complete(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
+    return sides.completer(name)(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
 
 
 def _probes(run: Run | None) -> list[Conversation]:

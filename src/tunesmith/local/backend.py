@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 
 from tunesmith.backends import Completer, create_run
 from tunesmith.costs import Answer, Question
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run
@@ -85,6 +86,27 @@ class LocalBackend:
         worker = _workers.get(str(run))
         if worker and worker.poll() is None:
             worker.send_signal(signal.SIGINT)
+
+    def interrupt(self, run: Run) -> None:
+        self.cancel(run)
+
+    def act(self, run: Run, what: str) -> str:
+        """Cancelling from another process asks the worker by the number in its lock."""
+        if what == "pause":
+            fix = f"tunesmith runs cancel {run} makes a checkpoint and ends; go on with: tunesmith train --resume {run}"
+            raise UsageError("a run on this machine does not pause", where=str(run), fix=fix)
+        if what == "resume":
+            raise UsageError("training needs this terminal", where=str(run), fix=f"tunesmith train --resume {run}")
+        if not run.busy():
+            return run.state()
+        holder = run.holder()
+        if holder is None:
+            raise RunError("its process cannot be told", where=str(run), fix="Ctrl-C where it was started")
+        os.kill(holder, signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while run.busy() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return run.state()
 
     def completer(self, model: str, template: str | None = None) -> Completer:
         from tunesmith.local.generate import Chat

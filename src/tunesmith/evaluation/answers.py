@@ -1,0 +1,60 @@
+"""Base against tuned by what they answer, where nothing else can be had of a model: one that a service keeps.
+
+A service says how likely its own words were, not how likely the reference was. So both are asked the held-out prompts, and each
+answer is compared with the reference by chrF (Popović 2015): the F-score of character n-grams, recall weighing twice, from 0 to
+100, of `sacrebleu`. The verdict is that of the mean chrF, paired and with an interval like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tunesmith.conversation import Conversation
+from tunesmith.data.convert import sample
+from tunesmith.errors import DataError
+from tunesmith.evaluation.stats import Comparison, compare
+
+ROWS = 200  # asked at most, chosen by the seed: each is two requests, which a service may bill
+UNAVAILABLE = "loss, perplexity, token accuracy: a service does not say how likely a reference is to its model"
+ANSWER_TOKENS = 256
+
+
+class Answered:
+    """An answer to a held-out prompt, and its chrF against the reference."""
+
+    def __init__(self, text: str, reference: str) -> None:
+        from sacrebleu.metrics.chrf import CHRF
+
+        self.text, self.chrf = text, float(CHRF().sentence_score(text, [reference]).score)
+
+    def row(self) -> dict[str, Any]:
+        return {"answer": self.text, "chrf": self.chrf}
+
+
+def asked(rows: list[Conversation], seed: int) -> list[Conversation]:
+    """The rows with something to ask and a reference, ROWS of them at most. Raises DataError where there is none."""
+    found = [row for row in rows if row.prompt() and row.answer().strip()]
+    if not found:
+        raise DataError("nothing to ask: the rows have no prompt with an answer", fix="evaluate on rows with both")
+    return sample(found, ROWS, seed)
+
+
+def answered(rows: list[Conversation], complete: Callable[..., list[str]], seed: int) -> list[Answered]:
+    """A model's answers to the rows' prompts."""
+    prompts = [Conversation(row.prompt(), tools=row.tools) for row in rows]
+    texts = complete(prompts, max_tokens=ANSWER_TOKENS, temperature=0.0, seed=seed)
+    return [Answered(text, row.answer()) for text, row in zip(texts, rows, strict=True)]
+
+
+def metrics(base: list[Answered], tuned: list[Answered], seed: int) -> list[Comparison]:
+    """chrF, a mean over the rows."""
+    ones = np.ones(len(base))
+
+    def column(side: list[Answered], value: Callable[[Answered], float]) -> Any:
+        return np.array([value(answer) for answer in side], np.float64)
+
+    name = "chrF of answers (0 to 100)"
+    return [compare(name, column(base, lambda a: a.chrf), column(tuned, lambda a: a.chrf), ones, False, seed)]

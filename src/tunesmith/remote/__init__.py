@@ -1,0 +1,1 @@
+"""The OpenAI fine-tuning protocol as a client: any service that speaks it trains, this machine watches."""

@@ -1,0 +1,77 @@
+"""Answers of a service's model: many prompts at a time, each asked with patience."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tunesmith.conversation import Conversation, Message
+from tunesmith.errors import UsageError
+from tunesmith.remote.service import Service
+from tunesmith.remote.upload import as_sent
+
+AT_ONCE = 8  # requests
+NEW_MODEL = 180.0  # seconds that a model which has just been made may be unknown
+
+
+class Answers:
+    """Chat with a model of a service; as `local.generate.Chat`, but for what only this machine can do."""
+
+    context = 1 << 20  # tokens: not known here, and the service says when it is over
+
+    def __init__(self, service: Service, model: str) -> None:
+        self._service, self._model = service, model
+
+    def __call__(
+        self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """One answer each. Raises TunesmithError when the service stays out of reach or refuses."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda prompt: self._answer(prompt, max_tokens, temperature, seed), prompts))
+
+    def _answer(self, prompt: Conversation, max_tokens: int, temperature: float, seed: int) -> str:
+        order = self._order(prompt, max_tokens, temperature, seed)
+
+        def ask(client: Any) -> str:
+            found = client.chat.completions.create(**order).choices[0].message
+            if not isinstance(found.content, str | None):
+                raise ValueError("no text")
+            return str(found.content or "")
+
+        return str(self._when_known(lambda: self._service.read(ask, "asking the model", self._missing)))
+
+    @property
+    def _missing(self) -> str:
+        return f'the service has no model "{self._model}"'
+
+    def _order(self, prompt: Conversation, max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+        sent = as_sent(prompt)
+        how = {"max_completion_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        return {"model": self._model, **sent, **how}
+
+    def _when_known(self, ask: Any) -> Any:
+        """A model that was made a moment ago may take minutes to be known everywhere."""
+        deadline = time.monotonic() + (NEW_MODEL if self._model.startswith("ft:") else 0.0)
+        while True:
+            try:
+                return ask()
+            except UsageError as error:
+                if self._missing not in error.message or time.monotonic() > deadline:
+                    raise
+                time.sleep(5)
+
+    def stream(self, messages: tuple[Message, ...], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        """An answer, piece by piece as it comes."""
+        order = self._order(Conversation(messages), max_tokens, temperature, seed)
+        chunks = self._service.read(
+            lambda c: c.chat.completions.create(**order, stream=True), "asking the model", self._missing
+        )
+        for chunk in chunks:
+            if chunk.choices and chunk.choices[0].delta.content:
+                yield chunk.choices[0].delta.content
+
+    def room(self, messages: tuple[Message, ...]) -> int:
+        """Tokens left for an answer: as many as one likes, as far as is known here."""
+        return self.context

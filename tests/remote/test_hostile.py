@@ -1,0 +1,307 @@
+"""The client against a service that misbehaves: no duplicate job, no lost run, the right message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import rows, write
+from hostile import KEY, Hostile, step, wait_until
+from tunesmith import api, backends
+from tunesmith.errors import DataError, Interrupted, TunesmithError, UsageError
+from tunesmith.remote import backend, service
+from tunesmith.runs import Run
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
+    """The service, and a client that has little patience."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for place, name, value in (
+        (service, "TIMEOUT", 0.3),
+        (service, "FIRST", 0.01),
+        (service, "PATIENCE", 3.0),
+        (backend, "NEAR", 0.01),
+        (backend, "LOOKS", (0.0, 0.05, 0.1)),
+    ):
+        monkeypatch.setattr(place, name, value)
+    made = Hostile()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def settings(hostile: Hostile, tmp_path: Path) -> dict[str, Any]:
+    data = write(tmp_path / "rows.jsonl", rows(60))
+    return {"dataset": data, "provider": "openai", "model": "base", "base_url": hostile.url, "output_dir": tmp_path / "run"}
+
+
+def whole(run: Run, hostile: Hostile) -> None:
+    """A run that came through: one job, every event once, all figures there."""
+    assert run.state() == "succeeded" and len(hostile.jobs) == 1
+    told = [e["event"] for e in run.events() if "event" in e]
+    assert told == [e["id"] for e in hostile.events["ftjob-000"]] and len(told) == len(set(told))
+    assert [(e["step"], e["loss"], e["accuracy"]) for e in run.metrics("step")] == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 1 / 3, 0.5)]
+    assert [(e["step"], e["loss"], e["best"]) for e in run.metrics("eval")] == [(3, 0.5, True)]
+    summary = run.summary()
+    assert (summary["status"], summary["steps"], summary["tokens"]) == ("succeeded", 3, 1234)
+    assert summary["fine_tuned_model"] == "ft:base:org::000" and summary["best_valid_loss"] == 0.5
+
+
+def test_nothing_goes_wrong(hostile: Hostile, settings: dict[str, Any]) -> None:
+    run = api.train(**settings, suffix="my-word", epochs=3, batch_size=2, learning_rate_multiplier=0.5, seed=7)
+    whole(run, hostile)
+    job = hostile.jobs["ftjob-000"]
+    hyper = {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5}
+    assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": hyper}}
+    assert (job["suffix"], job["seed"], job["model"]) == ("my-word", 7, "base")
+    assert set(job["metadata"]) == {"tunesmith_run"}
+    sent = hostile.contents[job["training_file"]].splitlines()
+    assert len(sent) == len((run / "data" / "train.jsonl").read_bytes().splitlines()) > 40
+    assert len(hostile.contents[job["validation_file"]].splitlines()) >= 10
+    assert len(hostile.files) == 2  # the test rows stay here
+
+
+FAULTS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {
+    "429 with Retry-After": [("POST /files", "status", 2, {"status": 429, "headers": {"retry-after": "0.1"}})],
+    "429 without": [("POST /files", "status", 2, {"status": 429}), ("POST /fine_tuning/jobs", "status", 2, {"status": 429})],
+    "429 with a date": [
+        ("POST /fine_tuning/jobs", "status", 1, {"status": 429, "headers": {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}})
+    ],
+    "500 everywhere": [(".*", "status", 2, {"status": 500})],
+    "500 of create": [("POST /fine_tuning/jobs", "status", 2, {"status": 500})],
+    "503 of events": [("GET /fine_tuning/jobs/.*/events", "status", 3, {"status": 503})],
+    "hang of an upload": [("POST /files", "hang", 1, {})],
+    "hang while watching": [("GET /fine_tuning/jobs/ftjob-000", "hang", 2, {})],
+    "create cut off after it was done": [("POST /fine_tuning/jobs", "cut", 1, {})],
+    "create answered by half": [("POST /fine_tuning/jobs", "half", 1, {})],
+    "create answered by garbage": [("POST /fine_tuning/jobs", "garbage", 1, {})],
+    "upload cut off after it was done": [("POST /files", "cut", 1, {})],
+    "upload lost before": [("POST /files", "drop", 1, {})],
+    "bodies cut": [("GET /.*", "half", 3, {})],
+    "garbage while watching": [("GET /fine_tuning/jobs/ftjob-000", "garbage", 2, {})],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_passes_leaves_no_trace(hostile: Hostile, settings: dict[str, Any], name: str) -> None:
+    for what, action, times, how in FAULTS[name]:
+        hostile.fault(what, action, times, **how)
+    whole(api.train(**settings), hostile)
+    assert all(fault["times"] == 0 for fault in hostile.faults)  # it did happen
+    assert len(hostile.files) == 2
+
+
+def test_retry_after_is_waited_for(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.fault("POST /fine_tuning/jobs", "status", 1, status=429, headers={"retry-after": "1"})
+    began = time.monotonic()
+    whole(api.train(**settings), hostile)
+    assert time.monotonic() - began > 1.0 and hostile.count("POST /fine_tuning/jobs") == 2
+
+
+def test_a_wait_too_long_is_said(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.fault("POST /fine_tuning/jobs", "status", 9, status=429, headers={"retry-after": "3600"})
+    with pytest.raises(TunesmithError, match="HTTP 429") as caught:
+        api.train(**settings)
+    assert "busy" in caught.value.fix and hostile.count("POST /fine_tuning/jobs") == 1
+    hostile.faults.clear()
+    whole(api.resume(settings["output_dir"]), hostile)  # and nothing is lost: the files are there already
+    assert len(hostile.files) == 2
+
+
+@pytest.mark.parametrize("action", ["drop", "hang"])
+def test_a_create_that_nobody_answers_is_not_made_again_blindly(hostile: Hostile, settings: dict[str, Any], action: str) -> None:
+    hostile.fault("POST /fine_tuning/jobs", action, 1)
+    with pytest.raises(TunesmithError, match="no job with this run's mark") as caught:
+        api.train(**settings)
+    assert hostile.count("POST /fine_tuning/jobs") == 1 and not hostile.jobs
+    assert "train --resume" in caught.value.fix
+    assert any("metadata%5Btunesmith_run%5D=ts-" in asked for asked in hostile.asked)
+    late = hostile._create({"model": "base", "training_file": "file-000", "metadata": None})  # the service was only slow
+    run = api.resume(settings["output_dir"])
+    assert len(hostile.jobs) == 1 and hostile.count("POST /fine_tuning/jobs") == 1
+    assert f"the job was made, though its answer was lost: {late['id']}" in (run / "events.jsonl").read_text()
+
+
+def test_duplicates_and_a_list_without_end(hostile: Hostile, settings: dict[str, Any]) -> None:
+    twice = {**step(1, 3), "id": "ftevent-dup"}
+    hostile.script[2] = ("running", ["Fine-tuning job started", twice, twice, step(2, 3)])
+    hostile.wrong_after = True
+    run = api.train(**settings)
+    assert [e["step"] for e in run.metrics("step")] == [1, 2, 3]
+    assert [e.get("event") for e in run.events()].count("ftevent-dup") == 1
+
+
+def test_many_events_come_in_pages_and_in_order(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.script = [("running", [step(n, 450) for n in range(1, 451)]), ("succeeded", [])]
+    run = api.train(**settings)
+    assert [e["step"] for e in run.events() if e["type"] == "step"] == list(range(1, 451))
+    assert hostile.count("GET /fine_tuning/jobs/ftjob-000/events") >= 5
+
+
+def test_a_job_that_fails_validation(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.script = [("validating_files", []), ("failed", ["The job failed"])]
+    message = f"Invalid file format. Example 3 contains an extra key {KEY}"
+    hostile.error = {"code": "invalid_file_format", "message": message, "param": "training_file"}
+    with pytest.raises(TunesmithError, match="Example 3 contains an extra key") as caught:
+        api.train(**settings)
+    assert caught.value.where == "training_file" and "data check" in caught.value.fix and caught.value.exit_status == 3
+    assert KEY not in str(caught.value)
+    assert api.state_of(settings["output_dir"]) == "failed"
+
+
+def test_a_refusal_to_create_names_the_way_out(hostile: Hostile, settings: dict[str, Any]) -> None:
+    refusal = {"message": f"Your organization may not create jobs (key {KEY})", "code": None}
+    hostile.fault("POST /fine_tuning/jobs", "status", 9, status=403, error=refusal)
+    with pytest.raises(TunesmithError, match="makes no jobs for this account") as caught:
+        api.train(**settings)
+    assert f"tunesmith train --dataset {settings['dataset']} --provider huggingface" in caught.value.fix
+    assert hostile.count("POST /fine_tuning/jobs") == 1
+    leaked = [p for p in Path(settings["output_dir"]).rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    assert not leaked and KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words", "fix"),
+    [
+        (401, {"message": f"Incorrect API key provided: {KEY}"}, "Incorrect API key provided: [key]", "OPENAI_API_KEY"),
+        (429, {"message": "You exceeded your quota", "code": "insufficient_quota"}, "exceeded your quota", "billing"),
+        (400, {"message": "suffix is odd"}, "suffix is odd", "service says"),
+    ],
+)
+def test_what_the_service_refuses_is_told_at_once(
+    hostile: Hostile, settings: dict[str, Any], status: int, error: dict[str, Any], words: str, fix: str
+) -> None:
+    hostile.fault("POST /fine_tuning/jobs", "status", 9, status=status, error=error)
+    with pytest.raises(TunesmithError) as caught:
+        api.train(**settings)
+    assert words in caught.value.message and fix in caught.value.fix
+    assert hostile.count("POST /fine_tuning/jobs") == 1
+
+
+def test_a_model_that_is_not_there_or_ends(hostile: Hostile, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match='no model "other"'):
+        api.train(**{**settings, "model": "other"})
+    hostile.models["base"] = {"shutdown_date": "2020-01-01"}
+    with pytest.raises(UsageError, match="ended this model on 2020-01-01"):
+        api.train(**settings)
+    assert not hostile.files and not Path(settings["output_dir"]).exists()
+
+
+def test_nobody_is_there(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.close()
+    with pytest.raises(TunesmithError, match="not reached"):
+        api.train(**settings)
+
+
+def test_pause_resume_cancel_from_disk(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.script = [("queued", []), ("running", ["Fine-tuning job started", step(1, 3)])]
+    run = backends.get("openai").submit(api.prepare(**settings), Path(settings["output_dir"]))
+    work = backends.get("openai")
+    wait_until(lambda: work.poll(run) == "running")
+    assert work.act(run, "pause") == "paused" == run.state()
+    with pytest.raises(Interrupted, match="paused at the service") as caught:
+        api.watch(run, work)
+    assert f"runs resume {run}" in caught.value.fix
+    hostile.script = [("running", [])]
+    assert work.act(run, "resume") == "running"
+    backend._following.clear()  # as another process
+    assert work.act(run, "cancel") == "cancelled" == run.state()
+    assert backends.get("openai").act(run, "cancel") == "cancelled"  # again: nothing happens
+    assert hostile.count("POST /fine_tuning/jobs/ftjob-000/cancel") == 1
+
+
+def test_a_status_nobody_knows_goes_on_for_a_time(
+    hostile: Hostile, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile.script.insert(2, ("polishing", []))
+    whole(api.train(**settings), hostile)
+    hostile.script = [("polishing", [])]
+    monkeypatch.setattr(backend, "STILL", 0.3)
+    with pytest.raises(TunesmithError, match="nothing new of the job ftjob-001"):
+        api.train(**{**settings, "output_dir": str(settings["output_dir"]) + "2"})
+
+
+def command(settings: dict[str, Any], *more: str) -> subprocess.Popen[str]:
+    options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [sys.executable, "-m", "tunesmith", "train", *options, *more]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_interrupted_it_goes_on_and_another_process_takes_over(hostile: Hostile, settings: dict[str, Any]) -> None:
+    script, hostile.script = hostile.script, hostile.script[:3]
+    process = command(settings, "--yes")
+    run = Run(settings["output_dir"])
+    wait_until(lambda: bool(run.metrics("step")), 60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "goes on at the service" in said and f"runs watch {run}" in said
+    assert run.state() == "running" and "cancel" not in " ".join(hostile.asked)
+    hostile.script = script
+    done = subprocess.run([sys.executable, "-m", "tunesmith", "runs", "watch", str(run)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole(run, hostile)
+
+
+def test_killed_at_any_moment_there_is_one_job(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.fault("POST /files", "status", 3, status=429, headers={"retry-after": "0.5"})
+    hostile.fault("POST /fine_tuning/jobs", "cut", 1)
+    process = command(settings, "--yes")
+    run = Run(settings["output_dir"])
+    wait_until(lambda: (run / "remote.json").exists() and len(hostile.jobs) == 1, 60)
+    os.kill(process.pid, signal.SIGKILL)  # the job is made, and nobody here knows
+    process.communicate()
+    assert '"job": null' in (run / "remote.json").read_text() and run.state() == "interrupted"
+    whole(api.resume(run), hostile)
+
+
+def test_it_asks_before_it_sends(hostile: Hostile, settings: dict[str, Any]) -> None:
+    process = command(settings)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "add --yes" in said and hostile.url in said
+    assert not hostile.files and not Path(settings["output_dir"]).exists()
+
+
+def test_a_result_file_in_base64_and_steps_that_the_events_lack(hostile: Hostile, settings: dict[str, Any]) -> None:
+    import base64
+
+    table = b"step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1.0,0.5,,\n2,0.5,0.5,,\n3,0.25,,,\n"
+    hostile.contents["file-result"] = base64.b64encode(table)
+    hostile.script = [("running", [step(1, 3)]), ("succeeded", [])]
+    create = hostile._create
+
+    def with_results(body: dict[str, Any]) -> dict[str, Any]:
+        made = create(body)
+        hostile.jobs[made["id"]]["result_files"] = ["file-result", "file-gone"]
+        return made
+
+    hostile._create = with_results  # type: ignore[method-assign]
+    run = api.train(**settings)
+    assert (run / "results" / "file-result.csv").read_bytes() == table
+    assert [(e["step"], e["loss"], e.get("accuracy")) for e in run.metrics("step")] == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 0.25, None)]
+    assert any(e["type"] == "warning" and "file-gone" in e["message"] for e in run.events())
+
+
+def test_settings_that_mean_nothing_to_a_service(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="learning_rate means nothing") as caught:
+        api.plan(**settings, learning_rate=1e-4)
+    assert "multiplier" in caught.value.fix
+    with pytest.raises(UsageError, match="lora_rank means nothing"):
+        api.plan(**settings, lora_rank=8)
+    with pytest.raises(UsageError, match="epochs is 51"):
+        api.plan(**settings, epochs=51)
+    with pytest.raises(UsageError, match="take my-bot"):
+        api.plan(**settings, suffix="My_Bot")
+    with pytest.raises(UsageError, match="may hold no key"):
+        api.plan(**{**settings, "base_url": "https://me:secret@host/v1"})
+    assert [i.code for i in api.plan(**settings, config="quick_test").issues].count("idle-setting") > 0
+    with pytest.raises(DataError, match="of at least 10"):
+        api.plan(**{**settings, "dataset": write(Path(settings["dataset"]).with_name("few.jsonl"), rows(11))})
