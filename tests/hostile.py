@@ -70,7 +70,11 @@ class Hostile:
             return (200, found) if found is not None else (404, "No such File object")
         if parts[0] == "models" and len(parts) == 2:
             found = self.models.get(parts[1])
-            return (200, {"id": parts[1], "object": "model", "created": 1, "owned_by": "x", **found}) if found else (404, "no model")
+            return (
+                (200, {"id": parts[1], "object": "model", "created": 1, "owned_by": "x", **found})
+                if found
+                else (404, "no model")
+            )
         if path == "/v1/fine_tuning/jobs" and method == "POST":
             return 200, self._create(json.loads(body))
         if path == "/v1/fine_tuning/jobs":
@@ -97,7 +101,13 @@ class Hostile:
                 return 404, "no model"
             message = {"role": "assistant", "content": self.answer(asked), "refusal": None}
             choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-            return 200, {"id": "c", "object": "chat.completion", "created": 1, "model": asked["model"], "choices": [choice]}
+            return 200, {
+                "id": "c",
+                "object": "chat.completion",
+                "created": 1,
+                "model": asked["model"],
+                "choices": [choice],
+            }
         return 404, "no such route"
 
     def _upload(self, body: bytes) -> dict[str, Any]:
@@ -124,7 +134,11 @@ class Hostile:
             for message in said:
                 event = message if isinstance(message, dict) else {"message": message}
                 known = self.events[job["id"]]
-                base = {"object": "fine_tuning.job.event", "id": f"ftevent-{len(known):03}", "created_at": 100 + len(known)}
+                base = {
+                    "object": "fine_tuning.job.event",
+                    "id": f"ftevent-{len(known):03}",
+                    "created_at": 100 + len(known),
+                }
                 known.append({**base, "level": "info", "type": "message", "data": None, **event})
         job["looks"] += 1
         job["status"] = status

@@ -27,6 +27,7 @@ from tunesmith.settings import changes, resolve
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
     from tunesmith.evaluation.rates import Advice
+    from tunesmith.remote.rescue import Rescued
 
 POLL_SECONDS = 0.1
 
@@ -280,17 +281,23 @@ def _follow(
     raise error
 
 
+def rescue(
+    folder: str | os.PathLike[str] = "rescued",
+    base_url: str | None = None,
+    api_key_file: str | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Rescued:
+    """Bring everything that an account holds at a service into a folder; see `tunesmith.remote.rescue`."""
+    from tunesmith.remote.rescue import rescue as bring
+    from tunesmith.remote.service import Service
+
+    return bring(Service(hosted.effective(base_url)[0], api_key_file), Path(folder), on_progress)
+
+
 def completer(model: str) -> backends.Completer:
     """Answers of a model, or of a run: the one at a service by way of it, with a key as when it was trained."""
-    folder = Path(model)
-    if (folder / "remote.json").exists():
-        from tunesmith.remote.answers import Answers
-        from tunesmith.remote.backend import connect
-
-        name = Run(folder).last("done").get("model")
-        if not name:
-            raise UsageError("this run has no model yet", where=model, fix=f"tunesmith runs watch {model}")
-        return Answers(connect(Run(folder)), name)
+    if (Path(model) / "remote.json").exists():
+        return backends.get("openai").completer(model)
     find(model)  # a wrong name is said before torch is loaded
     return backends.get("huggingface").completer(model)
 

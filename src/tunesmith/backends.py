@@ -80,7 +80,7 @@ def get(provider: str) -> Backend:
 
 def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lambda _: None) -> Run:
     """A run directory with manifest and splits: the same for every backend, which may `fill` in its own files."""
-    with create(path, _manifest(prepared.plan, prepared)) as run:
+    with create(path, manifest(prepared.plan, prepared.hashes)) as run:
         for side, rows in prepared.splits.items():
             if len(rows):
                 write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
@@ -91,7 +91,8 @@ def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lam
     return run
 
 
-def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
+def manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
+    """What run.json says. `hashes`: of each side's rows."""
     return {
         "version": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -107,9 +108,10 @@ def _manifest(plan: Plan, prepared: Prepared) -> dict[str, Any]:
             "supervised_tokens": plan.supervised_tokens,
             "longest": plan.longest,
             "memory_mb": plan.memory_mb,
+            "bill": plan.bill,
         },
         "model": plan.model,
-        "data_hashes": prepared.hashes,
+        "data_hashes": hashes,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},

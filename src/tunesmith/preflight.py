@@ -30,6 +30,7 @@ def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
         (["sharding"], recipe.nproc > 1 or launched(), "there is one process", "add --nproc"),
         (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", "leave one of the two out"),
         (["prefix_cache"], bool(recipe.freeze_ratio), "no layers are frozen", "add --freeze-ratio"),
+        (["suffix", "base_url", "api_key_file"], False, "this machine trains", "add --provider openai"),
     ]
     for names, acts, reason, fix in idle:
         for name in names:
@@ -51,6 +52,9 @@ GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")  # NVIDIA'
 
 def refuse_impossible(recipe: Recipe) -> None:
     """UsageError for what this machine cannot do, before anything is read."""
+    if recipe.learning_rate_multiplier != "auto":
+        message = "a multiplier is of a service's own rate, which nobody knows here"
+        raise UsageError(message, where="learning_rate_multiplier", fix="--learning-rate is the rate itself")
     for name, value in (("method", recipe.method), ("optimizer", recipe.optimizer)):
         if (value == "qlora" or "8bit" in value) and find_spec("bitsandbytes") is None:
             raise UsageError(f"{name} {value} needs bitsandbytes", where=name, fix="pip install 'tunesmith[local]'")

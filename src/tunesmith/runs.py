@@ -202,7 +202,7 @@ class Run:
             "model": manifest["recipe"]["model"],
             "fine_tuned_model": done.get("model"),
             "task": manifest["recipe"]["task"],
-            "method": manifest["recipe"]["method"],
+            "method": "supervised" if manifest["provider"] == "openai" else manifest["recipe"]["method"],
             "dataset": manifest["recipe"]["dataset"],
             "created": manifest["created"],
             "steps": steps[-1]["step"] if steps else 0,

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hostile import Hostile
 from tunesmith import api, backends
 from tunesmith.backends import BACKENDS, Backend
 from tunesmith.conversation import Conversation, Message
+from tunesmith.errors import Interrupted
 from tunesmith.planning import Prepared
 
 
 def test_every_backend_is_in_this_suite() -> None:
-    assert sorted(BACKENDS) == ["fake", "huggingface"]
+    assert sorted(BACKENDS) == ["fake", "huggingface", "openai"]
 
 
-@pytest.fixture(params=["fake", "huggingface"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return backends.get(request.param)
+@pytest.fixture(params=["fake", "huggingface", "openai"])
+def provider(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def prepared(tiny: Path, data: Path) -> Prepared:
-    return api.prepare(data, model=str(tiny), max_steps=3)
+def backend(provider: str) -> Backend:
+    return backends.get(provider)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
+    """A well-behaved service, whose jobs have three steps."""
+    made = Hostile()
+    monkeypatch.setenv("OPENAI_BASE_URL", made.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def model(provider: str, tiny: Path) -> str:
+    return "base" if provider == "openai" else str(tiny)
+
+
+@pytest.fixture
+def prepared(provider: str, model: str, data: Path, service: Hostile) -> Prepared:
+    here = {} if provider == "openai" else {"max_steps": 3}
+    return api.prepare(data, provider=provider, model=model, **here)
 
 
 def test_a_run_from_submit_to_its_end(backend: Backend, prepared: Prepared, tmp_path: Path) -> None:
@@ -39,8 +62,20 @@ def test_a_run_from_submit_to_its_end(backend: Backend, prepared: Prepared, tmp_
     assert run.state() == "succeeded"
 
 
-def test_each_answers_every_prompt(backend: Backend, tiny: Path) -> None:
-    complete = backend.completer(str(tiny))
+@pytest.mark.parametrize("provider", ["huggingface", "openai"])  # a dry run has ended when it has begun
+def test_what_is_cancelled_ends_and_says_so(
+    provider: str, backend: Backend, model: str, data: Path, tmp_path: Path, service: Hostile
+) -> None:
+    service.script = [("running", [])]
+    prepared = api.prepare(data, provider=provider, model=model, epochs=50)
+    run = backend.submit(prepared, tmp_path / "run")
+    with pytest.raises(Interrupted):
+        api.watch(run, backend, lambda run, event: backend.cancel(run) if event.get("state") == "running" else None)
+    assert backend.poll(run) == run.state() == "cancelled"
+
+
+def test_each_answers_every_prompt(backend: Backend, model: str, service: Hostile) -> None:
+    complete = backend.completer(model)
     prompts = [Conversation((Message("user", text),)) for text in ("one", "a longer question, two", "three")]
     answers = complete(prompts, max_tokens=4)
     assert len(answers) == 3 and all(isinstance(a, str) for a in answers)

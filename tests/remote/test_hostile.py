@@ -41,7 +41,13 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
 @pytest.fixture
 def settings(hostile: Hostile, tmp_path: Path) -> dict[str, Any]:
     data = write(tmp_path / "rows.jsonl", rows(60))
-    return {"dataset": data, "provider": "openai", "model": "base", "base_url": hostile.url, "output_dir": tmp_path / "run"}
+    return {
+        "dataset": data,
+        "provider": "openai",
+        "model": "base",
+        "base_url": hostile.url,
+        "output_dir": tmp_path / "run",
+    }
 
 
 def whole(run: Run, hostile: Hostile) -> None:
@@ -49,7 +55,11 @@ def whole(run: Run, hostile: Hostile) -> None:
     assert run.state() == "succeeded" and len(hostile.jobs) == 1
     told = [e["event"] for e in run.events() if "event" in e]
     assert told == [e["id"] for e in hostile.events["ftjob-000"]] and len(told) == len(set(told))
-    assert [(e["step"], e["loss"], e["accuracy"]) for e in run.metrics("step")] == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 1 / 3, 0.5)]
+    assert [(e["step"], e["loss"], e["accuracy"]) for e in run.metrics("step")] == [
+        (1, 1.0, 0.5),
+        (2, 0.5, 0.5),
+        (3, 1 / 3, 0.5),
+    ]
     assert [(e["step"], e["loss"], e["best"]) for e in run.metrics("eval")] == [(3, 0.5, True)]
     summary = run.summary()
     assert (summary["status"], summary["steps"], summary["tokens"]) == ("succeeded", 3, 1234)
@@ -72,9 +82,17 @@ def test_nothing_goes_wrong(hostile: Hostile, settings: dict[str, Any]) -> None:
 
 FAULTS: dict[str, list[tuple[str, str, int, dict[str, Any]]]] = {
     "429 with Retry-After": [("POST /files", "status", 2, {"status": 429, "headers": {"retry-after": "0.1"}})],
-    "429 without": [("POST /files", "status", 2, {"status": 429}), ("POST /fine_tuning/jobs", "status", 2, {"status": 429})],
+    "429 without": [
+        ("POST /files", "status", 2, {"status": 429}),
+        ("POST /fine_tuning/jobs", "status", 2, {"status": 429}),
+    ],
     "429 with a date": [
-        ("POST /fine_tuning/jobs", "status", 1, {"status": 429, "headers": {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}})
+        (
+            "POST /fine_tuning/jobs",
+            "status",
+            1,
+            {"status": 429, "headers": {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}},
+        )
     ],
     "500 everywhere": [(".*", "status", 2, {"status": 500})],
     "500 of create": [("POST /fine_tuning/jobs", "status", 2, {"status": 500})],
@@ -118,14 +136,18 @@ def test_a_wait_too_long_is_said(hostile: Hostile, settings: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("action", ["drop", "hang"])
-def test_a_create_that_nobody_answers_is_not_made_again_blindly(hostile: Hostile, settings: dict[str, Any], action: str) -> None:
+def test_a_create_that_nobody_answers_is_not_made_again_blindly(
+    hostile: Hostile, settings: dict[str, Any], action: str
+) -> None:
     hostile.fault("POST /fine_tuning/jobs", action, 1)
     with pytest.raises(TunesmithError, match="no job with this run's mark") as caught:
         api.train(**settings)
     assert hostile.count("POST /fine_tuning/jobs") == 1 and not hostile.jobs
     assert "train --resume" in caught.value.fix
     assert any("metadata%5Btunesmith_run%5D=ts-" in asked for asked in hostile.asked)
-    late = hostile._create({"model": "base", "training_file": "file-000", "metadata": None})  # the service was only slow
+    late = hostile._create(
+        {"model": "base", "training_file": "file-000", "metadata": None}
+    )  # the service was only slow
     run = api.resume(settings["output_dir"])
     assert len(hostile.jobs) == 1 and hostile.count("POST /fine_tuning/jobs") == 1
     assert f"the job was made, though its answer was lost: {late['id']}" in (run / "events.jsonl").read_text()
@@ -246,7 +268,9 @@ def test_interrupted_it_goes_on_and_another_process_takes_over(hostile: Hostile,
     assert process.returncode == 130 and "goes on at the service" in said and f"runs watch {run}" in said
     assert run.state() == "running" and "cancel" not in " ".join(hostile.asked)
     hostile.script = script
-    done = subprocess.run([sys.executable, "-m", "tunesmith", "runs", "watch", str(run)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", "runs", "watch", str(run)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     whole(run, hostile)
 
@@ -273,7 +297,9 @@ def test_it_asks_before_it_sends(hostile: Hostile, settings: dict[str, Any]) -> 
 def test_a_result_file_in_base64_and_steps_that_the_events_lack(hostile: Hostile, settings: dict[str, Any]) -> None:
     import base64
 
-    table = b"step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1.0,0.5,,\n2,0.5,0.5,,\n3,0.25,,,\n"
+    table = (
+        b"step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n1,1.0,0.5,,\n2,0.5,0.5,,\n3,0.25,,,\n"
+    )
     hostile.contents["file-result"] = base64.b64encode(table)
     hostile.script = [("running", [step(1, 3)]), ("succeeded", [])]
     create = hostile._create
@@ -286,7 +312,11 @@ def test_a_result_file_in_base64_and_steps_that_the_events_lack(hostile: Hostile
     hostile._create = with_results  # type: ignore[method-assign]
     run = api.train(**settings)
     assert (run / "results" / "file-result.csv").read_bytes() == table
-    assert [(e["step"], e["loss"], e.get("accuracy")) for e in run.metrics("step")] == [(1, 1.0, 0.5), (2, 0.5, 0.5), (3, 0.25, None)]
+    assert [(e["step"], e["loss"], e.get("accuracy")) for e in run.metrics("step")] == [
+        (1, 1.0, 0.5),
+        (2, 0.5, 0.5),
+        (3, 0.25, None),
+    ]
     assert any(e["type"] == "warning" and "file-gone" in e["message"] for e in run.events())
 
 

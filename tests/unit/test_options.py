@@ -20,6 +20,7 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.local import batches
 from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
+from tunesmith.remote import service
 from tunesmith.runs import Run
 
 
@@ -125,6 +126,30 @@ def _(b: Bench) -> None:
     assert cut.longest == longest - 1 and cut.dropped == 0
     with pytest.raises(DataError, match="over the model's context"):
         b.plan(max_length=100_000)
+
+
+@proves("base_url", "api_key_file", "suffix", "learning_rate_multiplier")  # what is sent: tests/remote/test_hostile.py
+def _(b: Bench) -> None:
+    plan = b.plan(
+        provider="openai", model="gpt-4.1", base_url="http://127.0.0.1:1/v1", suffix="a", learning_rate_multiplier=2
+    )
+    assert (plan.recipe.base_url, plan.recipe.suffix, plan.recipe.learning_rate_multiplier) == (
+        "http://127.0.0.1:1/v1",
+        "a",
+        2,
+    )
+    for name in ("base_url", "api_key_file", "suffix"):
+        assert [i.code for i in b.plan(**{name: "x"}).issues if f"{name} has no effect" in i.message] == [
+            "idle-setting"
+        ]
+    with pytest.raises(UsageError, match="a multiplier is of a service"):
+        b.plan(learning_rate_multiplier=2)
+    (b.folder / "key").write_text(" sk-from-a-file \n")
+    assert service.key("https://host/v1", str(b.folder / "key")) == "sk-from-a-file"
+    (b.folder / "key").write_text("two words")
+    for path in ("key", "none"):
+        with pytest.raises(UsageError, match="no key"):
+            service.key("https://host/v1", str(b.folder / path))
 
 
 @proves("nproc", "sharding")  # that the work is shared, to the same result: test_processes.py

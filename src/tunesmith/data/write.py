@@ -24,6 +24,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     _replace(path, [data])
 
 
+def write_parts(path: Path, parts: Iterable[bytes]) -> int:
+    """The same with bytes that come in parts; how many they are."""
+    sizes: list[int] = []
+    _replace(path, (sizes.append(len(part)) or part for part in parts))  # type: ignore[func-returns-value]
+    return sum(sizes)
+
+
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

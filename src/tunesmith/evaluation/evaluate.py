@@ -7,6 +7,7 @@ The verdict is that of the loss (nats per token of the reference answers): *bett
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,8 @@ def evaluate(
     result = Evaluation(metrics[0].verdict, base, tuned, name, len(rows), tokens, metrics, identity, shown)
     if by_answers:
         result = msgspec.structs.replace(result, unavailable=answers.UNAVAILABLE)
-    other = [f"{k}-{Path(v).name}" for k, v in (("model", model), ("against", against), ("on", dataset)) if v]
+    named = (("model", model), ("against", against), ("on", dataset))
+    other = [f"{k}-" + re.sub(r"[^\w.-]+", "-", Path(v).name) for k, v in named if v]
     return _keep(run, "-".join(other), result, rows, base_scores, tuned_scores) if run else result
 
 

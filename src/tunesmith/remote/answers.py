@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
+
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import UsageError
-from tunesmith.remote.service import Service
+from tunesmith.remote.service import Service, cut_off
 from tunesmith.remote.upload import as_sent
 
 AT_ONCE = 8  # requests
@@ -68,9 +70,14 @@ class Answers:
         chunks = self._service.read(
             lambda c: c.chat.completions.create(**order, stream=True), "asking the model", self._missing
         )
-        for chunk in chunks:
-            if chunk.choices and chunk.choices[0].delta.content:
-                yield chunk.choices[0].delta.content
+        try:
+            for chunk in chunks:
+                if chunk.choices and chunk.choices[0].delta.content:
+                    yield chunk.choices[0].delta.content
+        except Exception as error:
+            if not cut_off(error) and not isinstance(error, openai.OpenAIError):
+                raise
+            raise self._service.explained(error, "the answer broke off") from None
 
     def room(self, messages: tuple[Message, ...]) -> int:
         """Tokens left for an answer: as many as one likes, as far as is known here."""

@@ -17,9 +17,10 @@ import msgspec
 from tunesmith.backends import Completer, create_run
 from tunesmith.data.write import write_json
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
-from tunesmith.hosted import address, local_address
+from tunesmith.hosted import address, effective, local_address
 from tunesmith.planning import Prepared
 from tunesmith.remote import upload
+from tunesmith.remote.answers import Answers
 from tunesmith.remote.results import fetch
 from tunesmith.remote.service import Job, Service, Unsure
 from tunesmith.remote.told import Told
@@ -112,7 +113,20 @@ class OpenAIBackend:
         return _of(run).look(now=True)
 
     def completer(self, model: str, template: str | None = None) -> Completer:
-        raise UsageError("a service's model is asked by way of its run", where=model, fix="name the run")
+        """Answers of a run's tuned model, or of a model of the service that OPENAI_BASE_URL names; templates are its own."""
+        if not (Path(model) / "remote.json").exists():
+            return Answers(Service(effective(None)[0]), model)
+        run = Run(model)
+        name = run.last("done").get("model")
+        if not name:
+            raise UsageError("this run has no model yet", where=model, fix=f"tunesmith runs watch {model}")
+        return Answers(connect(run), name)
+
+
+def take_in(run: Run, service: Service) -> str:
+    """Take in what a run's job has told since; its state. As a step of following it, with a service that is at hand."""
+    with run.lock():
+        return Following(run).step(service)
 
 
 def connect(run: Run) -> Service:
@@ -161,18 +175,19 @@ class Following:
         except RunError:  # another process follows it: its events are ours
             return self._run.state()
         with lock:
-            self._word = self._step()
+            self._word = self.step()
         link = Link.of(self._run)
         pause = NEAR if local_address(link.base_url) else EVERY
         self._due = time.monotonic() + pause * random.uniform(0.8, 1.2)
         return self._word
 
-    def _step(self) -> str:
+    def step(self, service: Service | None = None) -> str:
+        """Do what is next, and take in what is new; the state then. The run's lock is held."""
         run, link = self._run, Link.of(self._run)
         word = run.state()
         if word in ENDED:
             return word
-        service = connect(run)
+        service = service or connect(run)
         if link.job is None:
             self._begin(service, link)
             if link.job is None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import openai
 
+from tunesmith.data.write import write_parts
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.hosted import local_address
 
@@ -192,11 +193,17 @@ class Service:
 
     def content(self, file: str, path: Path) -> int:
         """Write a file's bytes to a path, whole or not at all; how many."""
-        from tunesmith.data.write import write_bytes
 
-        data: bytes = self.read(lambda c: c.files.content(file).read(), f"fetching {file}", f"no file {file}")
-        write_bytes(path, data)
-        return len(data)
+        def fetch(client: openai.OpenAI) -> int:
+            try:
+                with client.files.with_streaming_response.content(file) as found:
+                    return write_parts(path, found.iter_bytes(1 << 20))
+            except Exception as error:
+                if cut_off(error):
+                    raise ValueError("cut off") from error
+                raise
+
+        return self.read(fetch, f"fetching {file}", f"no file {file}")
 
 
 def key(base_url: str, key_file: str | None) -> str:
@@ -217,6 +224,12 @@ def key(base_url: str, key_file: str | None) -> str:
         fix = "export OPENAI_API_KEY=…, or --api-key-file FILE"
         raise UsageError("no key for the service", where=base_url, fix=fix)
     return found or "none"  # a server on this machine may want none, but the SDK does
+
+
+def cut_off(error: Exception) -> bool:
+    """Whether the line broke while an answer came in: the HTTP library's own error, which has another name in each of its
+    versions."""
+    return type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
 
 
 def never_sent(error: Exception) -> bool:
