@@ -99,6 +99,10 @@ class Hostile:
             asked = json.loads(body)
             if asked["model"] not in self.models:
                 return 404, "no model"
+            if asked.get("stream"):
+                delta = {"index": 0, "delta": {"content": self.answer(asked)}, "finish_reason": None}
+                chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [delta]}
+                return 200, b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
             message = {"role": "assistant", "content": self.answer(asked), "refusal": None}
             choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
             return 200, {
@@ -208,7 +212,8 @@ class Hostile:
             def give(self, status: int, found: Any, headers: dict[str, str], half: bool = False) -> None:
                 data = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self.send_response(status)
-                for name, value in {"content-type": "application/json", **headers}.items():
+                kind = "text/event-stream" if data.startswith(b"data:") else "application/json"
+                for name, value in {"content-type": kind, **headers}.items():
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()

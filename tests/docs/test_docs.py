@@ -165,3 +165,31 @@ def test_the_guide_to_several_machines() -> None:
         add_settings(parser)
         recipe, _ = resolve(settings(parser.parse_args(given)))
         assert recipe.dataset and recipe.model
+
+
+def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands run as written, against a service that is set up here."""
+    from hostile import KEY, Hostile
+
+    guide = (ROOT / "docs/guides/services.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", guide, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if line.startswith("tunesmith ")]
+    assert len(lines) >= 9
+    (tmp_path / "data.jsonl").write_bytes((ROOT / "src/tunesmith/assets/data/chat.jsonl").read_bytes())
+    service = Hostile()
+    service.models = {"gpt-4.1-mini-2025-04-14": {"shutdown_date": "2999-01-14"}}
+    monkeypatch.setenv("OPENAI_BASE_URL", service.url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = {}
+    for line in lines:
+        command = [sys.executable, "-m", "tunesmith", *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+        said[" ".join(shlex.split(line)[1:3])] = done.stdout
+    service.close()
+    assert "ends gpt-4.1-mini-2025-04-14, and what is tuned from it, on 2999-01-14" in said["plan --dataset"]
+    assert "about $0.0" in said["plan --dataset"] and "auto: the variable OPENAI_BASE_URL" in said["plan --dataset"]
+    assert "verdict: cannot tell" in said["evaluate hosted"] and "An answer." in said["chat hosted"]
+    assert (tmp_path / "hosted/report.html").exists() and (tmp_path / "rescued/ftjob-000/run.json").exists()
+    assert "1 jobs: 1 succeeded" in said["rescue --output-dir"]

@@ -189,7 +189,7 @@ def offer(plan: Plan, said: dict[str, Any]) -> list[str]:
     """What a service would do and cost, line by line. `said`: the model as the service describes it."""
     from tunesmith.cli.data import summary
     from tunesmith.data.check import HOSTED_ROWS
-    from tunesmith.hosted import notes
+    from tunesmith.hosted import OPENAI, notes
 
     rows, recipe, bill = plan.rows, plan.recipe, plan.bill
     sent = rows["valid"] if rows["valid"] >= HOSTED_ROWS else 0
@@ -202,10 +202,9 @@ def offer(plan: Plan, said: dict[str, Any]) -> list[str]:
         f"{recipe.learning_rate_multiplier} (auto: the service's choice); about {plan.steps} steps",
     ]
     if bill and bill.cost is not None:
-        price = (
-            f"about ${bill.cost:.2f}: {bill.billed_tokens} tokens at ${bill.price:g} a million ({bill.epochs} epochs)"
-        )
-        lines += [f"price    {price}; {bill.note}"]
+        whose = "" if recipe.base_url == OPENAI else " if this were OpenAI's own service"
+        price = f"about ${bill.cost:.2f}{whose}: {bill.billed_tokens} tokens at ${bill.price:g} a million"
+        lines += [f"price    {price} ({bill.epochs} epochs); {bill.note}"]
     else:
         lines += [f"price    not known here{f': {bill.note}' if bill else ''}"]
     lines += [f"note     {note}" for note in notes(recipe, said)]

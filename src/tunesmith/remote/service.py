@@ -127,7 +127,9 @@ class Service:
     def explained(self, error: Exception, what: str, missing: str = "") -> TunesmithError:
         """What went wrong, for a user."""
         where, status = self.base_url, getattr(error, "status_code", None)
-        said = self.hidden(str(getattr(error, "message", "") or error))
+        body = getattr(error, "body", None)
+        inside = body.get("message") if isinstance(body, dict) else None
+        said = self.hidden(str(inside or getattr(error, "message", "") or error))
         code = getattr(error, "code", None)
         if isinstance(error, openai.APITimeoutError):
             return TunesmithError(f"{what}: no answer within {TIMEOUT:.0f} s", where=where, fix="try again later")
