@@ -105,6 +105,25 @@ def test_logprobs_are_told_where_asked_for(strict: openai.OpenAI) -> None:
     assert strict.chat.completions.create(**ASK, max_tokens=2).choices[0].logprobs is None
 
 
+def test_parts_of_characters_are_told_by_their_bytes(server: Server, strict: openai.OpenAI) -> None:
+    from tunesmith.models import STARTER
+    from tunesmith.render import Renderer
+
+    text = "a🙂ü b"
+    ids = Renderer(STARTER).tokenizer.encode(text, add_special_tokens=False).ids
+    order = {"model": "starter", "prompt": text, "echo": True, "logprobs": 2, "temperature": 0, "max_tokens": 0}
+    told = server.ask("POST", "/completions", order).json()["choices"][0]["logprobs"]
+    assert told["tokens"] == ["a", "\ufffd", "\ufffd", "\ufffd", "\ufffd", "\ufffd", " b"]
+    assert told["text_offset"] == [0, 1, 1, 1, 2, 2, 3]
+    half = ids[1]  # the first bytes of the emoji
+    found = strict.chat.completions.create(
+        **ASK, temperature=0, max_tokens=2, logprobs=True, top_logprobs=1, logit_bias={str(half): 100}
+    ).choices[0]
+    assert found.logprobs and found.logprobs.content
+    assert [bytes(t.bytes or []) for t in found.logprobs.content] == ["🙂".encode()[:2]] * 2
+    assert {t.token for t in found.logprobs.content} == {"\ufffd"}
+
+
 def test_a_temperature_next_to_zero_is_none(strict: openai.OpenAI) -> None:
     cold = [
         strict.chat.completions.create(**ASK, temperature=t, max_tokens=8).choices[0].message.content

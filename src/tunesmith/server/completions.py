@@ -110,7 +110,7 @@ async def _collect(call: Call, order: Order, choices: list[Written]) -> None:
 
 def _add(choice: Written, piece: Piece) -> None:
     choice.text += piece.text
-    choice.tokens = choice.tokens + piece.tokens if piece.tokens else choice.tokens
+    choice.tokens += piece.tokens
     choice.count += piece.count
     choice.finish = piece.finish
 

@@ -10,34 +10,36 @@ from typing import Any
 import msgspec
 
 from tunesmith.local.sampling import Token
-from tunesmith.render import Renderer
 from tunesmith.server import store as db
 from tunesmith.server.inference import Host, Piece
 from tunesmith.server.protocol import ChatRequest, CompletionRequest
+from tunesmith.server.spelling import Spelling
 
 FINGERPRINT = "fp_tunesmith"
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes and Qwen write it
 
 
 class Written(msgspec.Struct):
-    """One choice of an answer, whole."""
+    """One choice of an answer, whole. `characters`: those whose tokens have been told in a stream."""
 
     index: int
     text: str = ""
     tokens: list[Token] = []
     count: int = 0
     finish: str = ""
+    characters: int = 0
 
 
-def _token(renderer: Renderer, token: int) -> str:
-    return renderer.decode([token], special=True)
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # JSON knows no infinity
 
 
 class ChatForm:
     """How a chat completion is written."""
 
     def __init__(self, body: ChatRequest, host: Host) -> None:
-        self._renderer, self._tools, self._logprobs = host.renderer, bool(body.tools), bool(body.logprobs)
+        self._tools = bool(body.tools)
+        self._spelling = Spelling(host.renderer) if body.logprobs else None
         common = {"id": db.new_id("chatcmpl-"), "created": int(time.time()), "model": body.model}
         self.head: dict[str, Any] = {"object": "chat.completion", **common, "system_fingerprint": FINGERPRINT}
         self.chunk: dict[str, Any] = {"object": "chat.completion.chunk", **common, "system_fingerprint": FINGERPRINT}
@@ -100,12 +102,11 @@ class ChatForm:
         return (CALL.sub("", text).strip() if calls else text), calls
 
     def _told(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if not self._logprobs:
+        if (spelling := self._spelling) is None:
             return None
 
         def shown(id: int, logprob: float) -> dict[str, Any]:
-            text = _token(self._renderer, id)
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+            return {"token": spelling.text(id), "logprob": _finite(logprob), "bytes": list(spelling.data(id))}
 
         content = [{**shown(t.id, t.logprob or 0.0), "top_logprobs": [shown(id, p) for id, p in t.top]} for t in tokens]
         return {"content": content, "refusal": None}
@@ -116,7 +117,7 @@ class TextForm:
 
     def __init__(self, body: CompletionRequest, host: Host, prompts: list[list[int]]) -> None:
         self._renderer, self._prompts = host.renderer, prompts
-        self._echo, self._logprobs = bool(body.echo), body.logprobs
+        self._echo, self._spelling = bool(body.echo), None if body.logprobs is None else Spelling(host.renderer)
         common = {"created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
         self.head: dict[str, Any] = {"id": db.new_id("cmpl-"), "object": "text_completion", **common}
         self.chunk = self.head
@@ -126,7 +127,7 @@ class TextForm:
         return {
             "index": choice.index,
             "text": text,
-            "logprobs": self._told(choice.tokens, 0),
+            "logprobs": self._told(choice, choice.tokens),
             "finish_reason": choice.finish,
         }
 
@@ -135,22 +136,21 @@ class TextForm:
         return {"index": choice.index, "text": before, "logprobs": None, "finish_reason": None} if before else {}
 
     def pieces(self, choice: Written, piece: Piece) -> list[dict[str, Any]]:
-        begun = choice.tokens or not self._echo  # else the prompt's tokens come with the first piece
-        offset = len(self._before(choice)) + len(choice.text) if begun else 0
-        told = self._told(piece.tokens, offset) if piece.tokens else None
+        told = self._told(choice, piece.tokens) if piece.tokens else None
         return [{"index": choice.index, "text": piece.text, "logprobs": told, "finish_reason": piece.finish or None}]
 
     def _before(self, choice: Written) -> str:
         return self._renderer.decode(self._prompts[choice.index]) if self._echo else ""
 
-    def _told(self, tokens: list[Token], offset: int) -> dict[str, Any] | None:
-        if self._logprobs is None:
+    def _told(self, choice: Written, tokens: list[Token]) -> dict[str, Any] | None:
+        if (spelling := self._spelling) is None:
             return None
-        texts = [_token(self._renderer, t.id) for t in tokens]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        offsets, choice.characters = spelling.places([t.id for t in tokens], choice.characters)
         return {
-            "tokens": texts,
-            "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{_token(self._renderer, id): p for id, p in t.top} if t.top else None for t in tokens],
+            "tokens": [spelling.text(t.id) for t in tokens],
+            "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
+            "top_logprobs": [  # of tokens that look alike the likeliest stays
+                {spelling.text(id): _finite(p) for id, p in reversed(t.top)} or None for t in tokens
+            ],
             "text_offset": offsets,
         }
