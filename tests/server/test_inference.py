@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 from conftest import rows, write
 from training import fit
 from tunesmith.local.sampling import Sampling
-from tunesmith.server import inference
+from tunesmith.server import asked, inference
 from tunesmith.server.inference import Host, Inference
-from tunesmith.server.protocol import Refusal
+from tunesmith.server.protocol import ChatRequest, Refusal
 
 
 def using(act: Callable[[Inference], Awaitable[None]], **limits: int) -> None:
@@ -111,6 +112,41 @@ def test_too_many_are_sent_away(tiny: Path) -> None:
         made.refuse_full(host, 5)
 
     using(act, most_answers=2, queue=3)
+
+
+def test_prompts_and_models_are_read_beside_the_event_loop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(made: Inference) -> None:
+        ended, seen = threading.Event(), []
+
+        def slow(*_: Any) -> str:
+            seen.append(threading.current_thread().name.partition("_")[0])
+            assert ended.wait(30)  # what the event loop does meanwhile
+            return "read"
+
+        monkeypatch.setattr(made, "_load", slow)
+        loads = [asyncio.create_task(made.host(tiny.with_name(str(i)))) for i in range(40)]
+        reading = asyncio.create_task(made.read(slow, 1))
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 5) == 5  # the common threads are free
+        assert sorted(seen) == ["loading", "reading"] and not reading.done()
+        ended.set()
+        assert {await reading, *await asyncio.gather(*loads)} == {"read"}
+
+    using(act)
+
+
+def test_a_prompt_that_is_longer_by_far_is_not_even_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(made: Inference) -> None:
+        host = await made.host(tiny)
+        most = asked.SHRINKS * host.longest * host.base.decoder.context
+        assert host.longest > 4 and len(asked.prompts("a" * most, host)[0]) > host.base.decoder.context
+        monkeypatch.setattr(host.renderer, "tokenizer", None)  # no use is made of it
+        body = ChatRequest(model="x", messages=[{"role": "user", "content": "a" * (most // 2 + 1)}] * 2)
+        with pytest.raises(Refusal, match="longer by far") as error:
+            asked.conversation(body, host)
+        assert error.value.code == "context_length_exceeded" and error.value.status == 400
+
+    using(act)
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path, tiny: Path) -> None:

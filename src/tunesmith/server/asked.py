@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from tunesmith.conversation import Message
+from tunesmith.errors import DataError
 from tunesmith.local.sampling import Sampling
 from tunesmith.render import Renderer
 from tunesmith.server.inference import Host
@@ -15,6 +17,7 @@ from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
 
 BIASES = 1024
 COLDEST = 1e-5  # a lower temperature is none: logits divided by it leave 32 bits
+SHRINKS = 4  # times that a tokenizer may make a text shorter before it looks at it (composed letters)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -65,6 +68,24 @@ def _part(part: Any, place: str) -> str:
     return str(part["text"])
 
 
+def refuse_long(texts: Iterable[str], host: Host, param: str) -> None:
+    """Raises Refusal where texts are surely longer than the context, before any work is done on them."""
+    context = host.base.decoder.context
+    if host.longest and sum(map(len, texts)) > SHRINKS * host.longest * context:
+        words = f"This model's maximum context length is {context} tokens; your request is longer by far"
+        raise Refusal(400, words, param=param, code="context_length_exceeded")
+
+
+def conversation(body: ChatRequest, host: Host) -> list[int]:
+    """The prompt of a conversation."""
+    given = messages(body.messages)
+    refuse_long((message.content for message in given), host, "messages")
+    try:
+        return host.renderer.prompt_ids(given, tools(body, host.renderer))
+    except DataError as error:
+        raise Refusal(400, error.message, param="messages") from None
+
+
 def tools(body: ChatRequest, renderer: Renderer) -> list[dict[str, Any]] | None:
     if not body.tools or body.tool_choice == "none":
         return None
@@ -73,13 +94,17 @@ def tools(body: ChatRequest, renderer: Renderer) -> list[dict[str, Any]] | None:
     return body.tools
 
 
-def prompts(given: str | list[Any], renderer: Renderer) -> list[list[int]]:
+def prompts(given: str | list[Any], host: Host) -> list[list[int]]:
     """A text, texts, token ids or lists of them, as lists of ids."""
+    renderer = host.renderer
     if isinstance(given, str) or given and all(isinstance(item, int) and not isinstance(item, bool) for item in given):
         given = [given]
+    if len(given) > 128:
+        raise Refusal(400, "At most 128 prompts", param="prompt")
     known, found = renderer.tokenizer.get_vocab_size(), []
     for item in given:
         if isinstance(item, str):
+            refuse_long([item], host, "prompt")
             begin = renderer.special["bos_token"]
             text = item if not begin or item.startswith(begin) else begin + item
             ids = renderer.tokenizer.encode(text, add_special_tokens=False).ids or [renderer.stop_ids[0]]
@@ -90,8 +115,6 @@ def prompts(given: str | list[Any], renderer: Renderer) -> list[list[int]]:
         found.append(ids)
     if not found:
         raise Refusal(400, "The prompt is empty", param="prompt")
-    if len(found) > 128:
-        raise Refusal(400, "At most 128 prompts", param="prompt")
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 from starlette.responses import Response, StreamingResponse
 
-from tunesmith.errors import DataError
 from tunesmith.local.sampling import Sampling
 from tunesmith.server import asked
 from tunesmith.server.app import Call, Route
@@ -39,11 +38,8 @@ class Order(msgspec.Struct):
 async def create_chat_completion(call: Call, body: ChatRequest) -> Response:
     """The model's answer to a conversation."""
     asked.refuse(body)
-    host = await call.service.inference.host(call.service.folder(body.model, call.caller))
-    try:
-        ids = host.renderer.prompt_ids(asked.messages(body.messages), asked.tools(body, host.renderer))
-    except DataError as error:
-        raise Refusal(400, error.message, param="messages") from None
+    host = await _host(call, body.model)
+    ids = await call.service.inference.read(asked.conversation, body, host)
     most = asked.room(host, len(ids), body.max_completion_tokens or body.max_tokens, "messages")
     how = asked.sampling(body, host, most, body.top_logprobs or 0 if body.logprobs else None)
     each, stops = asked.seeds(how, body.seed, body.n or 1), asked.stops(body.stop)
@@ -57,8 +53,8 @@ async def create_completion(call: Call, body: CompletionRequest) -> Response:
         raise Refusal(400, "'suffix' is not offered here", param="suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise Refusal(400, "'best_of' is not offered here", param="best_of")
-    host = await call.service.inference.host(call.service.folder(body.model, call.caller))
-    prompts = asked.prompts(body.prompt, host.renderer)
+    host = await _host(call, body.model)
+    prompts = await call.service.inference.read(asked.prompts, body.prompt, host)
     most = LEGACY_TOKENS if body.max_tokens is None else body.max_tokens
     if not most and not body.echo:
         raise Refusal(400, "'max_tokens' is 0, and 'echo' is not set: nothing is asked for", param="max_tokens")
@@ -71,6 +67,10 @@ async def create_completion(call: Call, body: CompletionRequest) -> Response:
     used = sum(map(len, prompts))
     order = Order(host, repeated, each, asked.stops(body.stop), bool(body.stream), asked.usage(body), used)
     return await _answer(call, order, TextForm(body, host, repeated))
+
+
+async def _host(call: Call, model: str) -> Host:
+    return await call.service.inference.host(await asyncio.to_thread(call.service.folder, model, call.caller))
 
 
 # ---- what is written

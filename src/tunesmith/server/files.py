@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any, BinaryIO, Literal
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -30,6 +33,7 @@ from tunesmith.server.protocol import (
 )
 from tunesmith.server.supervisor import drop_parts
 
+T = TypeVar("T")
 FIELDS = 16  # parts of a form
 FIELD_BYTES = 4096
 NAME = 255  # characters of a file's name that are kept
@@ -52,8 +56,7 @@ def _file(row: dict[str, Any]) -> File:
 async def create_file(call: Call) -> File:
     """Take a file in."""
     id, fields = db.new_id("file-"), {}
-    writing = call.service.blobs.writing(id)
-    with writing as stream:
+    async with aside(call.service.blobs.writing(id)) as stream:
         fields = await _form(call, "file", stream, call.service.limits.file_bytes)
         purpose = fields.get("purpose")
         if purpose not in PURPOSES:
@@ -66,7 +69,19 @@ async def create_file(call: Call) -> File:
     now = int(time.time())
     row = {"bytes": size, "filename": fields["filename"], "purpose": purpose, "created_at": now}
     expires = None if seconds is None else now + seconds
-    return _file(call.store.add(db.files, id=id, owner=call.owner, expires_at=expires, **row))
+    return _file(await asyncio.to_thread(call.store.add, db.files, id=id, owner=call.owner, expires_at=expires, **row))
+
+
+@asynccontextmanager
+async def aside(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """A context manager whose beginning and end wait for the disk: in a thread."""
+    entered = await asyncio.to_thread(manager.__enter__)
+    try:
+        yield entered
+    except BaseException:
+        await asyncio.to_thread(manager.__exit__, *sys.exc_info())
+        raise
+    await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
 def _expires(fields: dict[str, str]) -> int | None:
@@ -236,10 +251,10 @@ def _pending(call: Call) -> dict[str, Any]:
 
 async def add_part(call: Call) -> Part:
     """One part of an upload."""
-    upload, id = _pending(call), db.new_id("part_")
-    with call.service.blobs.writing(id) as stream:
+    upload, id = await asyncio.to_thread(_pending, call), db.new_id("part_")
+    async with aside(call.service.blobs.writing(id)) as stream:
         fields = await _form(call, "data", stream, call.service.limits.part_bytes)
-    row = call.store.add(db.parts, id=id, upload_id=upload["id"], bytes=int(fields["bytes"]))
+    row = await asyncio.to_thread(call.store.add, db.parts, id=id, upload_id=upload["id"], bytes=int(fields["bytes"]))
     return Part(id, row["created_at"], upload["id"])
 
 

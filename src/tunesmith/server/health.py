@@ -14,8 +14,8 @@ class Health(msgspec.Struct):
     status: str
 
 
-def health(call: Call) -> Health | Response:
-    """Whether new work is taken: 503 while the server ends."""
+async def health(call: Call) -> Health | Response:
+    """Whether new work is taken: 503 while the server ends. Waits for no thread."""
     if call.service.draining:
         return Response(msgspec.json.encode(Health("draining")), 503, media_type="application/json")
     return Health("ok")

@@ -7,9 +7,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,6 +25,7 @@ from tunesmith.models import find, read_json
 from tunesmith.render import Renderer
 from tunesmith.server.protocol import Refusal, busy
 
+T = TypeVar("T")
 log = logging.getLogger("tunesmith.server")
 ADAPTERS = 64  # on one base in memory
 LOADING = 20.0  # seconds that a request waits for a model before it is told to come again
@@ -74,11 +77,13 @@ class Base:
 
 
 class Host(msgspec.Struct, frozen=True):
-    """What a model's name leads to: its base in memory, the adapter on it, its template and tokenizer."""
+    """What a model's name leads to: its base in memory, the adapter on it, its template and tokenizer. `longest`: characters
+    of a token at most, 0 where a tokenizer knows none for some texts."""
 
     base: Base
     adapter: str | None
     renderer: Renderer
+    longest: int = 0
 
 
 class Inference:
@@ -88,10 +93,11 @@ class Inference:
         self._most_models, self._most_answers, self._queue = most_models, most_answers, queue
         self._bases: dict[str, Base] = {}
         self._hosts: dict[str, Host] = {}
-        self._loading: dict[str, asyncio.Task[Host]] = {}
+        self._loading: dict[str, asyncio.Future[Host]] = {}
         self._changed = threading.Condition()  # held for moments only: the event loop waits for it
         self._stepping = threading.Lock()  # no adapter comes or goes in the middle of a step
-        self._making = threading.Lock()  # one model is loaded at a time
+        self._loader = ThreadPoolExecutor(1, "loading")  # one model at a time, and nobody else waits for it
+        self._reader = ThreadPoolExecutor(1, "reading")  # of prompts: a tokenizer's words are of one thread
         self._ending = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,8 +113,14 @@ class Inference:
         with self._changed:
             self._ending = True
             self._changed.notify()
+        for pool in (self._loader, self._reader):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._thread:
             await asyncio.to_thread(self._thread.join, 10)
+
+    async def read(self, act: Callable[..., T], *given: Any) -> T:
+        """What a function makes of a prompt, while the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, partial(act, *given))
 
     # ---- models
 
@@ -120,7 +132,8 @@ class Inference:
             return found
         task = self._loading.get(key)
         if task is None:
-            task = self._loading[key] = asyncio.create_task(asyncio.to_thread(self._load, folder))
+            loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load, folder)
+            task = self._loading[key] = asyncio.ensure_future(loading)
             task.add_done_callback(lambda _: self._loading.pop(key, None))
         try:
             return await asyncio.wait_for(asyncio.shield(task), LOADING)
@@ -131,18 +144,20 @@ class Inference:
 
     def _load(self, folder: Path) -> Host:
         adapter = read_json(folder / "adapter_config.json")
-        with self._making:
-            renderer = Renderer(folder if (folder / "tokenizer.json").exists() else find(_base_of(adapter)))
-            host = None
-            if adapter and not _quantised(folder):
-                with contextlib.suppress(ModelError):  # more than an adapter: with a base of its own
-                    host = self._on_base(self._base(find(_base_of(adapter))), folder, renderer)
-            host = host or Host(self._base(folder), None, renderer)
-            with self._changed:
-                self._hosts[str(folder)] = host
-            return host
+        renderer = Renderer(folder if (folder / "tokenizer.json").exists() else find(_base_of(adapter)))
+        longest = _longest(renderer)
+        host = None
+        if adapter and not _quantised(folder):
+            with contextlib.suppress(ModelError):  # more than an adapter: with a base of its own
+                base = self._base(find(_base_of(adapter)))
+                self._on_base(base, folder)
+                host = Host(base, str(folder), renderer, longest)
+        host = host or Host(self._base(folder), None, renderer, longest)
+        with self._changed:
+            self._hosts[str(folder)] = host
+        return host
 
-    def _on_base(self, base: Base, folder: Path, renderer: Renderer) -> Host:
+    def _on_base(self, base: Base, folder: Path) -> None:
         """A model that is an adapter, on a base that others use too. Raises ModelError where it is more than that."""
         with self._stepping:
             with self._changed:
@@ -152,7 +167,6 @@ class Inference:
                     base.decoder.adapters.unload(key)
                     self._hosts.pop(key)
             base.decoder.adapters.load(str(folder), folder)
-        return Host(base, str(folder), renderer)
 
     def _base(self, folder: Path) -> Base:
         key = str(folder)
@@ -294,6 +308,14 @@ def _hand_over(ready: list[tuple[Ticket, Piece]]) -> None:
 
 def _base_of(adapter: dict[str, Any]) -> str:
     return str(adapter["base_model_name_or_path"])
+
+
+def _longest(renderer: Renderer) -> int:
+    """Characters of a tokenizer's longest token; 0 where it has one for any text that it does not know."""
+    model = renderer.tokenizer.model
+    if getattr(model, "unk_token", None) is not None and not getattr(model, "byte_fallback", False):
+        return 0
+    return max(map(len, renderer.tokenizer.get_vocab()))
 
 
 def _quantised(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -45,12 +46,13 @@ class Supervisor:
         self._working: set[str] = set()  # jobs whose worker this process has started
         self._turns: dict[tuple[str, str], float] = {}
         self._ending = False
+        self._thread = ThreadPoolExecutor(1, "supervisor")  # its own: requests that take long do not keep it waiting
 
     async def run(self) -> None:
         """Look again and again, until `end`."""
         while not self._ending:
             try:
-                await asyncio.to_thread(self.look)
+                await asyncio.get_running_loop().run_in_executor(self._thread, self.look)
             except Exception:
                 log.exception("supervisor", extra={"about": {}})
                 await asyncio.sleep(1)
@@ -65,6 +67,7 @@ class Supervisor:
 
         To be called when `run` has returned.
         """
+        self._thread.shutdown()
         for process in self._preparing.values():
             process.kill()
         left = [self._run(id) for id in self._working]
