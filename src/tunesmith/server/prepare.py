@@ -1,12 +1,17 @@
 """The process that checks a job's files and lays out its run: `python -m tunesmith.server.prepare FOLDER`, the order on stdin.
 
-It leaves FOLDER/run and FOLDER/prepared.json: what became of "auto", or which file is wrong and why.
+It leaves FOLDER/run and FOLDER/prepared.json: what became of "auto", or which file is wrong and why. It ends with the server
+(its standard input closes), and works on the folder alone.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from tunesmith import api
 from tunesmith.conversation import Issue
 from tunesmith.data.check import examine
 from tunesmith.data.write import write_json
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.local.backend import lay_out
 
 LEAST_ROWS = 10  # as OpenAI asks
@@ -41,7 +46,7 @@ class Prepared(msgspec.Struct):
     n_epochs: int = 0
     batch_size: int = 0
     steps: int = 0
-    error: dict[str, str] | None = None
+    error: dict[str, str | None] | None = None
 
 
 class Wrong(Exception):
@@ -49,7 +54,7 @@ class Wrong(Exception):
 
     def __init__(self, code: str, message: str, param: str) -> None:
         super().__init__(message)
-        self.found = {"code": code, "message": message, "param": param}
+        self.found: dict[str, str | None] = {"code": code, "message": message, "param": param}
 
 
 def prepare(order: Order, folder: Path) -> Prepared:
@@ -63,15 +68,29 @@ def prepare(order: Order, folder: Path) -> Prepared:
     except Wrong as wrong:
         return Prepared(error=wrong.found)
     except FileNotFoundError as error:
-        param = Path(error.filename).stem
+        if (param := Path(str(error.filename)).stem) not in ("training_file", "validation_file"):
+            raise
         return Prepared(error={"code": f"invalid_{param}", "message": "The file has been deleted", "param": param})
-    except TunesmithError as error:
-        return Prepared(error={"code": "invalid_training_file", "message": error.message, "param": "training_file"})
+    except (DataError, ModelError) as error:
+        words = _public(error.message, order, folder)
+        return Prepared(error={"code": "invalid_training_file", "message": words, "param": "training_file"})
+    except TunesmithError as error:  # the operator's settings, or this machine
+        return Prepared(error={"code": "server_error", "message": _public(error.message, order, folder), "param": None})
     shutil.rmtree(folder / "run", ignore_errors=True)  # of a process that was killed
     recipe = prepared.plan.recipe
     recipe = replace(recipe, learning_rate=float(recipe.learning_rate) * order.multiplier)
     lay_out(replace(prepared, plan=replace(prepared.plan, recipe=recipe)), folder / "run")
     return Prepared(int(recipe.epochs), int(recipe.batch_size), prepared.plan.steps)
+
+
+def _public(message: str, order: Order, folder: Path) -> str:
+    """A message without the places of this server's files."""
+    places = {order.training_file: "training file", order.validation_file or "": "validation file"}
+    places |= {str(Path(path).resolve()): name for path, name in places.items() if path}
+    places |= {str(order.settings["model"]): "model", str(folder): "job", str(folder.parent.parent): "server"}
+    for place in sorted(filter(None, places), key=len, reverse=True):
+        message = message.replace(place, f"<{places[place]}>")
+    return message
 
 
 def _check(path: str, param: str, most_rows: int) -> None:
@@ -118,8 +137,16 @@ def _said(issue: Issue) -> str:
 
 
 def main(folder: Path) -> None:
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    write_json(folder / "prepared.json", prepare(order, folder))
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    threading.Thread(target=_end_with_server, daemon=True).start()
+    with (folder / ".prepare.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of a server that was killed may still be ending
+        write_json(folder / "prepared.json", prepare(order, folder))
+
+
+def _end_with_server() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nothing more is written to it: this returns when the server's end closes
+    os.killpg(0, signal.SIGKILL)  # with the processes that read for this one
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from tunesmith.server.store import Blobs, Store
 log = logging.getLogger("tunesmith.server")
 TICK = 0.2  # seconds
 ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that goes on
+PREPARING = 3600  # seconds that checking a job's files may take
 ATTEMPTS = 8  # times in a row that a worker may end without a word before its job fails
 
 
@@ -43,6 +46,7 @@ class Supervisor:
         self._store, self._blobs, self._backend, self._orders, self._most = store, blobs, backend, orders, most
         self._folder = orders.data_dir / "jobs"
         self._preparing: dict[str, subprocess.Popen[bytes]] = {}
+        self._prepared_since = 0.0
         self._working: set[str] = set()  # jobs whose worker this process has started
         self._turns: dict[tuple[str, str], float] = {}
         self._ending = False
@@ -68,8 +72,8 @@ class Supervisor:
         To be called when `run` has returned.
         """
         self._thread.shutdown()
-        for process in self._preparing.values():
-            process.kill()
+        for id in list(self._preparing):
+            self._end_preparing(id)
         left = [self._run(id) for id in self._working]
         for run in left:
             self._backend.cancel(run)
@@ -102,7 +106,7 @@ class Supervisor:
     def _stop_others(self, wanted: set[str]) -> None:
         """Workers of jobs that were cancelled or paused."""
         for id in [id for id in self._preparing if id not in wanted]:
-            self._preparing.pop(id).kill()
+            self._end_preparing(id)
         for id in [id for id in self._working if id not in wanted]:
             run = self._run(id)
             if run.busy():
@@ -116,21 +120,31 @@ class Supervisor:
         """Have a job's files checked by a process of its own; one job after the other."""
         id, done = job["id"], self._folder / job["id"] / "prepared.json"
         if done.exists():
-            if process := self._preparing.pop(id, None):
-                process.wait()  # its last word has been read
+            self._end_preparing(id)  # its last word has been read
             self._validated(job, msgspec.json.decode(done.read_bytes(), type=Prepared))
             return
-        process = self._preparing.get(id)
-        if process is None:
+        if id not in self._preparing:
             if not self._preparing and (started := self._prepare(job)):
                 self._preparing[id] = started
-                self._turns["validate", job["owner"]] = time.monotonic()
+                self._turns["validate", job["owner"]] = self._prepared_since = time.monotonic()
             return
-        if process.poll() is None:
+        if self._preparing[id].poll() is None:
+            if time.monotonic() - self._prepared_since > PREPARING:
+                self._end_preparing(id)
+                words = f"Checking the files took longer than {PREPARING} seconds"
+                self._fail(id, {"code": "validation_timeout", "message": words, "param": None})
             return
-        self._preparing.pop(id)
+        self._end_preparing(id)
         if not done.exists():
             self._failed_again(job, "The files could not be checked")
+
+    def _end_preparing(self, id: str) -> None:
+        """End the process that checks a job's files, where there is one, and those that it has started."""
+        if process := self._preparing.pop(id, None):
+            with contextlib.suppress(OSError):  # it is gone already
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                process.communicate()
 
     def _failed_again(self, job: dict[str, Any], why: str) -> None:
         """Count what went wrong with a job that was not its fault; after ATTEMPTS times in a row it fails."""
@@ -157,8 +171,9 @@ class Supervisor:
                 start_new_session=True,
             )
         assert process.stdin
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(msgspec.json.encode(order))
+        with contextlib.suppress(BrokenPipeError):  # it stays open: that it closes tells the process of our end
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()
         return process
 
     def _validated(self, job: dict[str, Any], found: Prepared) -> None:

@@ -1,0 +1,115 @@
+"""The supervisor and the processes that it starts, without a server around them."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from serving import chats
+from tunesmith import api
+from tunesmith.backends import get
+from tunesmith.errors import DataError, UsageError
+from tunesmith.server import store as db
+from tunesmith.server import supervisor
+from tunesmith.server.prepare import Order, Prepared, prepare
+from tunesmith.server.service import Service
+
+
+def service(folder: Path, tiny: Path) -> Service:
+    return Service(folder, get("huggingface"), {"tiny": tiny})
+
+
+def job(made: Service, **more: Any) -> str:
+    """A job that waits for its files to be checked."""
+    with made.blobs.writing("file-x") as stream:
+        stream.write(chats(12))
+    id, request = db.new_id("ftjob-"), {"model": "tiny", "training_file": "file-x"}
+    row = {"owner": "", "request": request, "seed": 1, "model": f"ft:tiny:{id}", "read": 0, "attempts": 0}
+    made.store.add(db.jobs, id=id, **{"status": "validating_files", **row, **more})
+    return id
+
+
+def until(done: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def order(tmp_path: Path, tiny: Path) -> Order:
+    (tmp_path / "training_file.jsonl").write_bytes(chats(12))
+    settings = {"model": str(tiny), "valid_fraction": 0.0, "test_fraction": 0.0}
+    return Order(str(tmp_path / "training_file.jsonl"), None, None, settings, 1.0, 0)
+
+
+def test_files_are_checked_by_one_process_which_ends_with_its_server(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tunesmith.server.prepare", str(tmp_path)]
+
+    def start() -> subprocess.Popen[bytes]:
+        made = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert made.stdin
+        made.stdin.write(msgspec.json.encode(order(tmp_path, tiny)) + b"\n")
+        made.stdin.flush()
+        return made
+
+    with (tmp_path / ".prepare.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        orphan, successor = start(), start()
+        time.sleep(3)
+        assert orphan.stdin
+        orphan.stdin.close()
+        assert orphan.wait(30) == -signal.SIGKILL and successor.poll() is None
+        assert not (tmp_path / "prepared.json").exists()  # the other waits for the folder
+    assert successor.wait(60) == 0
+    successor.communicate()
+    assert msgspec.json.decode((tmp_path / "prepared.json").read_bytes(), type=Prepared).error is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "param"),
+    [(DataError, "invalid_training_file", "training_file"), (UsageError, "server_error", None)],
+)
+def test_what_is_wrong_is_said_without_the_servers_places(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], code: str, param: str | None
+) -> None:
+    wanted = order(tmp_path, tiny)
+
+    def fail(**_: Any) -> None:
+        raise kind(f"{wanted.training_file} and {tiny}/config.json and {tmp_path}/run")
+
+    monkeypatch.setattr(api, "prepare", fail)
+    found = prepare(wanted, tmp_path).error
+    words = "<training file> and <model>/config.json and <job>/run"
+    assert found == {"code": code, "message": words, "param": param}
+
+
+def test_a_check_that_takes_too_long_fails_its_job(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = service(tmp_path / "data", tiny)
+    id = job(made)
+    made.supervisor.look()
+    (process,) = made.supervisor._preparing.values()
+    made.supervisor.look()
+    assert process.poll() is None
+    monkeypatch.setattr(supervisor, "PREPARING", 0)
+    made.supervisor.look()
+    row = made.store.get(db.jobs, id, None)
+    assert row and row["status"] == "failed" and "took longer than 0 seconds" in row["error"]["message"]
+    assert process.returncode == -signal.SIGKILL and not made.supervisor._preparing
+
+
+def test_cancelling_ends_the_check_of_the_files(tiny: Path, tmp_path: Path) -> None:
+    made = service(tmp_path / "data", tiny)
+    id = job(made)
+    made.supervisor.look()
+    (process,) = made.supervisor._preparing.values()
+    made.store.change(db.jobs, id, status="cancelled")
+    made.supervisor.look()
+    assert process.returncode == -signal.SIGKILL
