@@ -149,6 +149,21 @@ def test_a_prompt_that_is_longer_by_far_is_not_even_read(tiny: Path, monkeypatch
     using(act)
 
 
+def test_what_the_memory_has_no_room_for_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "free_memory", lambda: 8 * 128 * 2 * 2 * 2 * 8 * 4.0)  # of 1,024 tokens
+
+    async def act(made: Inference) -> None:
+        host = await made.host(tiny)
+        assert host.base.decoder.longest == 128 < host.base.decoder.context  # a quarter of a half
+        assert asked.room(host, 28, 100, "prompt") == asked.room(host, 28, None, "prompt") == 100
+        with pytest.raises(Refusal, match="memory for 128 tokens") as error:
+            asked.room(host, 28, 101, "prompt")
+        assert error.value.status == 400
+        assert len(await ask(made, host, max_tokens=125)) > 0
+
+    using(act)
+
+
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path, tiny: Path) -> None:
     broken = shutil.copytree(tiny, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")

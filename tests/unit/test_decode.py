@@ -94,12 +94,40 @@ def test_too_little_room_lets_answers_wait_and_read_again(llama: Path, monkeypat
         narrow.step()
         held, most = narrow._held(), narrow.load()
         assert held <= 3 * ROOM or most[0] == 1
+        assert reserved(narrow) <= 3 * ROOM or most[0] == 1
         waited, seen = max(waited, most[1]), seen + 1
     assert [a.ids for a in answers] == want and waited >= 2
     monkeypatch.setattr("tunesmith.local.decode.PROMPT_TOKENS", 7)  # and what is read again comes in parts
     assert finish(Decoder(model, tokens=3 * ROOM), [Answer(p, how) for p in PROMPTS]) == want
     few = Decoder(model, most=2)
     assert finish(few, [Answer(p, how) for p in PROMPTS]) == want
+
+
+def reserved(decoder: Decoder) -> int:
+    """Tokens for which there is memory."""
+    return sum(len(keys) * keys.shape[2] for g in decoder._groups.values() for keys in [*g.keys.values()][:1])
+
+
+def test_slots_are_bound_by_bytes(llama: Path) -> None:
+    model = models.load(llama).eval()
+    token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, fp32
+    short = [Answer([5, 6, 7], Sampling(max_tokens=4)) for _ in range(30)]
+    most = {}
+    for memory in (1e9, 4 * ROOM * token):
+        decoder = Decoder(model, memory=memory)
+        for answer in short:
+            decoder.add(Answer(answer.prompt, answer.how))
+        most[memory] = 0
+        while decoder.busy():
+            decoder.step()
+            assert reserved(decoder) * token <= memory
+            groups = decoder._groups.values()
+            held = sum(t.nbytes for g in groups for part in (g.keys, g.values) for t in part.values())
+            assert held == reserved(decoder) * token == reserved(decoder) * decoder.token_bytes()
+            most[memory] = max(most[memory], decoder.load()[0])
+    assert list(most.values()) == [30, 4]
+    assert Decoder(model, memory=4 * ROOM * token).longest == min(4 * ROOM, decoder.context)
+    assert Decoder(model, memory=0).longest == ROOM  # one short answer is always possible
 
 
 def test_long_prompts_are_read_in_parts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

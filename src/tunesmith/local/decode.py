@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from tunesmith.local import model as models
 from tunesmith.local.adapters import Adapters
+from tunesmith.local.machine import free_memory
 from tunesmith.local.sampling import Answer, Sampling, Token, choose, told
 
 PROMPT_TOKENS = 2048  # of prompts in a step: what has begun is not kept waiting for longer
@@ -46,21 +47,25 @@ class _Group:
         seen = torch.arange(self.width, device=device)[None] <= self.places[:, None]
         self.mask = None if bool(seen.all()) else seen[:, None, None]
 
-    def join(self, answer: Answer, held: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Take an answer in, with its keys and values [1, heads, any, dim]."""
+    def join(self, answer: Answer, held: dict[int, tuple[Tensor, Tensor]], most: int) -> None:
+        """Take an answer in, with its keys and values [1, heads, any, dim]. `most`: slots for which there is memory."""
         at = len(self.answers)
         if at == self.slots:
-            self.slots = max(8, 2 * self.slots)
-            for mine in (self.keys, self.values):
-                for layer, old in mine.items():
-                    mine[layer] = old.new_zeros(self.slots, *old.shape[1:])
-                    mine[layer][: len(old)] = old
+            self.resize(max(at + 1, min(max(8, 2 * self.slots), most)))
         for layer, pair in held.items():
             for mine, new in zip((self.keys, self.values), pair, strict=True):
                 if layer not in mine:
                     mine[layer] = new.new_zeros(self.slots, new.shape[1], self.room, new.shape[3])
                 mine[layer][at, :, : answer.done] = new[0, :, : answer.done]
         self.answers.append(answer)
+
+    def resize(self, slots: int) -> None:
+        """Have so many slots, all answers among them."""
+        self.slots = slots
+        for mine in (self.keys, self.values):
+            for layer, old in mine.items():
+                mine[layer] = old.new_zeros(slots, *old.shape[1:])
+                mine[layer][: len(self.answers)] = old[: len(self.answers)]
 
     def part(self, at: int) -> dict[int, tuple[Tensor, Tensor]]:
         """The keys and values of an answer, as `join` takes them."""
@@ -81,16 +86,19 @@ class _Group:
 class Decoder:
     """A model that writes. `add` an answer, `step` until its `finish` is set; one thread at a time.
 
-    `most`: answers in work at once; `tokens`: room for the keys and values of all of them together. Others wait, in order.
+    `most`: answers in work at once; `tokens`: room for the keys and values of all of them together, in `memory` bytes at most
+    (else of half of what is free). Others wait, in order. `longest`: tokens of a prompt and its answer for which there is room.
     """
 
-    def __init__(self, model: nn.Module, most: int = 256, tokens: int = 1 << 17) -> None:
+    def __init__(self, model: nn.Module, most: int = 256, tokens: int = 1 << 17, memory: float | None = None) -> None:
         self.model: Any = model.eval()
         self.causal = models.causal(model)
         self.adapters = Adapters(self.causal)
         self.device = next(model.parameters()).device
         self.context = int(self.causal.config.get_text_config().max_position_embeddings)
-        self._most, self._tokens = most, tokens
+        memory = free_memory() / 2 if memory is None else memory
+        self._most, self._tokens = most, max(ROOM, min(tokens, int(memory / self.token_bytes())))
+        self.longest = min(self.context, 1 << (self._tokens.bit_length() - 1))
         self._waiting: deque[Answer] = deque()
         self._reading: list[Answer] = []
         self._groups: dict[int, _Group] = {}
@@ -102,6 +110,14 @@ class Decoder:
         config = self.causal.config.get_text_config()
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         return rope.get("rope_type") in ("dynamic", "longrope")
+
+    def token_bytes(self) -> int:
+        """Of a token's keys and values in all layers."""
+        config = self.causal.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        return int(2 * config.num_hidden_layers * shared * size * max(2, self.causal.dtype.itemsize))
 
     # ---- who is there
 
@@ -122,9 +138,25 @@ class Decoder:
         self._waiting.clear()
         self._reading, self._groups, self._parts = [], {}, []
 
+    def _needed(self, room: int) -> int:
+        """Slots of so many tokens that are used, or will be by answers whose prompts are read."""
+        return len(self._group(room).answers) + sum(_room(a.size() + 1) == room for a in self._reading)
+
     def _held(self) -> int:
+        """Tokens of the slots that are needed."""
         groups = sum(len(g.answers) * g.room for g in self._groups.values())
-        return groups + sum(_room(a.size()) for a in self._reading)
+        return groups + sum(_room(a.size() + 1) for a in self._reading)
+
+    def _join(self, room: int, answer: Answer, held: dict[int, tuple[Tensor, Tensor]]) -> None:
+        others = self._held() - room * self._needed(room)
+        self._group(room).join(answer, held, (self._tokens - others) // room)
+
+    def _shrink(self) -> None:
+        """Give slots back that nobody needs, where there are more than there is memory for."""
+        needed = {room: self._needed(room) for room in {_room(a.size() + 1) for a in self._reading} | set(self._groups)}
+        if sum(room * max(n, self._group(room).slots) for room, n in needed.items()) > self._tokens:
+            for room, n in needed.items():
+                self._group(room).resize(min(n, self._group(room).slots))
 
     def _leave(self) -> None:
         """What is finished goes."""
@@ -149,7 +181,7 @@ class Decoder:
                     answer.done = 0
                     self._waiting.appendleft(answer)
                 else:
-                    self._group(2 * group.room).join(answer, group.part(at))
+                    self._join(2 * group.room, answer, group.part(at))
                 group.leave(at)
 
     def _group(self, room: int) -> _Group:
@@ -159,7 +191,7 @@ class Decoder:
         held, (count, _) = self._held(), self.load()
         while self._waiting and count < self._most:
             answer = self._waiting[0]
-            room = _room(answer.size())
+            room = _room(answer.size() + 1)
             if not answer.finish and count and held + room > self._tokens:
                 return
             self._waiting.popleft()
@@ -175,6 +207,7 @@ class Decoder:
         self._leave()
         self._grow()
         self._admit()
+        self._shrink()
         chosen = self._packed_step() if self.packed else self._single_step()
         self._leave()
         return chosen
@@ -203,9 +236,9 @@ class Decoder:
         chosen = choose([a for a, _ in ends], self._head(hidden[[place for _, place in ends]])) if ends else []
         for answer, _ in self._parts:
             if answer.done == answer.size() - 1:  # its prompt has been read, and a token has come
-                self._group(_room(answer.done + 1)).join(answer, answer.held)
-                answer.held = {}
                 self._reading.remove(answer)
+                self._join(_room(answer.done + 1), answer, answer.held)
+                answer.held = {}
         return chosen
 
     def _forward(self, owners: list[tuple[Answer, int]]) -> Tensor:

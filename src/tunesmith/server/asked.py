@@ -120,11 +120,13 @@ def prompts(given: str | list[Any], host: Host) -> list[list[int]]:
 
 def room(host: Host, prompt: int, asked: int | None, param: str) -> int:
     """Tokens that may be written. Raises Refusal where the context is too short for what is asked."""
-    context = host.base.decoder.context
-    left = context - prompt
+    context, fits = host.base.decoder.context, host.base.decoder.longest
+    left = fits - prompt
     if left < (1 if asked is None else asked):
         used = f"your request has {prompt} tokens" + (f" and asks for {asked}" if asked else "")
         words = f"This model's maximum context length is {context} tokens; {used}"
+        if fits < context:
+            words = f"This server has memory for {fits} tokens of a prompt and its answer; {used}"
         raise Refusal(400, words, param=param, code="context_length_exceeded")
     return left if asked is None else asked
 

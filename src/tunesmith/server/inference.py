@@ -19,7 +19,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.local import model as models
 from tunesmith.local.decode import Decoder
 from tunesmith.local.generate import Written
-from tunesmith.local.machine import tune
+from tunesmith.local.machine import free_memory, tune
 from tunesmith.local.sampling import Answer, Sampling, Token
 from tunesmith.models import find, read_json
 from tunesmith.render import Renderer
@@ -28,6 +28,7 @@ from tunesmith.server.protocol import Refusal, busy
 T = TypeVar("T")
 log = logging.getLogger("tunesmith.server")
 ADAPTERS = 64  # on one base in memory
+CACHES = 0.5  # part of the free memory that keys and values may take; as much again is held while prompts are read
 LOADING = 20.0  # seconds that a request waits for a model before it is told to come again
 
 
@@ -172,7 +173,9 @@ class Inference:
         key = str(folder)
         if key not in self._bases:
             self._make_room()
-            made = Base(key, Decoder(models.to_judge(key), self._most_answers))
+            model = models.to_judge(key)
+            share = CACHES * free_memory() / max(1, self._most_models - len(self._bases))  # others may still come
+            made = Base(key, Decoder(model, self._most_answers, memory=share))
             with self._changed:
                 self._bases[key] = made
         base = self._bases[key]
