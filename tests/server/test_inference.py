@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 from collections.abc import Awaitable, Callable
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import rows, write
 from training import fit
 from tunesmith.local.sampling import Sampling
+from tunesmith.models import read_json
 from tunesmith.server import asked, inference
 from tunesmith.server.inference import Host, Inference
 from tunesmith.server.protocol import ChatRequest, Refusal
@@ -76,6 +80,28 @@ def test_adapters_come_and_go_on_one_base(tiny: Path, tmp_path: Path, monkeypatc
         kept = made._bases[str(tiny)].decoder.adapters
         assert str(folders[2]) not in made._hosts and str(folders[2]) not in kept and str(folders[0]) in kept
         assert await ask(made, await made.host(tiny)) == plain
+
+    using(act)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_an_adapter_of_the_head_has_a_base_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", rows(20))
+    inner = fit(tmp_path / "run", data, tiny, method="lora", max_steps=1) / "final_model"
+    outer = shutil.copytree(inner, tmp_path / "outer")
+    config, weights = read_json(outer / "adapter_config.json"), load_file(outer / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    weights["base_model.model.lm_head.lora_A.weight"] = torch.randn(config["r"], 32)
+    weights["base_model.model.lm_head.lora_B.weight"] = torch.randn(8192, config["r"])
+    save_file(weights, outer / "adapter_model.safetensors")
+    config["target_modules"] += ["lm_head"]
+    (outer / "adapter_config.json").write_text(json.dumps(config))
+
+    async def act(made: Inference) -> None:
+        shared, own = await made.host(inner), await made.host(outer)
+        assert shared.adapter == str(inner) and list(made._bases) == [str(tiny), str(outer)]
+        assert own.adapter is None and own.base.key == str(outer)
+        assert len({await ask(made, host, max_tokens=8) for host in (await made.host(tiny), own)}) == 2
 
     using(act)
 

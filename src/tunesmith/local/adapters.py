@@ -20,8 +20,9 @@ PREFIX = "base_model.model."  # what peft puts before the names of the base's mo
 class Adapters:
     """Adapters by name. `where`: for each that is to act in the next forward pass, its tokens' places in the row, [n] int64."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._modules = dict(model.named_modules())
+        self._outer = [model.get_input_embeddings(), model.get_output_embeddings()]
         self._weights: dict[
             str, dict[str, tuple[Tensor, Tensor]]
         ] = {}  # name -> module -> (A [r, in], scale * B [out, r])
@@ -49,6 +50,12 @@ class Adapters:
             if module not in self._modules:
                 raise ModelError(
                     f"its layer {module} is not in the base", where=str(folder), fix="check the base model"
+                )
+            if any(self._modules[module] is outer for outer in self._outer):  # they see other rows than the layers
+                raise ModelError(
+                    f"cannot share its base with others ({module})",
+                    where=str(folder),
+                    fix="it is loaded with a base of its own",
                 )
             weight = self._modules[module].weight
             kept = weight.dtype if weight.dtype.is_floating_point else torch.float32
