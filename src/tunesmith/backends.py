@@ -38,8 +38,8 @@ class Backend(Protocol):
         """queued, preparing, running, paused, succeeded, failed, cancelled, or interrupted."""
         ...
 
-    def cancel(self, run: Run) -> None:
-        """Ask the work to stop; a local run checkpoints first."""
+    def cancel(self, run: Run, at_once: bool = False) -> None:
+        """Ask the work to stop; a local run checkpoints first, unless it has to end `at_once`."""
         ...
 
     def interrupt(self, run: Run) -> None:
@@ -166,7 +166,7 @@ class FakeBackend:
     def poll(self, run: Run) -> str:
         return run.state()
 
-    def cancel(self, run: Run) -> None:
+    def cancel(self, run: Run, at_once: bool = False) -> None:
         if run.state() not in ("succeeded", "failed"):
             run.append("state", state="cancelled")
 

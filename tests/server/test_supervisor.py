@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from serving import chats
 from tunesmith import api
 from tunesmith.backends import get
 from tunesmith.errors import DataError, UsageError
+from tunesmith.local import backend
+from tunesmith.local.backend import LocalBackend
+from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server import supervisor
 from tunesmith.server.prepare import Order, Prepared, prepare
@@ -113,3 +117,75 @@ def test_cancelling_ends_the_check_of_the_files(tiny: Path, tmp_path: Path) -> N
     made.store.change(db.jobs, id, status="cancelled")
     made.supervisor.look()
     assert process.returncode == -signal.SIGKILL
+
+
+class Deaf:
+    """A backend whose workers end only when they are killed."""
+
+    def __init__(self) -> None:
+        self.working: set[str] = set()
+        self.asked: list[bool] = []
+
+    def resume(self, run: Run, step: int | None = None) -> None:
+        self.working.add(str(run))
+
+    def poll(self, run: Run) -> str:
+        return "running" if str(run) in self.working else "cancelled"
+
+    def cancel(self, run: Run, at_once: bool = False) -> None:
+        self.asked.append(at_once)
+        if at_once:
+            self.working.discard(str(run))
+
+
+def test_a_worker_counts_until_it_is_gone_and_is_killed_when_it_does_not_go(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = service(tmp_path / "data", tiny)
+    deaf: Any = Deaf()
+    made.supervisor._backend = deaf
+    first, second = (job(made, status="queued", prepared=True) for _ in range(2))
+    manifest = {"provider": "x", "recipe": {}, "plan": {"steps": 2}, "created": ""}
+    for id in (first, second):
+        folder = tmp_path / "data" / "jobs" / id / "run"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(manifest))
+    for _ in range(2):
+        made.supervisor.look()
+    assert [Path(run).parent.name for run in deaf.working] == [first]
+    made.store.change(db.jobs, first, status="paused")
+    for _ in range(3):
+        made.supervisor.look()
+    assert status(made, second) == "queued" and deaf.asked and not any(deaf.asked)
+    made.store.change(db.jobs, first, status="queued")  # it waits for its own old worker too
+    monkeypatch.setattr(supervisor, "PATIENCE", 0.0)
+    made.supervisor.look()
+    assert deaf.asked[-1] is True and status(made, first) == status(made, second) == "queued"
+    for _ in range(2):
+        made.supervisor.look()
+    assert sorted((status(made, first), status(made, second))) == ["queued", "running"] and len(deaf.working) == 1
+
+
+def status(made: Service, id: str) -> str:
+    row = made.store.get(db.jobs, id, None)
+    assert row
+    return str(row["status"])
+
+
+def test_an_end_at_once_takes_all_that_a_worker_has_started(tmp_path: Path) -> None:
+    code = "import signal, subprocess, time; signal.signal(2, signal.SIG_IGN); p = subprocess.Popen(['sleep', '60'])"
+    code += "; print(p.pid, flush=True); time.sleep(60)"
+    made = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert made.stdout
+    child = Path("/proc") / made.stdout.readline().decode().strip()
+    run = Run(tmp_path)
+    backend._workers[str(run)] = made
+    local = LocalBackend()
+    local.cancel(run)
+    time.sleep(0.2)
+    assert made.poll() is None
+    local.cancel(run, at_once=True)
+    assert made.wait(10) == -signal.SIGKILL
+    made.stdout.close()
+    del backend._workers[str(run)]
+    until(lambda: not child.exists() or ") Z " in (child / "stat").read_text(), 10)

@@ -81,11 +81,14 @@ class LocalBackend:
             return "failed"
         return state
 
-    def cancel(self, run: Run) -> None:
-        """Ask for a checkpoint and the end."""
+    def cancel(self, run: Run, at_once: bool = False) -> None:
+        """Ask for a checkpoint and the end; or end the worker with all that it has started."""
         worker = _workers.get(str(run))
         if worker and worker.poll() is None:
-            worker.send_signal(signal.SIGINT)
+            if at_once:
+                os.killpg(worker.pid, signal.SIGKILL)
+            else:
+                worker.send_signal(signal.SIGINT)
 
     def interrupt(self, run: Run) -> None:
         self.cancel(run)

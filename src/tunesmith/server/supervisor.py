@@ -36,6 +36,7 @@ log = logging.getLogger("tunesmith.server")
 TICK = 0.2  # seconds
 ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that goes on
 PREPARING = 3600  # seconds that checking a job's files may take
+PATIENCE = 30.0  # seconds that a worker has for its last checkpoint
 ATTEMPTS = 8  # times in a row that a worker may end without a word before its job fails
 
 
@@ -48,6 +49,7 @@ class Supervisor:
         self._preparing: dict[str, subprocess.Popen[bytes]] = {}
         self._prepared_since = 0.0
         self._working: set[str] = set()  # jobs whose worker this process has started
+        self._asked: dict[str, float] = {}  # those of them that were asked to end, and when
         self._turns: dict[tuple[str, str], float] = {}
         self._ending = False
         self._thread = ThreadPoolExecutor(1, "supervisor")  # its own: requests that take long do not keep it waiting
@@ -81,6 +83,8 @@ class Supervisor:
         while left and time.monotonic() < deadline:
             await asyncio.sleep(TICK)  # until its process is gone: a run is free a second before that
             left = [run for run in left if self._backend.poll(run) in ACTIVE]
+        for run in left:
+            self._backend.cancel(run, at_once=True)
 
     def _run(self, id: str) -> Run:
         return Run(self._folder / id / "run")
@@ -107,12 +111,14 @@ class Supervisor:
         """Workers of jobs that were cancelled or paused."""
         for id in [id for id in self._preparing if id not in wanted]:
             self._end_preparing(id)
-        for id in [id for id in self._working if id not in wanted]:
-            run = self._run(id)
-            if run.busy():
-                self._backend.cancel(run)
-            elif self._backend.poll(run) not in ACTIVE:
+        now = time.monotonic()
+        for id in [id for id in self._working if id not in wanted or id in self._asked]:
+            run, asked = self._run(id), self._asked.setdefault(id, now)
+            if self._backend.poll(run) in ACTIVE:
+                self._backend.cancel(run, at_once=now - asked > PATIENCE)
+            else:
                 self._working.discard(id)
+                self._asked.pop(id)
 
     # ---- files
 
@@ -201,10 +207,10 @@ class Supervisor:
         """Start what is queued, of the owner with the fewest running jobs first, then the one that has waited longest."""
         running = [job["owner"] for job in jobs if job["status"] == "running"]
         queued = [job for job in jobs if job["status"] == "queued"]
-        while queued and len(running) < self._most:
+        while queued and len(running) + len(self._asked) < self._most:
             job = min(queued, key=lambda job: (running.count(job["owner"]), self._turn("start", job), job["seq"]))
             queued.remove(job)
-            if self._run(job["id"]).busy():  # a worker that is still ending
+            if job["id"] in self._asked or self._run(job["id"]).busy():  # a worker that is still ending
                 continue
             with self._store.begin() as connection:
                 if not _still(connection, job, "queued"):
