@@ -197,7 +197,7 @@ def test_completions(strict: openai.OpenAI, server: Server) -> None:
 def test_who_leaves_is_written_for_no_more(server: Server) -> None:
     where = urlparse(server.url)
     body = json.dumps({**ASK, "stream": True, "logit_bias": {"2": -100, "0": -100}, "max_tokens": 1500}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     for stream in (True, False):
         data = body if stream else body.replace(b'"stream": true', b'"stream":false')
         with socket.create_connection((where.hostname, where.port)) as line:

@@ -227,6 +227,32 @@ def test_keys_are_kept_as_hashes_only(keyed: Keyed) -> None:
     assert keyed.server.folder.stat().st_mode & 0o077 == 0
 
 
+FOREIGN = [
+    ({"Host": "evil.example"}, False), ({"Host": "evil.example:8000"}, False), ({"Host": "10.0.0.5"}, False),
+    ({"Host": "127.0.0.1.evil.example"}, False), ({"Origin": "https://evil.example"}, False), ({"Origin": "null"}, False),
+    ({"Origin": "http://[::1"}, False),
+    ({"Host": "localhost:8000"}, True), ({"Host": "[::1]:8000"}, True), ({"Host": "127.0.0.2"}, True),
+    ({"Origin": "http://localhost:3000"}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "taken"), FOREIGN)
+def test_without_keys_other_sites_cannot_ask_through_a_browser(
+    server: Server, headers: dict[str, str], taken: bool
+) -> None:
+    for method, path, body in (("GET", "/files", None), ("POST", "/fine_tuning/jobs", {}), ("GET", "/health", None)):
+        found = server.ask(method, path, body, headers)
+        assert (found.status != 403) is taken, found.body
+        if not taken:
+            error = found.error()
+            assert error["code"] == "foreign_request" and next(iter(headers)) in error["message"]
+
+
+def test_with_keys_the_key_decides(keyed: Keyed) -> None:
+    headers = {"Host": "tunes.example", "Origin": "https://tunes.example", **keyed.of("ann")}
+    assert keyed.server.ask("GET", "/files", headers=headers).status == 200
+
+
 def test_a_rate_is_kept_to(tiny: Path, tmp_path: Path) -> None:
     server = Server(tmp_path / "data", "--rate", 30)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import ipaddress
 import json
 import logging
 import re
@@ -15,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -99,6 +101,8 @@ def _dispatch(service: Service, routes: dict[str, Route]) -> Callable[[Request],
         caller: Caller | None = None
         try:
             caller = Caller("", False) if route.open else service.caller(request.headers.get("authorization", ""))
+            if not service.keyed:
+                _refuse_foreign(request, service.host)
             if not route.open:
                 service.limit_rate(caller)
             response = await _act(route, Call(request, service, caller, _query(route, request)))
@@ -126,6 +130,28 @@ def _dispatch(service: Service, routes: dict[str, Route]) -> Callable[[Request],
         return response
 
     return handle
+
+
+def _refuse_foreign(request: Request, bound: str) -> None:
+    """Without keys, pages of other sites must not ask through their visitor's browser. Raises Refusal 403.
+
+    A site can have its own name lead to this address (DNS rebinding): then `Host` is that name.
+    """
+    for header, given in (
+        ("Host", f"//{request.headers.get('host', bound)}"),
+        ("Origin", request.headers.get("origin")),
+    ):
+        if given is not None and not _here(given, bound):
+            words = f"This server has no keys and answers to this machine only: {header} is another's"
+            raise Refusal(403, words, code="foreign_request")
+
+
+def _here(url: str, bound: str) -> bool:
+    try:
+        name = urlsplit(url).hostname or ""
+        return name in ("localhost", bound) or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def _act(route: Route, call: Call) -> Response:

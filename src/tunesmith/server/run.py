@@ -60,6 +60,7 @@ def run(service: Service, host: str, port: int) -> int:
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    service.host = host
     with socket.socket(family) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

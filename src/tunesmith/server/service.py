@@ -72,6 +72,7 @@ class Service:
         self.draining = False
         self._keys: dict[str, Caller] = {}
         self._keys_at = -KEYS_SECONDS
+        self.host = "localhost"  # where it listens
         self.keyed = False  # whether keys are asked for: once there were any, for ever
         self._rates: dict[str, tuple[float, float]] = {}
         self._watch()
