@@ -35,9 +35,9 @@ def using(act: Callable[[Inference], Awaitable[None]], **limits: int) -> None:
     asyncio.run(all_of_it())
 
 
-async def ask(made: Inference, host: Host, **how: Any) -> str:
+async def ask(made: Inference, host: Host, owner: str = "", **how: Any) -> str:
     text = ""
-    async for piece in made.ask(host, [5, 6, 7], Sampling(**{"max_tokens": 4, **how}), [], False):
+    async for piece in made.ask(host, [5, 6, 7], Sampling(**{"max_tokens": 4, **how}), [], False, owner):
         text += piece.text
     return text
 
@@ -127,17 +127,24 @@ def test_a_failing_step_fails_its_answers_and_no_others(tiny: Path) -> None:
 def test_too_many_are_sent_away(tiny: Path) -> None:
     async def act(made: Inference) -> None:
         host = await made.host(tiny)
-        with pytest.raises(Refusal, match="At most 5") as never:
-            made.refuse_full(host, 6)
-        waiting = [asyncio.create_task(ask(made, host, max_tokens=300)) for _ in range(5)]
+        with pytest.raises(Refusal, match="At most 3") as never:
+            made.refuse_full(host, 4, "")
+        waiting = [asyncio.create_task(ask(made, host, "ann", max_tokens=300)) for _ in range(3)]
         await asyncio.sleep(0.05)
-        with pytest.raises(Refusal, match="waiting") as later:
-            made.refuse_full(host, 1)
-        assert (never.value.status, later.value.status) == (400, 429) and later.value.headers["retry-after"]
+        with pytest.raises(Refusal, match="of this key") as own:
+            made.refuse_full(host, 1, "ann")
+        for owner in ("bob", ""):
+            made.refuse_full(host, 3, owner)
+        waiting += [asyncio.create_task(ask(made, host, "", max_tokens=300)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refusal, match="requests are waiting") as later:
+            made.refuse_full(host, 1, "bob")
+        assert [error.value.status for error in (never, own, later)] == [400, 429, 429]
+        assert later.value.headers["retry-after"] == own.value.headers["retry-after"] == "1"
         await asyncio.gather(*waiting)
-        made.refuse_full(host, 5)
+        made.refuse_full(host, 3, "ann")
 
-    using(act, most_answers=2, queue=3)
+    using(act, most_answers=2, queue=4)
 
 
 def test_prompts_and_models_are_read_beside_the_event_loop(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

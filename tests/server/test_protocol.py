@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from serving import Server, chats
 
@@ -86,7 +87,9 @@ REFUSED: list[tuple[str, str, Any, int, str | None, str | None, str]] = [
     ("POST", "/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", None, "knows no tools"),
     ("POST", "/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice", None, "auto"),
     ("POST", "/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options", None, "needs 'stream'"),
-    ("POST", "/chat/completions", {**CHAT, "functions": []}, 400, "functions", None, "Unrecognized request argument supplied: functions"),
+    ("POST", "/chat/completions", {**CHAT, "functions": []}, 400, "functions", None, "'functions' is not offered here"),
+    ("POST", "/chat/completions", {**CHAT, "modalities": ["text", "audio"]}, 400, "modalities", None, "not offered"),
+    ("POST", "/chat/completions", {**CHAT, "answers": None}, 400, "answers", None, "Unrecognized request argument supplied: answers"),
     ("POST", "/completions", {**TEXT, "suffix": "x"}, 400, "suffix", None, "suffix"),
     ("POST", "/completions", {**TEXT, "best_of": 2}, 400, "best_of", None, "best_of"),
     ("POST", "/completions", {**TEXT, "prompt": []}, 400, "prompt", None, "empty"),
@@ -161,10 +164,10 @@ def test_empty_posts_with_a_json_type_are_taken(server: Server, tuned: dict[str,
 
 
 def test_unknown_headers_and_nulls_are_taken(server: Server) -> None:
-    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "stream", "logprobs", "tools", "user", "store"))
-    found = server.ask(
-        "POST", "/chat/completions", {**CHAT, **nulls}, {"OpenAI-Organization": "o", "x-stainless-lang": "python"}
-    )
+    nulls = dict.fromkeys(CompletionCreateParamsBase.__annotations__) | {"max_completion_tokens": 3}  # as the SDK knows
+    body = {**nulls, **CHAT, "max_tokens": None, "modalities": ["text"]}
+    assert len(nulls) > 30 and "functions" in nulls
+    found = server.ask("POST", "/chat/completions", body, {"OpenAI-Organization": "o", "x-stainless-lang": "python"})
     assert found.status == 200 and found.json()["choices"][0]["message"]["role"] == "assistant"
 
 

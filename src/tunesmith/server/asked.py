@@ -17,6 +17,10 @@ from tunesmith.server.protocol import ChatRequest, CompletionRequest, Refusal
 
 BIASES = 1024
 COLDEST = 1e-5  # a lower temperature is none: logits divided by it leave 32 bits
+ABSENT: dict[str, Any] = {  # what is not offered, and what says the same as nothing
+    **dict.fromkeys(("functions", "function_call", "audio", "prediction", "web_search_options", "moderation")),
+    "modalities": ["text"],
+}
 SHRINKS = 4  # times that a tokenizer may make a text shorter before it looks at it (composed letters)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -29,6 +33,8 @@ def refuse(body: ChatRequest) -> None:
         raise Refusal(400, "'top_logprobs' needs 'logprobs'", param="top_logprobs")
     if body.response_format is not None and body.response_format.get("type") != "text":
         raise Refusal(400, "Only the response format 'text' is offered here", param="response_format")
+    if given := next((name for name in ABSENT if getattr(body, name) not in (None, ABSENT[name])), None):
+        raise Refusal(400, f"'{given}' is not offered here", param=given)
     if body.tool_choice not in (None, "auto", "none"):
         raise Refusal(400, "Only the tool choices 'auto' and 'none' are offered here", param="tool_choice")
 

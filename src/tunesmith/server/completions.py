@@ -77,7 +77,7 @@ async def _host(call: Call, model: str) -> Host:
 
 
 async def _answer(call: Call, order: Order, form: ChatForm | TextForm) -> Response:
-    call.service.inference.refuse_full(order.host, len(order.prompts))
+    call.service.inference.refuse_full(order.host, len(order.prompts), call.owner)
     if order.streams:
         return StreamingResponse(
             _stream(call, order, form), media_type="text/event-stream", headers={"cache-control": "no-store"}
@@ -131,7 +131,7 @@ async def _pieces(call: Call, order: Order) -> AsyncGenerator[tuple[int, Piece]]
     async def one(number: int) -> None:
         try:
             asked = call.service.inference.ask(
-                order.host, order.prompts[number], order.how[number], order.stops, order.streams
+                order.host, order.prompts[number], order.how[number], order.stops, order.streams, call.owner
             )
             async with aclosing(asked) as pieces:
                 async for piece in pieces:

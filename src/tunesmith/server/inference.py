@@ -49,6 +49,7 @@ class Ticket(msgspec.Struct, eq=False):
     stop_ids: frozenset[int]
     arrived: asyncio.Queue[Piece]
     streams: bool
+    owner: str = ""
     text: str = ""  # not yet delivered
     tokens: list[Token] = []
     count: int = 0
@@ -213,19 +214,25 @@ class Inference:
 
     # ---- answers
 
-    def refuse_full(self, host: Host, more: int) -> None:
-        """Raises Refusal where so many answers more would wait too long."""
-        if more > self._queue + self._most_answers:
-            raise Refusal(400, f"At most {self._queue + self._most_answers} answers to a request")
-        if len(host.base.tickets) + len(host.base.coming) + more > self._queue + self._most_answers:
+    def refuse_full(self, host: Host, more: int, owner: str) -> None:
+        """Raises Refusal where so many answers more would wait too long. A request and a key have half of the places; "" is
+        everybody, where there are no keys."""
+        places = self._queue + self._most_answers
+        if more > places // 2:
+            raise Refusal(400, f"At most {places // 2} answers to a request")
+        with self._changed:
+            there = [ticket.owner for ticket in (*host.base.tickets.values(), *host.base.coming)]
+        if len(there) + more > places:
             raise busy("Too many requests are waiting", 1)
+        if owner and there.count(owner) + more > places // 2:
+            raise busy("Too many requests of this key are waiting", 1)
 
     async def ask(
-        self, host: Host, prompt: list[int], how: Sampling, stops: list[str], streams: bool
+        self, host: Host, prompt: list[int], how: Sampling, stops: list[str], streams: bool, owner: str = ""
     ) -> AsyncGenerator[Piece]:
         """The pieces of an answer as they come; one whole piece where it does not stream. Leaving the iteration cancels it."""
         answer = Answer(prompt, how, host.adapter)
-        ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams)
+        ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams, owner)
         with self._changed:
             there = self._bases.get(host.base.key) is host.base
             if not there or host.adapter and host.adapter not in host.base.decoder.adapters:  # forgotten since
