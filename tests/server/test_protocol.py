@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from serving import Server, chats
+from serving import Answer, Server, chats
 
 BAD_REQUEST = "invalid_request_error"
 CHAT = {"model": "starter", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
@@ -259,6 +259,11 @@ def test_uploads_in_parts(server: Server, strict: openai.OpenAI) -> None:
     whole = strict.uploads.complete(made.id, part_ids=parts)
     assert whole.status == "completed" and whole.file and strict.files.content(whole.file.id).read() == data
     assert not [part for part in parts if (server.folder / "files" / part).exists()]
+    again = strict.uploads.complete(made.id, part_ids=parts)  # as when the first answer was lost
+    assert again == whole
+    for other_parts in (parts[::-1], parts[:1]):
+        with pytest.raises(openai.BadRequestError, match="is completed"):
+            strict.uploads.complete(made.id, part_ids=other_parts)
     with pytest.raises(openai.BadRequestError, match="is completed"):
         strict.uploads.parts.create(made.id, data=b"more")
     other = strict.uploads.create(filename="b", purpose="fine-tune", bytes=3, mime_type="text/plain")
@@ -273,6 +278,27 @@ def test_uploads_in_parts(server: Server, strict: openai.OpenAI) -> None:
         part_size=3000,
     )
     assert chunked.file and server.client().files.content(chunked.file.id).read() == data
+
+
+def test_parts_are_no_more_than_was_announced(server: Server) -> None:
+    order = {"filename": "b", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/plain"}
+    upload = server.ask("POST", "/uploads", order).json()["id"]
+    before = set((server.folder / "files").iterdir())
+
+    def add(data: bytes) -> Answer:
+        return server.form(f"/uploads/{upload}/parts", [("data", "d", data)])
+
+    large = add(b"abcd")
+    assert large.status == 413 and large.error()["param"] == "data"
+    assert add(b"abc").status == add(b"abc").status == 200  # the second is the first again, whose answer was lost
+    more = add(b"d")
+    assert more.status == 400 and "3 were announced" in more.error()["message"]
+    assert len(set((server.folder / "files").iterdir()) - before) == 2
+    assert server.ask("POST", f"/uploads/{upload}/cancel").status == 200
+    assert set((server.folder / "files").iterdir()) == before
+    long = server.ask("POST", "/uploads", {**order, "mime_type": "x" * 256})
+    assert long.status == 400 and long.error()["param"] == "mime_type"
+    assert server.ask("POST", "/uploads", {**order, "filename": "x" * 513}).status == 400
 
 
 # ---- the document of itself

@@ -12,12 +12,14 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
+import sqlalchemy as sql
 from msgspec import Meta
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
+from sqlalchemy import Connection
 from starlette.responses import FileResponse, Response
 
 from tunesmith.server import store as db
-from tunesmith.server.app import Call, Route
+from tunesmith.server.app import Call, Route, digest
 from tunesmith.server.protocol import (
     PURPOSES,
     Deleted,
@@ -241,62 +243,120 @@ def create_upload(call: Call, body: NewUpload) -> Upload:
     return _upload(call, call.store.add(db.uploads, id=db.new_id("upload_"), **row))
 
 
-def _pending(call: Call) -> dict[str, Any]:
-    row = own(call, db.uploads, call.path["upload_id"], "Upload")
+def _pending(call: Call, connection: Connection) -> dict[str, Any]:
+    """The upload of the path, in whose transaction it can be changed. Raises Refusal where it is none or has ended."""
+    id = call.path["upload_id"]
+    row = db.get(connection, db.uploads, id, None if call.caller.admin else call.owner)
+    if row is None:
+        raise no_such("Upload", id)
     status = "expired" if row["status"] == "pending" and row["expires_at"] < time.time() else row["status"]
     if status != "pending":
-        raise Refusal(400, f"Upload {row['id']} is {status}", param="upload_id")
+        raise Refusal(400, f"Upload {id} is {status}", param="upload_id")
     return row
+
+
+def _sizes(connection: Connection, upload: str) -> dict[str, int]:
+    """Bytes of an upload's parts."""
+    mine = sql.select(db.parts.c.id, db.parts.c.bytes).where(db.parts.c.upload_id == upload)
+    return {row[0]: row[1] for row in connection.execute(mine)}
+
+
+def _refuse_more(call: Call, upload: dict[str, Any], there: int) -> None:
+    """Raises Refusal where the parts are more than the file. One may come twice, when its answer was lost."""
+    if there > upload["bytes"] + min(upload["bytes"], call.service.limits.part_bytes):
+        raise Refusal(400, f"The parts have {there} bytes, {upload['bytes']} were announced", param="data")
 
 
 async def add_part(call: Call) -> Part:
     """One part of an upload."""
-    upload, id = await asyncio.to_thread(_pending, call), db.new_id("part_")
+    id = db.new_id("part_")
+    upload = await asyncio.to_thread(_may_come, call)
     async with aside(call.service.blobs.writing(id)) as stream:
-        fields = await _form(call, "data", stream, call.service.limits.part_bytes)
-    row = await asyncio.to_thread(call.store.add, db.parts, id=id, upload_id=upload["id"], bytes=int(fields["bytes"]))
+        fields = await _form(call, "data", stream, min(call.service.limits.part_bytes, upload["bytes"]))
+    try:
+        return await asyncio.to_thread(_add_part, call, id, int(fields["bytes"]))
+    except BaseException:
+        await asyncio.to_thread(call.service.blobs.delete, id)
+        raise
+
+
+def _may_come(call: Call) -> dict[str, Any]:
+    with call.store.reading() as connection:
+        upload = _pending(call, connection)
+        _refuse_more(call, upload, sum(_sizes(connection, upload["id"]).values()) + 1)
+    return upload
+
+
+def _add_part(call: Call, id: str, size: int) -> Part:
+    with call.store.begin() as connection:
+        upload = _pending(call, connection)
+        _refuse_more(call, upload, sum(_sizes(connection, upload["id"]).values()) + size)
+        row = db.add(connection, db.parts, id=id, upload_id=upload["id"], bytes=size)
     return Part(id, row["created_at"], upload["id"])
 
 
 def complete_upload(call: Call, body: WholeUpload) -> Upload:
-    """Put the parts together, in the order in which they are named."""
-    upload = _pending(call)
-    rows, _ = call.store.page(db.parts, [db.parts.c.upload_id == upload["id"]], None, 10_000, False)
-    known = {row["id"]: row["bytes"] for row in rows}
+    """Put the parts together, in the order in which they are named. Asked again with the same parts: the same answer."""
+    id = own(call, db.uploads, call.path["upload_id"], "Upload")["id"]
+    with call.service.alone(id):
+        known, file = own(call, db.uploads, id, "Upload"), "file-" + digest([id, body.part_ids])[:24]
+        if known["status"] != "completed" or known["file"] != file:
+            known = _put_together(call, body, file)
+        return _upload(call, known)
+
+
+def _put_together(call: Call, body: WholeUpload, file: str) -> dict[str, Any]:
+    """Write the file, then end the upload, unless it has ended meanwhile."""
+    with call.store.reading() as connection:
+        upload = _pending(call, connection)
+        sizes = _sizes(connection, upload["id"])
     for id in body.part_ids:
-        if id not in known:
+        if id not in sizes:
             raise no_such("Part", id)
-    total = sum(known[id] for id in body.part_ids)
+    total = sum(sizes[id] for id in body.part_ids)
     if total != upload["bytes"]:
         raise Refusal(400, f"The parts have {total} bytes, {upload['bytes']} were announced", param="part_ids")
-    file, digest = db.new_id("file-"), hashlib.md5(usedforsecurity=False)
+    _write(call, body, file)
+    try:
+        with call.store.begin() as connection:
+            upload, now = _pending(call, connection), int(time.time())
+            expires = None if upload["keep"] is None else now + upload["keep"]
+            row = {name: upload[name] for name in ("bytes", "filename", "purpose", "owner")}
+            db.add(connection, db.files, id=file, expires_at=expires, created_at=now, **row)
+            db.change(connection, db.uploads, upload["id"], status="completed", file=file)
+    except BaseException:
+        call.service.blobs.delete(file)
+        raise
+    drop_parts(call.store, call.service.blobs, upload["id"])
+    return own(call, db.uploads, upload["id"], "Upload")
+
+
+def _write(call: Call, body: WholeUpload, file: str) -> None:
+    md5 = hashlib.md5(usedforsecurity=False)
     with call.service.blobs.writing(file) as out:
         for piece in _pieces(call, body.part_ids):
-            digest.update(piece)
+            md5.update(piece)
             out.write(piece)
-        if body.md5 is not None and body.md5.lower() != digest.hexdigest():
+        if body.md5 is not None and body.md5.lower() != md5.hexdigest():
             raise Refusal(400, "The md5 of the parts is another", param="md5")
-    now = int(time.time())
-    row = {"bytes": total, "filename": upload["filename"], "purpose": upload["purpose"], "created_at": now}
-    with call.store.begin() as connection:
-        expires = None if upload["keep"] is None else now + upload["keep"]
-        db.add(connection, db.files, id=file, owner=upload["owner"], expires_at=expires, **row)
-        db.change(connection, db.uploads, upload["id"], status="completed", file=file)
-    drop_parts(call.store, call.service.blobs, upload["id"])
-    return _upload(call, own(call, db.uploads, upload["id"], "Upload"))
 
 
 def _pieces(call: Call, ids: list[str]) -> Iterator[bytes]:
     for id in ids:
-        with call.service.blobs.path(id).open("rb") as stream:
+        try:
+            stream = call.service.blobs.path(id).open("rb")
+        except FileNotFoundError:
+            raise Refusal(400, "The upload has ended meanwhile", param="upload_id") from None
+        with stream:
             while piece := stream.read(1 << 20):
                 yield piece
 
 
 def cancel_upload(call: Call) -> Upload:
     """Give an upload up."""
-    upload = _pending(call)
-    call.store.change(db.uploads, upload["id"], status="cancelled")
+    with call.store.begin() as connection:
+        upload = _pending(call, connection)
+        db.change(connection, db.uploads, upload["id"], status="cancelled")
     drop_parts(call.store, call.service.blobs, upload["id"])
     return _upload(call, {**upload, "status": "cancelled"})
 

@@ -210,7 +210,7 @@ class NewUpload(msgspec.Struct, forbid_unknown_fields=True):
     filename: Text
     purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
     bytes: Annotated[int, Meta(ge=0, le=1 << 40)]
-    mime_type: str
+    mime_type: Annotated[str, Meta(max_length=255)]
     expires_after: Expiry | None = None
 
 

@@ -8,6 +8,8 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -74,6 +76,7 @@ class Service:
         self._keys_at = -KEYS_SECONDS
         self.host = "localhost"  # where it listens
         self.keyed = False  # whether keys are asked for: once there were any, for ever
+        self._held: dict[str, object] = {}
         self._rates: dict[str, tuple[float, float]] = {}
         self._watch()
 
@@ -129,6 +132,16 @@ class Service:
         if shutil.disk_usage(self.data_dir).free - more < self.limits.free_bytes:
             never = {"x-should-retry": "false"}
             raise Refusal(507, "The server's disk is full", type="server_error", code="disk_full", headers=never)
+
+    @contextmanager
+    def alone(self, id: str) -> Iterator[None]:
+        """Let one request at a time do what takes long. Raises Refusal 409, after which clients come again."""
+        if self._held.setdefault(id, me := object()) is not me:  # atomic
+            raise Refusal(409, f"{id} is being worked on", headers={"retry-after": "1"})
+        try:
+            yield
+        finally:
+            del self._held[id]
 
     # ---- models
 

@@ -313,8 +313,11 @@ class Supervisor:
                 connection.execute(db.files.delete().where(db.files.c.id == id))
             self._blobs.delete(id)
         for id in uploads:
-            self._store.change(db.uploads, id, status="expired")
-            drop_parts(self._store, self._blobs, id)
+            with self._store.begin() as connection:
+                still = (db.uploads.c.id == id, db.uploads.c.status == "pending")
+                ended = connection.execute(db.uploads.update().where(*still).values(status="expired"))
+            if ended.rowcount:  # else it was completed meanwhile
+                drop_parts(self._store, self._blobs, id)
 
     def remove(self, id: str) -> None:
         """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
