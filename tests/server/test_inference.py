@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import rows, write
 from training import fit
+from tunesmith.backends import get
 from tunesmith.local.sampling import Sampling
 from tunesmith.models import read_json
 from tunesmith.server import asked, inference
+from tunesmith.server import store as db
+from tunesmith.server.completions import _host
 from tunesmith.server.inference import Host, Inference
 from tunesmith.server.protocol import ChatRequest, Refusal
+from tunesmith.server.service import Caller, Service
 
 
 def using(act: Callable[[Inference], Awaitable[None]], **limits: int) -> None:
@@ -193,6 +198,36 @@ def test_what_the_memory_has_no_room_for_is_refused(tiny: Path, monkeypatch: pyt
             asked.room(host, 28, 101, "prompt")
         assert error.value.status == 400
         assert len(await ask(made, host, max_tokens=125)) > 0
+
+    using(act)
+
+
+def test_a_checkpoint_whose_folder_is_gone_is_no_model(tmp_path: Path, tiny: Path) -> None:
+    made = Service(tmp_path / "data", get("fake"), {"tiny": tiny})
+    folder = tmp_path / "data" / "c"
+    made.store.add(db.models, id="ft:x", owner="", job_id=None, folder="c")
+    with pytest.raises(Refusal) as error:
+        made.folder("ft:x", Caller("", True))
+    assert (error.value.status, error.value.code) == (404, "model_not_found")
+    folder.mkdir()
+    assert made.folder("ft:x", Caller("", True)) == folder
+    call: Any = SimpleNamespace(service=made, caller=Caller("", True))
+
+    async def act(inference: Inference) -> None:
+        made.inference = inference
+        with pytest.raises(Refusal, match="gone") as error:  # an empty one
+            await _host(call, "ft:x")
+        assert error.value.status == 500
+        host = inference.host
+
+        async def late(path: Path) -> Host:
+            folder.rmdir()
+            return await host(path)
+
+        inference.host = late  # type: ignore[method-assign]
+        with pytest.raises(Refusal) as error:
+            await _host(call, "ft:x")
+        assert (error.value.status, error.value.code) == (404, "model_not_found")
 
     using(act)
 

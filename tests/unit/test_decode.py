@@ -39,7 +39,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "packed"), [("llama", True), ("gpt2", True), ("qwen2", True), ("gemma2", False), ("opt", None)]
+    ("kind", "packed"),
+    [
+        ("llama", True),
+        ("gpt2", True),
+        ("qwen2", True),
+        ("gemma2", False),
+        ("opt", None),
+        ("bloom", False),
+        ("mpt", False),
+    ],
 )
 def test_greedy_answers_are_those_of_transformers(tmp_path: Path, kind: str, packed: bool | None) -> None:
     model = models.load(architecture(kind, tmp_path / kind)).eval()
@@ -57,6 +66,7 @@ def test_greedy_answers_are_those_of_transformers(tmp_path: Path, kind: str, pac
         want.append(out[0, len(prompt) :].tolist())
     decoder = Decoder(model)
     assert packed is None or decoder.packed is packed
+    assert decoder.context >= 128 and decoder.token_bytes() > 0
     how = Sampling(max_tokens=40)
     assert finish(decoder, [Answer(p, how) for p in PROMPTS]) == want
     assert finish(decoder, [Answer(PROMPTS[3], how)]) == [want[3]]  # alone, and after others have left

@@ -22,6 +22,8 @@ from tunesmith.local.machine import free_memory
 from tunesmith.local.sampling import Answer, Sampling, Token, choose, told
 
 PROMPT_TOKENS = 2048  # of prompts in a step: what has begun is not kept waiting for longer
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # what a model's context is called
+CONTEXT = 2048  # tokens, where it is called nothing: with ALiBi any number goes, and BLOOM has seen so many
 ROOM = 64  # tokens of the smallest cache; they double from there
 
 
@@ -95,7 +97,8 @@ class Decoder:
         self.causal = models.causal(model)
         self.adapters = Adapters(self.causal)
         self.device = next(model.parameters()).device
-        self.context = int(self.causal.config.get_text_config().max_position_embeddings)
+        config = self.causal.config.get_text_config()
+        self.context = next((int(n) for name in LENGTHS if (n := getattr(config, name, None))), CONTEXT)
         memory = free_memory() / 2 if memory is None else memory
         self._most, self._tokens = most, max(ROOM, min(tokens, int(memory / self.token_bytes())))
         self.longest = min(self.context, 1 << (self._tokens.bit_length() - 1))

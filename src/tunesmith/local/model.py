@@ -117,7 +117,11 @@ def _pretrained(folder: Path, quantisation: Any, dtype: torch.dtype, longest: in
         arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
     if not window or (longest is not None and longest <= window):
         try:
-            return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)
+            if getattr(
+                model, "_supports_attention_backend", True
+            ):  # else it takes any name, and MPT then lacks its mask
+                return model
         except (ValueError, KeyError) as error:  # KeyError: Falcon and others look up a class by that name
             if "attention" not in str(error) and attention.NAME not in str(error):
                 raise

@@ -70,7 +70,12 @@ async def create_completion(call: Call, body: CompletionRequest) -> Response:
 
 
 async def _host(call: Call, model: str) -> Host:
-    return await call.service.inference.host(await asyncio.to_thread(call.service.folder, model, call.caller))
+    folder = await asyncio.to_thread(call.service.folder, model, call.caller)
+    try:
+        return await call.service.inference.host(folder)
+    except Refusal:
+        await asyncio.to_thread(call.service.folder, model, call.caller)  # 404 where it went meanwhile
+        raise
 
 
 # ---- what is written

@@ -317,6 +317,9 @@ def _hand_over(ready: list[tuple[Ticket, Piece]]) -> None:
 
 
 def _base_of(adapter: dict[str, Any]) -> str:
+    """Raises ModelError where there is no adapter, because its folder has gone."""
+    if not adapter:
+        raise ModelError("its files are gone", fix="use another model")
     return str(adapter["base_model_name_or_path"])
 
 

@@ -150,7 +150,7 @@ class Service:
         if name in self.bases:
             return self.bases[name]
         row = self.store.get(db.models, name, None if caller.admin else caller.owner)
-        if row is None:
+        if row is None or not (self.data_dir / str(row["folder"])).is_dir():  # a checkpoint goes before its row
             raise no_model(name)
         return self.data_dir / str(row["folder"])
 
