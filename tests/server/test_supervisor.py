@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,8 +25,10 @@ from tunesmith.local.backend import LocalBackend
 from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server import supervisor
+from tunesmith.server.jobs import create_job
 from tunesmith.server.prepare import Order, Prepared, prepare
-from tunesmith.server.service import Service
+from tunesmith.server.protocol import NewJob, Refusal
+from tunesmith.server.service import Caller, Limits, Service
 
 
 def service(folder: Path, tiny: Path) -> Service:
@@ -189,3 +193,48 @@ def test_an_end_at_once_takes_all_that_a_worker_has_started(tmp_path: Path) -> N
     made.stdout.close()
     del backend._workers[str(run)]
     until(lambda: not child.exists() or ") Z " in (child / "stat").read_text(), 10)
+
+
+@pytest.mark.parametrize(
+    ("ended", "kept"),
+    [("succeeded", [2, 4, 6, 7]), ("failed", [2, 6]), ("cancelled", [2, 6]), ("paused", [2, 4, 6, 7])],
+)
+def test_an_ended_job_keeps_only_what_somebody_can_use(tiny: Path, tmp_path: Path, ended: str, kept: list[int]) -> None:
+    made = service(tmp_path / "data", tiny)
+    finished = None if ended == "paused" else int(time.time())
+    id = job(made, status=ended, prepared=True, finished_at=finished)
+    run = tmp_path / "data" / "jobs" / id / "run"
+    for step in (2, 4, 6, 7):  # the last one was made because the worker had to end
+        folder = run / "checkpoints" / f"checkpoint-step-{step}"
+        folder.mkdir(parents=True)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            (folder / name).write_bytes(b"x")
+        if step < 7:
+            made.store.add(db.checkpoints, id=f"c{step}", job_id=id, step=step, model=f"ft:m{step}", metrics={})
+            made.store.add(db.models, id=f"ft:m{step}", owner="", job_id=id, folder=str(folder))
+    (run / "best_model").mkdir()
+    (run / "best_model" / "model.safetensors").write_bytes(b"x")
+    user = {"model": "ft:m2", "training_file": "file-x"}
+    job(made, status="paused", request=user)  # it begins from the first
+    made.supervisor.look()
+    left = sorted(int(p.name.rpartition("-")[2]) for p in (run / "checkpoints").iterdir())
+    assert left == kept
+    assert bool(list(run.glob("checkpoints/*/optimizer.safetensors"))) == (ended == "paused")
+    assert (run / "best_model").exists() == (ended in ("succeeded", "paused"))
+    rows, _ = made.store.page(db.models, [], None, 10, False)
+    assert [int(row["id"][-1]) for row in rows] == [step for step in kept if step < 7]
+    other = job(made, status="cancelled", finished_at=int(time.time()))  # ends later
+    late = tmp_path / "data" / "jobs" / other / "run" / "checkpoints" / "checkpoint-step-1"
+    late.mkdir(parents=True)
+    made.supervisor.look()
+    assert not late.exists()
+
+
+def test_a_job_needs_room_on_the_disk(tiny: Path, tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    made = Service(tmp_path / "data", get("fake"), {"tiny": tiny}, limits=Limits(free_bytes=10 * free))
+    call: Any = SimpleNamespace(service=made, caller=Caller("", True), store=made.store)
+    with pytest.raises(Refusal) as error:
+        create_job(call, NewJob("tiny", "file-x"))
+    assert (error.value.status, error.value.code) == (507, "disk_full")
+    assert error.value.headers == {"x-should-retry": "false"}

@@ -20,6 +20,7 @@ from starlette.responses import FileResponse, Response
 
 from tunesmith.server import store as db
 from tunesmith.server.app import Call, Route, digest
+from tunesmith.server.leftovers import drop_parts
 from tunesmith.server.protocol import (
     PURPOSES,
     Deleted,
@@ -33,7 +34,6 @@ from tunesmith.server.protocol import (
     WholeUpload,
     no_such,
 )
-from tunesmith.server.supervisor import drop_parts
 
 T = TypeVar("T")
 FIELDS = 16  # parts of a form

@@ -11,9 +11,11 @@ import msgspec
 import sqlalchemy as sql
 from msgspec import Meta
 
+from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server.app import Call, Route, digest
 from tunesmith.server.files import own, page
+from tunesmith.server.leftovers import remove
 from tunesmith.server.orders import wanted
 from tunesmith.server.protocol import (
     ENDED,
@@ -83,7 +85,10 @@ def _job(row: dict[str, Any]) -> Job:
 def create_job(call: Call, body: NewJob) -> Job:
     """Create a fine-tuning job. It is answered at once; its files are checked after."""
     _refuse(body)
-    call.service.folder(body.model, call.caller)  # refuses a model that is not there, or another's
+    base = call.service.folder(body.model, call.caller)  # refuses a model that is not there, or another's
+    call.service.room(
+        sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    )  # as much at least will be written
     for name in ("training_file", "validation_file"):
         if (file := getattr(body, name)) is not None:
             row = call.store.get(db.files, file, None if call.caller.admin else call.owner)
@@ -258,7 +263,7 @@ def delete_model(call: Call) -> Deleted:
         last = not connection.scalar(left) and job is not None and job["status"] in ENDED
     call.service.inference.forget(call.service.data_dir / row["folder"])
     if last:
-        call.service.supervisor.remove(row["job_id"])
+        remove(Run(call.service.data_dir / "jobs" / row["job_id"] / "run"))
     return Deleted(name, "model")
 
 

@@ -21,10 +21,11 @@ from tunesmith.errors import UsageError
 from tunesmith.models import find
 from tunesmith.server import store as db
 from tunesmith.server.inference import Inference
+from tunesmith.server.leftovers import sweep
 from tunesmith.server.orders import Orders
 from tunesmith.server.protocol import Model, Refusal, busy, no_model
 from tunesmith.server.store import Blobs, Folder, Store
-from tunesmith.server.supervisor import Supervisor, sweep
+from tunesmith.server.supervisor import Supervisor
 
 KEYS_SECONDS = 2.0  # after which the keys are looked up again
 

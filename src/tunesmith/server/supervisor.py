@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from tunesmith.data.write import sync_folder
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import Run
 from tunesmith.server import store as db
+from tunesmith.server.leftovers import drop_parts, tidy
 from tunesmith.server.orders import Orders, wanted
 from tunesmith.server.prepare import Prepared
 from tunesmith.server.protocol import RESULTS, NewJob
@@ -51,6 +51,7 @@ class Supervisor:
         self._working: set[str] = set()  # jobs whose worker this process has started
         self._asked: dict[str, float] = {}  # those of them that were asked to end, and when
         self._turns: dict[tuple[str, str], float] = {}
+        self._tidied = 0.0
         self._ending = False
         self._thread = ThreadPoolExecutor(1, "supervisor")  # its own: requests that take long do not keep it waiting
 
@@ -105,6 +106,7 @@ class Supervisor:
                 log.exception("job", extra={"about": {"job": job["id"]}})
                 self._failed_again(job, f"The server had an error with this job: {type(error).__name__}")
         self._start(jobs)
+        self._tidy()
         self._expire()
 
     def _stop_others(self, wanted: set[str]) -> None:
@@ -301,6 +303,19 @@ class Supervisor:
                 db.change(connection, db.jobs, id, status="failed", error=error, **ended)
                 tell(connection, id, Told("failed", str(error["message"]), level="error"))
 
+    def _tidy(self) -> None:
+        """Delete what the jobs that have ended since the last time need no more; the first time of all."""
+        began = time.time()
+        with self._store.reading() as connection:
+            ended = sql.select(db.jobs).where(db.jobs.c.finished_at >= int(self._tidied))
+            jobs = [dict(row) for row in connection.execute(ended).mappings()]
+        for job in jobs:
+            if job["id"] in self._working or self._run(job["id"]).busy():
+                began = min(began, job["finished_at"])  # again, when its worker is gone
+            else:
+                tidy(self._store, self._run(job["id"]), job)
+        self._tidied = began - TICK
+
     def _expire(self) -> None:
         """Files and uploads whose time is over."""
         now = int(time.time())
@@ -319,33 +334,8 @@ class Supervisor:
             if ended.rowcount:  # else it was completed meanwhile
                 drop_parts(self._store, self._blobs, id)
 
-    def remove(self, id: str) -> None:
-        """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
-        for name in ("checkpoints", "best_model", "final_model"):
-            shutil.rmtree(self._run(id) / name, ignore_errors=True)
-        for file in self._run(id).path.glob("*.safetensors"):
-            file.unlink()
-
 
 # ---- rows
-
-
-def drop_parts(store: Store, blobs: Blobs, upload: str) -> None:
-    """Forget the parts of an upload that has ended, and their bytes."""
-    with store.begin() as connection:
-        mine = db.parts.c.upload_id == upload
-        ids = connection.execute(sql.select(db.parts.c.id).where(mine)).scalars().all()
-        connection.execute(db.parts.delete().where(mine))
-    for id in ids:
-        blobs.delete(id)
-
-
-def sweep(store: Store, blobs: Blobs) -> None:
-    """Delete bytes that no row knows: their request was cut off by the end of the server."""
-    with store.reading() as connection:
-        known = {id for table in (db.files, db.parts) for id in connection.execute(sql.select(table.c.id)).scalars()}
-    for id in set(blobs.ids()) - known:
-        blobs.delete(id)
 
 
 def tell(connection: sql.Connection, job: str, told: Told) -> bool:

@@ -1,0 +1,78 @@
+"""What nobody needs any more is deleted: parts of uploads, bytes without a row, weights of jobs that came to nothing."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import sqlalchemy as sql
+
+from tunesmith.local.checkpoint import existing, number
+from tunesmith.runs import Run
+from tunesmith.server import store as db
+from tunesmith.server.store import Blobs, Store
+
+LOST = ("failed", "cancelled")
+
+
+def drop_parts(store: Store, blobs: Blobs, upload: str) -> None:
+    """Forget the parts of an upload that has ended, and their bytes."""
+    with store.begin() as connection:
+        mine = db.parts.c.upload_id == upload
+        ids = connection.execute(sql.select(db.parts.c.id).where(mine)).scalars().all()
+        connection.execute(db.parts.delete().where(mine))
+    for id in ids:
+        blobs.delete(id)
+
+
+def sweep(store: Store, blobs: Blobs) -> None:
+    """Delete bytes that no row knows: their request was cut off by the end of the server."""
+    with store.reading() as connection:
+        known = {id for table in (db.files, db.parts) for id in connection.execute(sql.select(table.c.id)).scalars()}
+    for id in set(blobs.ids()) - known:
+        blobs.delete(id)
+
+
+def remove(run: Run) -> None:
+    """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    _unlink(run)
+
+
+def tidy(store: Store, run: Run, job: dict[str, Any]) -> None:
+    """After a job's end: the optimizer's state goes; where it failed or was cancelled, all weights but the last checkpoint's."""
+    if not (run / "checkpoints").is_dir():
+        return
+    if job["status"] != "succeeded":
+        kept = _keep_last(store, job)
+        for folder in existing(run):
+            if number(folder) not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        _unlink(run)
+    for folder in existing(run):
+        (folder / "optimizer.safetensors").unlink(missing_ok=True)
+    for begun in (run / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(begun, ignore_errors=True)
+
+
+def _unlink(run: Run) -> None:
+    """Delete the other names of a checkpoint's weights."""
+    for name in ("best_model", "final_model"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for file in run.path.glob("*.safetensors"):
+        file.unlink()
+
+
+def _keep_last(store: Store, job: dict[str, Any]) -> set[int]:
+    """Forget all checkpoints of a job but the last and those that other jobs begin from; the steps that stay."""
+    table, mine = db.checkpoints, db.checkpoints.c.job_id == job["id"]
+    with store.begin() as connection:
+        models = {row[0]: row[1] for row in connection.execute(sql.select(table.c.step, table.c.model).where(mine))}
+        begun = db.jobs.c.request["model"].as_string().in_(models.values())
+        alive = sql.select(db.jobs.c.request["model"].as_string()).where(begun, ~db.jobs.c.status.in_(LOST))
+        used = set(connection.execute(alive).scalars())
+        kept = {step for step, model in models.items() if step == max(models) or model in used}
+        for step in set(models) - kept:
+            connection.execute(table.delete().where(mine, table.c.step == step))
+            connection.execute(db.models.delete().where(db.models.c.id == models[step]))
+    return kept
