@@ -17,7 +17,7 @@ import pytest
 from conftest import Result, rows, write
 from training import weights
 
-KILLS = int(os.environ.get("TUNESMITH_KILLS", 3))  # times that one run is killed
+KILLS = int(os.environ.get("TUNESMITH_KILLS", 2))  # times that one run is killed
 
 
 def command(*arguments: object) -> list[str]:
