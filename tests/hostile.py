@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -37,6 +38,7 @@ class Hostile:
         self.models: dict[str, dict[str, Any]] = {"base": {"shutdown_date": None}}
         self.answer: Callable[[dict[str, Any]], str] = lambda body: "An answer."
         self.error: dict[str, Any] | None = None
+        self.parts: list[bytes] = []
         self.wrong_after = False  # lists do not heed `after`
         self.release = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -51,7 +53,8 @@ class Hostile:
 
     def fault(self, what: str, action: str, times: int = 1, **how: Any) -> None:
         """`what`: "POST /files". `action`: "status" (status, headers, error), "hang", "cut" (done, but no answer), "drop" (not
-        done, no answer), "half" (done, the answer cut in the middle), "garbage" (done, no JSON)."""
+        done, no answer), "half" (done, the answer cut in the middle), "garbage" (done, no JSON), "drip" (a byte at a time),
+        "slow" (done, after a second)."""
         self.faults.append({"what": what, "action": action, "times": times, **how})
 
     def count(self, what: str) -> int:
@@ -63,6 +66,19 @@ class Hostile:
         parts = path.removeprefix("/v1/").split("/")
         if path == "/v1/files" and method == "POST":
             return 200, self._upload(body)
+        if path == "/v1/uploads":
+            self.parts = [json.loads(body)["filename"].encode()]
+            return 200, {"id": "upload_1", "object": "upload", "status": "pending"}
+        if path == "/v1/uploads/upload_1/parts":
+            self.parts.append(body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0])
+            return 200, {"id": f"part_{len(self.parts)}", "object": "upload.part"}
+        if path == "/v1/uploads/upload_1/complete":
+            head = b'filename="' + self.parts[0] + b'"\r\n\r\n'
+            return 200, {
+                "id": "upload_1",
+                "object": "upload",
+                "file": self._upload(head + b"".join(self.parts[1:]) + b"\r\n--"),
+            }
         if path == "/v1/files":
             return 200, self._listed(list(self.files.values()), query)
         if parts[0] == "files" and parts[-1] == "content":
@@ -193,6 +209,8 @@ class Hostile:
                     error = {"message": "no", "type": "e", "param": None, "code": None, **fault.get("error", {})}
                     self.give(fault["status"], {"error": error}, fault.get("headers", {}))
                     return
+                if action == "slow":
+                    service.release.wait(1)
                 if action in ("hang", "drop"):
                     if action == "hang":
                         service.release.wait(5)
@@ -207,9 +225,11 @@ class Hostile:
                 if action == "garbage":
                     self.give(200, b"<html>hello</html>", {"content-type": "text/html"})
                     return
-                self.give(status, found, {}, half=action == "half")
+                self.give(status, found, {}, half=action == "half", drip=action == "drip")
 
-            def give(self, status: int, found: Any, headers: dict[str, str], half: bool = False) -> None:
+            def give(
+                self, status: int, found: Any, headers: dict[str, str], half: bool = False, drip: bool = False
+            ) -> None:
                 data = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self.send_response(status)
                 kind = "text/event-stream" if data.startswith(b"data:") else "application/json"
@@ -217,7 +237,11 @@ class Hostile:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if half else data)
+                with contextlib.suppress(OSError):
+                    for byte in data if drip else b"":
+                        self.wfile.write(bytes([byte]))
+                        service.release.wait(0.1)
+                    self.wfile.write(b"" if drip else data[: len(data) // 2] if half else data)
                 if half:
                     self.close_connection = True
 

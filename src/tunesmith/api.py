@@ -113,6 +113,7 @@ def train(
     on_prepared: Callable[[planning.Prepared], None] | None = None,
     on_event: Callable[[Run, Event], None] | None = None,
     on_progress: Progress | None = None,
+    until: str = "end",
     **settings: Any,
 ) -> Run:
     """Train and wait for the end. Settings are those of the Recipe (`epochs=3, lora_rank=8, …`).
@@ -120,7 +121,7 @@ def train(
     Returns the Run; `run / "best_model"` loads in plain transformers. `on_prepared` sees the plan and the rows
     before anything is written, `on_progress` how far their preparation is (rows, share, what), `on_event` every event as it
     comes. Raises DataError, UsageError, or TunesmithError when training fails; KeyboardInterrupt makes a checkpoint and
-    raises Interrupted.
+    raises Interrupted. `until`: "files" or "job" stop where a service has them; `resume` goes on from there.
     """
 
     def ready() -> planning.Prepared:
@@ -132,10 +133,30 @@ def train(
     if launched():
         return _together(lambda: (_laid_out(ready()), None), on_event)
     prepared = ready()
-    backend = backends.get(prepared.plan.recipe.provider)
+    provider = prepared.plan.recipe.provider
+    backend = backends.get(provider)
+    _refuse_until(until, provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
     del prepared  # the rows are on disk now
-    return watch(run, backend, on_event)
+    return watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
+
+
+def _refuse_until(until: str, provider: str) -> None:
+    if until not in ("files", "job", "end") or until != "end" and provider != "openai":
+        raise UsageError(f"until {until}: only a service has files and jobs", where="--until", fix="leave it out")
+
+
+def _begin(run: Run, until: str, on_event: Callable[[Run, Event], None] | None, offset: int = 0) -> Run:
+    """Have a service hold the files of a run, or its job too."""
+    from tunesmith.remote.backend import OpenAIBackend
+
+    OpenAIBackend().begin(run, job=until == "job")
+    for event in run.events_from(offset)[0]:
+        if on_event:
+            on_event(run, event)
+    if run.state() == "failed":
+        raise _failure(run)
+    return run
 
 
 def _laid_out(prepared: planning.Prepared) -> Run:
@@ -158,6 +179,7 @@ def resume(
     on_event: Callable[[Run, Event], None] | None = None,
     *,
     config: str | None = None,
+    until: str = "end",
     **settings: Any,
 ) -> Run:
     """Go on with a run from its last whole checkpoint, or from the one whose folder `path` is, and wait for the end.
@@ -189,7 +211,10 @@ def resume(
     if launched():
         return _together(lambda: (run, step), on_event)
     backend = backends.get(provider)
+    _refuse_until(until, provider)
     offset = run.log_size()
+    if until != "end":
+        return _begin(run, until, on_event, offset)
     backend.resume(run, step)
     return watch(run, backend, on_event, offset)
 
@@ -271,6 +296,11 @@ def _follow(
             where=str(run),
             fix=f"go on with: tunesmith train --resume {run}",
         )
+    raise _failure(run)
+
+
+def _failure(run: Run) -> TunesmithError:
+    """What a failed run's last error says."""
     last = run.last("error")
     error = TunesmithError(
         last.get("message", "the run failed"),
@@ -278,7 +308,14 @@ def _follow(
         fix=last.get("fix", f"see {run / 'worker.log'}"),
     )
     error.exit_status = last.get("exit_status", 1)
-    raise error
+    return error
+
+
+def has_job(run: Run) -> bool:
+    """Whether a service has a job of this run, and it is not known to have ended."""
+    from tunesmith.remote.backend import ENDED, Link
+
+    return Link.of(run).job is not None and run.state() not in ENDED
 
 
 def rescue(

@@ -5,6 +5,7 @@ TunesmithError      exit status 1: the work failed
 │   ├── ModelError  the base model is missing or cannot be trained
 │   └── RunError    the run directory is taken, busy, or holds nothing to go on from
 ├── DataError       exit status 3: the data cannot be trained on
+├── ServiceError    a service refused, or did not answer
 └── Interrupted     exit status 130: stopped by the user, after a checkpoint
 """
 
@@ -40,6 +41,16 @@ class RunError(UsageError):
 
 class DataError(TunesmithError):
     exit_status = 3
+
+
+class ServiceError(TunesmithError):
+    """`status`: what it said by HTTP, 0 where it said nothing that could be read."""
+
+    status = 0
+
+    def refusal(self) -> bool:
+        """Whether the service has said no: asking again would bring the same."""
+        return 400 <= self.status < 500 and self.status not in (408, 429)
 
 
 class Interrupted(TunesmithError):

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from datetime import date
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,6 +42,8 @@ MOST = {"epochs": 50, "batch_size": 256}
 
 def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:
     """Read, check, split and count. Raises UsageError for a setting that a service cannot act on, DataError for the data."""
+    if recipe.api_key_file:
+        recipe = msgspec.structs.replace(recipe, api_key_file=key_file(recipe.api_key_file))
     issues = list(_other_settings(recipe, origin))
     recipe, origin = _address(recipe, origin)
     recipe, origin, known = _model(recipe, origin)
@@ -123,9 +126,17 @@ def address(url: str, place: str = "--base-url") -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"no address: {parts.hostname or 'it names no host'}", where=place, fix="https://host/v1")
-    if parts.username or parts.password:
+    if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError("an address may hold no key", where=place, fix="give the key in OPENAI_API_KEY")
     return url.rstrip("/")
+
+
+def key_file(path: str) -> str:
+    """The path of a key's file as it is from any folder. Raises UsageError for a key in its place, without repeating it."""
+    if re.match(r"t?sk-", path):
+        fix = "write it into a file; and take it back: the command line is seen by all users of this machine"
+        raise UsageError("a key was given, and a file's name is wanted", where="--api-key-file", fix=fix)
+    return str(Path(path).expanduser().absolute())
 
 
 def notes(recipe: Recipe, said: dict[str, Any], today: date | None = None) -> list[str]:

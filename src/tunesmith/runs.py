@@ -210,7 +210,7 @@ class Run:
             if steps
             else manifest["plan"]["steps"],
             "epochs": steps[-1].get("epoch") if steps else 0,
-            "tokens": steps[-1].get("total_tokens", done.get("tokens")) if steps else 0,
+            "tokens": (steps[-1] if steps else {}).get("total_tokens", done.get("tokens", 0)),
             "supervised_tokens": steps[-1].get("total_supervised_tokens") if steps else 0,
             "seconds": done.get("seconds"),
             "tokens_per_second": done.get("tokens_per_second"),

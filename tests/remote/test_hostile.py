@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pytest
 from conftest import rows, write
 from hostile import KEY, Hostile, step, wait_until
 from tunesmith import api, backends
-from tunesmith.errors import DataError, Interrupted, TunesmithError, UsageError
-from tunesmith.remote import backend, service
+from tunesmith.errors import DataError, Interrupted, ServiceError, TunesmithError, UsageError
+from tunesmith.remote import backend, service, upload
 from tunesmith.runs import Run
 
 
@@ -31,6 +32,8 @@ def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hostile]:
         (service, "PATIENCE", 3.0),
         (backend, "NEAR", 0.01),
         (backend, "LOOKS", (0.0, 0.05, 0.1)),
+        (backend, "MARGIN", 0.3),
+        (service, "WHOLE", 2.0),
     ):
         monkeypatch.setattr(place, name, value)
     made = Hostile()
@@ -155,9 +158,11 @@ def test_a_create_that_nobody_answers_is_not_made_again_blindly(
 
 def test_duplicates_and_a_list_without_end(hostile: Hostile, settings: dict[str, Any]) -> None:
     twice = {**step(1, 3), "id": "ftevent-dup"}
-    hostile.script[2] = ("running", ["Fine-tuning job started", twice, twice, step(2, 3)])
+    filler = [f"line {n}" for n in range(150)]  # two pages, of which the service always gives the first
+    hostile.script[2] = ("running", ["Fine-tuning job started", *filler, twice, twice, step(2, 3)])
     hostile.wrong_after = True
     run = api.train(**settings)
+    assert any("after=" in asked for asked in hostile.asked)
     assert [e["step"] for e in run.metrics("step")] == [1, 2, 3]
     assert [e.get("event") for e in run.events()].count("ftevent-dup") == 1
 
@@ -210,7 +215,7 @@ def test_what_the_service_refuses_is_told_at_once(
 
 
 def test_a_model_that_is_not_there_or_ends(hostile: Hostile, settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match='no model "other"'):
+    with pytest.raises(ServiceError, match='no model "other"'):
         api.train(**{**settings, "model": "other"})
     hostile.models["base"] = {"shutdown_date": "2020-01-01"}
     with pytest.raises(UsageError, match="ended this model on 2020-01-01"):
@@ -335,3 +340,197 @@ def test_settings_that_mean_nothing_to_a_service(settings: dict[str, Any]) -> No
     assert [i.code for i in api.plan(**settings, config="quick_test").issues].count("idle-setting") > 0
     with pytest.raises(DataError, match="of at least 10"):
         api.plan(**{**settings, "dataset": write(Path(settings["dataset"]).with_name("few.jsonl"), rows(11))})
+
+
+def test_a_gateways_word_is_no_answer(hostile: Hostile, settings: dict[str, Any]) -> None:
+    """502 and 504 come from between: the job may be on its way, and is not asked for again."""
+    for status in (502, 504):
+        hostile.faults.clear()
+        hostile.fault("POST /fine_tuning/jobs", "status", 9, status=status)
+        folder = f"{settings['output_dir']}{status}"
+        with pytest.raises(TunesmithError, match="no job with this run's mark"):
+            api.train(**{**settings, "output_dir": folder})
+        assert Run(folder).state() == "interrupted"
+    assert hostile.count("POST /fine_tuning/jobs") == 2
+
+
+def test_an_answer_that_drips_is_given_up(
+    hostile: Hostile, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "WHOLE", 0.5)
+    hostile.fault("GET /models/base", "drip", 1)
+    began = time.monotonic()
+    whole(api.train(**settings), hostile)
+    assert time.monotonic() - began < 6 and hostile.count("GET /models/base") == 2
+
+
+ODD_EVENTS: list[dict[str, Any]] = [
+    {"data": ["x"], "type": "metrics"},
+    {"message": "\ud800 half a character"},
+    {"message": None, "created_at": "noon"},
+    {"message": "\x1b]0;title\x07\x1b[2J cleared", "level": "warn"},
+    {"message": f"the key {KEY}", "created_at": 1e300},
+    {"type": "metrics", "data": {"step": "3", "train_loss": 1.0}},
+    {"type": "metrics", "data": {"step": 4, "train_loss": None, "total_steps": "many"}},
+    {"type": "metrics", "data": {"step": 2, "train_loss": 0.5, "total_steps": "9", "full_valid_loss": "low"}},
+]
+
+
+def test_what_is_not_as_it_should_be_is_made_safe(hostile: Hostile, settings: dict[str, Any], cli: Any) -> None:
+    hostile.script = [("running", ODD_EVENTS), ("succeeded", [])]
+    create = hostile._create
+
+    def odd(body: dict[str, Any]) -> dict[str, Any]:
+        made = create(body)
+        more = {
+            "result_files": None,
+            "created_at": "x",
+            "seed": "y",
+            "hyperparameters": [],
+            "method": 3,
+            "metadata": {"n": 1},
+        }
+        hostile.jobs[made["id"]] |= more
+        return made
+
+    hostile._create = odd  # type: ignore[method-assign]
+    run = api.train(**settings)
+    assert run.state() == "succeeded" and len([e for e in run.events() if "event" in e]) == len(ODD_EVENTS)
+    assert [(e["step"], e["loss"]) for e in run.metrics("step")] == [(2, 0.5)]
+    log = (run / "events.jsonl").read_text()
+    assert KEY not in log and "\\u001b" not in log and "cleared" in log
+    for words in (("runs", "events", run), ("runs", "show", run), ("runs", "watch", run)):
+        assert cli(*words).code == 0
+
+
+@pytest.mark.parametrize("said", ["abc", "soon, please", "", "-5", "nan", "1e400"])
+def test_a_wait_that_cannot_be_read_is_none(hostile: Hostile, settings: dict[str, Any], said: str) -> None:
+    headers = {"retry-after": said, "retry-after-ms": said} if said != "1e400" else {"retry-after-ms": "x"}
+    hostile.fault("POST /files", "status", 1, status=429, headers=headers)
+    whole(api.train(**settings), hostile)
+
+
+def test_a_wait_of_nothing_is_not_a_storm(
+    hostile: Hostile, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "FIRST", 0.1)
+    hostile.fault("GET /models/base", "status", 99, status=429, headers={"retry-after": "0"})
+    with pytest.raises(ServiceError, match="429"):
+        api.train(**settings)
+    assert hostile.count("GET /models/base") < 10
+
+
+def test_who_only_looks_starts_nothing(hostile: Hostile, settings: dict[str, Any], cli: Any) -> None:
+    run = backends.get("openai").submit(api.prepare(**settings), Path(settings["output_dir"]))
+    backend._following.clear()  # as another process
+    assert cli("runs", "events", run).code == 0
+    watched = cli("runs", "watch", run)
+    assert watched.code == 2 and f"train --resume {run}" in watched.err
+    assert not hostile.files and not hostile.jobs
+
+
+def test_step_by_step(hostile: Hostile, settings: dict[str, Any], cli: Any) -> None:
+    """Files, job and watching as commands of their own; the rows as they would be sent, without any service."""
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    done = cli("train", *flags[:-1], f"{settings['output_dir']}-rows", "--prepare-only")
+    assert done.code == 0 and not hostile.asked and "train.jsonl" in done.out, done.err
+    run = Run(settings["output_dir"])
+    done = cli("train", *flags, "--yes", "--until", "files")
+    assert done.code == 0 and len(hostile.files) == 2 and not hostile.jobs, done.err
+    assert f"train --resume {run}" in done.err
+    done = cli("train", "--resume", run, "--until", "job", "--json")
+    assert done.code == 0 and len(hostile.jobs) == 1 and done.json()["status"] == "queued", done.err
+    assert hostile.count("GET /fine_tuning/jobs/ftjob-000") == 0
+    assert cli("runs", "watch", run, "--json").json()["status"] == "succeeded"
+    whole(run, hostile)
+    assert cli("train", "--dataset", settings["dataset"], "--until", "job").code == 2
+
+
+@pytest.mark.parametrize("moment", ["create", "create that is lost"])
+def test_interrupted_while_the_job_is_made(
+    hostile: Hostile, settings: dict[str, Any], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MARGIN", 4.0)
+    hostile.fault("POST /fine_tuning/jobs", "slow" if moment == "create" else "hang", 1)
+    process = command(settings, "--yes")
+    wait_until(lambda: hostile.count("POST /fine_tuning/jobs") == 1, 60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "may have made" in said and "train --resume" in said
+    whole(api.resume(settings["output_dir"]), hostile)
+    assert hostile.count("POST /fine_tuning/jobs") == (1 if moment == "create" else 2)
+
+
+def test_cancelled_while_it_is_not_known_whether_there_is_a_job(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.fault("POST /fine_tuning/jobs", "cut", 1)
+    hostile.fault("GET /fine_tuning/jobs", "status", 99, status=500)
+    with pytest.raises(TunesmithError):
+        api.train(**settings)
+    run, work = Run(settings["output_dir"]), backends.get("openai")
+    with pytest.raises(TunesmithError):
+        work.act(run, "cancel")
+    assert run.state() == "interrupted"  # it is not known, so it is not said to have ended
+    hostile.faults.clear()
+    assert work.act(run, "cancel") == "cancelled" and hostile.jobs["ftjob-000"]["status"] == "cancelled"
+
+
+def test_an_answer_to_pause_that_was_lost(hostile: Hostile, settings: dict[str, Any]) -> None:
+    hostile.script = [("running", [])]
+    work = backends.get("openai")
+    run = work.submit(api.prepare(**settings), Path(settings["output_dir"]))
+    wait_until(lambda: work.poll(run) == "running")
+    hostile.fault("POST /fine_tuning/jobs/ftjob-000/pause", "cut", 1)
+    hostile.fault(
+        "POST /fine_tuning/jobs/ftjob-000/pause", "status", 1, status=400, error={"message": "already paused"}
+    )
+    assert work.act(run, "pause") == "paused"
+    hostile.fault("POST /fine_tuning/jobs/ftjob-000/cancel", "status", 1, status=400, error={"message": "no"})
+    with pytest.raises(ServiceError, match="no"):
+        work.act(run, "cancel")
+
+
+def test_two_that_watch_are_one(hostile: Hostile, settings: dict[str, Any]) -> None:
+    script, hostile.script = hostile.script, hostile.script[:2]
+    run = backends.get("openai").submit(api.prepare(**settings), Path(settings["output_dir"]))
+    processes = [command({}, "--resume", str(run)) for _ in range(3)]
+    wait_until(lambda: bool(hostile.jobs), 60)
+    hostile.script = script
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    whole(run, hostile)
+    assert len(hostile.files) == 2
+
+
+def test_the_same_path_again_is_another_run(hostile: Hostile, settings: dict[str, Any]) -> None:
+    api.train(**settings)
+    shutil.rmtree(settings["output_dir"])
+    again = api.train(**settings)
+    assert again.state() == "succeeded" and len(hostile.jobs) == 2
+    assert [e["step"] for e in again.metrics("step")] == [1, 2, 3]
+
+
+def test_a_file_too_large_for_one_goes_in_parts(
+    hostile: Hostile, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "IN_PARTS", 100)
+    run = api.train(**settings)
+    assert run.state() == "succeeded" and hostile.count("POST /files") == 0
+    sent = hostile.contents[hostile.jobs["ftjob-000"]["training_file"]]
+    assert sent == (run / "upload" / "train.jsonl").read_bytes()
+
+
+def test_keys_are_not_where_they_should_not_be(
+    settings: dict[str, Any], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for more in (["--api-key-file", KEY], ["--api-key", KEY]):
+        done = cli("plan", *flags, "--no-probe", *more)
+        assert done.code == 2 and KEY not in done.out + done.err and "command line" in done.err
+    with pytest.raises(UsageError, match="may hold no key"):
+        api.plan(**{**settings, "base_url": "https://host/v1?key=secret"})
+    monkeypatch.setenv("OPENAI_API_KEY", "clé")
+    with pytest.raises(UsageError, match="not one ASCII word"):
+        api.train(**settings)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UsageError, match="no key for the service"):
+        api.train(**{**settings, "base_url": "https://host.invalid/v1"})

@@ -53,8 +53,10 @@ class Progress:
         elif kind == "resumed":
             self._say(f"resumed after step {event['step']}")
         elif kind == "done" and "model" in event:
-            tokens = "" if event["tokens"] is None else f", {event['tokens']} tokens"
-            self._say(f"trained {event['step']} steps{tokens}: {event['model']}")
+            bill, tokens = run.manifest()["plan"].get("bill") or {}, event["tokens"]
+            planned = f" (the plan said {bill['billed_tokens']})" if bill else ""
+            said = "" if tokens is None else f", {tokens} tokens{planned}"
+            self._say(f"trained {event['step']} steps{said}: {event['model']}")
             self._curves(run)
         elif kind == "done":
             early = f", stopped early (no gain since step {event['best_step']})" if event["stopped_early"] else ""

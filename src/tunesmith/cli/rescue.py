@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, show_json
-from tunesmith.errors import UsageError
+from tunesmith.errors import TunesmithError, UsageError
 
 if TYPE_CHECKING:
+    from tunesmith.remote.rescue import Rescued
     from tunesmith.runs import Run
 
 
@@ -17,8 +18,9 @@ def rescue(argv: list[str]) -> int:
     parser = Parser(
         "rescue",
         "Bring everything an account holds at a service here: files, and each job with its events, checkpoints and results as "
-        "a run. Done again, it goes on where it was stopped. With --retrain, one of its models is trained again on this machine, "
-        "from the same rows, and compared with the hosted one while that still answers.",
+        "a run. Done again, it goes on where it was stopped; exit status 1 where something could not be had. With --retrain, "
+        "one of its models is trained again on this machine, from the same rows, and compared with the hosted one while that "
+        "still answers.",
     ).with_json()
     parser.add_argument("--base-url", metavar="URL", help="the service; default: OPENAI_BASE_URL, else OpenAI's own")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with its key, instead of OPENAI_API_KEY")
@@ -40,22 +42,44 @@ def rescue(argv: list[str]) -> int:
         print(text, file=sys.stderr)
 
     folder = Path(options.output_dir).expanduser()
-    found = api.rescue(folder, options.base_url, options.api_key_file, say)
-    result: dict[str, Any] = {"rescued": found}
-    if not options.json:
-        states = ", ".join(f"{list(found.jobs.values()).count(s)} {s}" for s in sorted(set(found.jobs.values())))
-        print(f"{found.files} files ({found.bytes / 1e6:.1f} MB, {found.fetched} of them new)")
-        print(f"{len(found.jobs)} jobs{f': {states}' if states else ''}")
-        for model in found.models:
-            print(f"  {model}")
-        for line in found.missing:
-            print(f"could not be had: {line}")
-        print(folder)
+    result: dict[str, Any] = {"rescued": None}
+    code = 0
+    try:
+        found = api.rescue(folder, options.base_url, options.api_key_file, say)
+    except TunesmithError as error:
+        if not options.retrain or not _is_here(folder, options.retrain):
+            raise
+        print(f"warning: nothing new was fetched: {error}", file=sys.stderr)
+    else:
+        result["rescued"], code = found, 1 if found.missing else 0
+        if not options.json:
+            _tell(found)
     if options.retrain:
         result |= _retrain(options, folder)
     if options.json:
         show_json(result)
-    return 0
+    return code
+
+
+def _tell(found: Rescued) -> None:
+    states = ", ".join(f"{list(found.jobs.values()).count(s)} {s}" for s in sorted(set(found.jobs.values())))
+    print(f"{found.files} files ({found.bytes / 1e6:.1f} MB, {found.fetched} of them new)")
+    print(f"{len(found.jobs)} jobs{f': {states}' if states else ''}")
+    for model in found.models:
+        print(f"  {model}")
+    for line in found.missing:
+        print(f"could not be had: {line}")
+    print(found.folder)
+
+
+def _is_here(folder: Path, name: str) -> bool:
+    """Whether a tuned model, or job, was rescued before."""
+    from tunesmith.remote.rescue import find
+
+    try:
+        return bool(find(folder, name))
+    except UsageError:
+        return False
 
 
 def _retrain(options: Any, folder: Path) -> dict[str, Any]:
@@ -63,12 +87,12 @@ def _retrain(options: Any, folder: Path) -> dict[str, Any]:
     from tunesmith import api
     from tunesmith.cli.evaluate import show
     from tunesmith.cli.progress import Progress
-    from tunesmith.errors import TunesmithError
-    from tunesmith.remote.rescue import as_local, find, safe
+    from tunesmith.data.write import safe_name
+    from tunesmith.remote.rescue import as_local, find
 
     hosted: Run = find(folder, options.retrain)
     settings = as_local(hosted, options.model or "starter", options.test_dataset)
-    output = folder / f"retrained-{safe(hosted.path.name)}"
+    output = folder / f"retrained-{safe_name(hosted.path.name)}"
     progress = Progress()
     try:
         if (output / "run.json").exists():  # it was begun before

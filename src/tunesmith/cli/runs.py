@@ -103,9 +103,10 @@ def watch(argv: list[str]) -> int:
     run, progress = api.find_run(options.run), Progress()
     try:
         if run.manifest()["provider"] == "openai":
-            for event in run.events():
+            events, offset = run.events_from(0)
+            for event in events:
                 progress(run, event)
-            state = api.watch(run, backends.get("openai"), progress, run.log_size()).state()
+            state = api.watch(run, backends.get("openai"), progress, offset).state()
         else:
             state = _watch_here(run, progress, lambda: time.sleep(api.POLL_SECONDS))
     finally:
@@ -175,7 +176,7 @@ def events(argv: list[str]) -> int:
     from tunesmith import api, backends
 
     run = api.find_run(options.run)
-    if run.manifest()["provider"] == "openai" and run.state() not in ("succeeded", "failed", "cancelled"):
+    if run.manifest()["provider"] == "openai" and api.has_job(run):
         backends.get("openai").poll(run)
     for event in run.events():
         if options.type and event["type"] != options.type:

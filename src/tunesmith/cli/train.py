@@ -25,6 +25,12 @@ def train(argv: list[str]) -> int:
     parser.add_argument(
         "--prepare-only", action="store_true", help="check, split and write the data to --output-dir; do not train"
     )
+    parser.add_argument(
+        "--until",
+        choices=("files", "job"),
+        default="end",
+        help="stop when a service has the files, or the job; --resume goes on, runs watch follows",
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask before a service, which may cost money, is used")
     add_settings(parser)
     options = parser.parse_args(argv)
@@ -51,13 +57,14 @@ def train(argv: list[str]) -> int:
                     "--resume goes on with a run that is prepared", where="--prepare-only", fix="leave it out"
                 )
             before = api.state_of(options.resume)
-            run = api.resume(options.resume, progress, config=options.config, **given)
+            run = api.resume(options.resume, progress, config=options.config, until=options.until, **given)
         elif options.prepare_only:
             with bar:
                 prepared = api.prepare(config=options.config, on_progress=bar, **given)
             return _write_prepared(prepared, options.json)
         else:
-            run = api.train(config=options.config, on_prepared=ready, on_event=progress, on_progress=bar, **given)
+            how = {"on_prepared": ready, "on_event": progress, "on_progress": bar, "until": options.until}
+            run = api.train(config=options.config, **how, **given)
     finally:
         bar.close()
         progress.close()
@@ -69,8 +76,9 @@ def train(argv: list[str]) -> int:
         print(run)
         if before == "succeeded" and not progress.seen:
             print("it had finished already", file=sys.stderr)
+        after = {"files": f"train --resume {run}", "job": f"runs watch {run}", "end": f"evaluate {run}"}
         fake = run.manifest()["provider"] == "fake"
-        print("a dry run: nothing was learnt" if fake else f"next: tunesmith evaluate {run}", file=sys.stderr)
+        print("a dry run: nothing was learnt" if fake else f"next: tunesmith {after[options.until]}", file=sys.stderr)
     return 0
 
 
@@ -90,7 +98,10 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
     if as_json:
         show_json({"files": [str(f) for f in files], "plan": prepared.plan})
     else:
-        describe(prepared.plan)
+        if prepared.plan.recipe.provider == "openai":
+            print("\n".join(offer(prepared.plan, {})))
+        else:
+            describe(prepared.plan)
         print("\n".join(map(str, files)))
     return 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,30 @@ def write_bytes(path: Path, data: bytes) -> None:
     _replace(path, [data])
 
 
-def write_parts(path: Path, parts: Iterable[bytes]) -> int:
-    """The same with bytes that come in parts; how many they are."""
-    sizes: list[int] = []
-    _replace(path, (sizes.append(len(part)) or part for part in parts))  # type: ignore[func-returns-value]
-    return sum(sizes)
+def write_parts(path: Path, parts: Iterable[bytes], size: int | None = None) -> None:
+    """The same with bytes that come in parts. ValueError, and nothing written, where they are not `size` in all."""
+
+    def counted() -> Iterator[bytes]:
+        total = 0
+        for part in parts:
+            total += len(part)
+            yield part
+        if size is not None and total != size:
+            raise ValueError(f"{total} bytes of {size}")
+
+    _replace(path, counted())
+
+
+def safe_name(name: str, *taken: str) -> str:
+    """A name from outside as that of a file in one folder: no path, no control character, of 120 bytes at most, and no other's
+    (nor one that is `taken`): what had to be changed bears a hash of the name."""
+    plain = re.sub(r"[^\w.-]", "_", name.encode("utf-8", "replace").decode())
+    while len(plain.encode()) > 120:
+        plain = plain[1:]
+    plain = plain.lstrip(".") or "_"
+    if plain == name and plain not in taken:
+        return plain
+    return f"{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}-{plain}"
 
 
 def _replace(path: Path, parts: Iterable[bytes]) -> None:
@@ -53,12 +74,12 @@ def _host() -> str:
     return platform.node().partition(".")[0]
 
 
-def tidy(folder: Path) -> None:
-    """Delete from a folder of caches what processes that were killed on this machine had begun, and what nobody has used for
-    a month (its time of change is that of its last use)."""
+def tidy(folder: Path, unused: float = UNUSED) -> None:
+    """Delete from a folder what processes that were killed on this machine had begun, and, as befits a cache, what nobody has
+    used for so many seconds (its time of change is that of its last use)."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(OSError):  # another process may be at it too
-            if time.time() - entry.stat().st_mtime > UNUSED or _abandoned(entry.name):
+            if time.time() - entry.stat().st_mtime > unused or _abandoned(entry.name):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 

@@ -232,7 +232,7 @@ class Models:
         from tunesmith.remote.service import Service
 
         if self._remote and self._run and not self._base_url:
-            return Answers(connect(self._run), name)
+            return Answers(connect(self._run, self._key_file), name)
         return Answers(Service(effective(self._base_url)[0], self._key_file), name)
 
 

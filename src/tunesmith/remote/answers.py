@@ -10,7 +10,7 @@ from typing import Any
 import openai
 
 from tunesmith.conversation import Conversation, Message
-from tunesmith.errors import UsageError
+from tunesmith.errors import ServiceError
 from tunesmith.remote.service import Service, cut_off
 from tunesmith.remote.upload import as_sent
 
@@ -30,17 +30,20 @@ class Answers:
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """One answer each. Raises TunesmithError when the service stays out of reach or refuses."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
             return list(pool.map(lambda prompt: self._answer(prompt, max_tokens, temperature, seed), prompts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for what is on its way
 
     def _answer(self, prompt: Conversation, max_tokens: int, temperature: float, seed: int) -> str:
         order = self._order(prompt, max_tokens, temperature, seed)
 
         def ask(client: Any) -> str:
-            found = client.chat.completions.create(**order).choices[0].message
-            if not isinstance(found.content, str | None):
+            choices = client.chat.completions.create(**order).choices
+            if not choices or not isinstance(choices[0].message.content, str | None):
                 raise ValueError("no text")
-            return str(found.content or "")
+            return str(choices[0].message.content or "")
 
         return str(self._when_known(lambda: self._service.read(ask, "asking the model", self._missing)))
 
@@ -59,7 +62,7 @@ class Answers:
         while True:
             try:
                 return ask()
-            except UsageError as error:
+            except ServiceError as error:
                 if self._missing not in error.message or time.monotonic() > deadline:
                     raise
                 time.sleep(5)
@@ -72,10 +75,10 @@ class Answers:
         )
         try:
             for chunk in chunks:
-                if chunk.choices and chunk.choices[0].delta.content:
+                if chunk.choices and chunk.choices[0].delta and chunk.choices[0].delta.content:
                     yield chunk.choices[0].delta.content
         except Exception as error:
-            if not cut_off(error) and not isinstance(error, openai.OpenAIError):
+            if not cut_off(error) and not isinstance(error, (openai.OpenAIError, ValueError)):
                 raise
             raise self._service.explained(error, "the answer broke off") from None
 

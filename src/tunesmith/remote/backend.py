@@ -6,7 +6,9 @@ job tells becomes the run's own events. So a run is followed by reading it and a
 
 from __future__ import annotations
 
+import math
 import random
+import shlex
 import time
 import uuid
 from pathlib import Path
@@ -16,31 +18,42 @@ import msgspec
 
 from tunesmith.backends import Completer, create_run
 from tunesmith.data.write import write_json
-from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.errors import Interrupted, RunError, ServiceError, TunesmithError, UsageError
 from tunesmith.hosted import address, effective, local_address
 from tunesmith.planning import Prepared
 from tunesmith.remote import upload
 from tunesmith.remote.answers import Answers
+from tunesmith.remote.objects import Job, as_job
 from tunesmith.remote.results import fetch
-from tunesmith.remote.service import Job, Service, Unsure
+from tunesmith.remote.service import Service, Unsure
 from tunesmith.remote.told import Told
 from tunesmith.runs import Run
 
 ENDED = ("succeeded", "failed", "cancelled")
 WORDS = {"validating_files": "queued", "queued": "queued", "running": "running", "paused": "paused"}
+HYPERPARAMETERS = {  # the service's names: ours
+    "n_epochs": "epochs",
+    "batch_size": "batch_size",
+    "learning_rate_multiplier": "learning_rate_multiplier",
+}
 EVERY, NEAR = 10.0, 0.5  # seconds between two questions: of a service far away, of one on this machine
 STILL = 86_400.0  # seconds without any news after which we stop waiting
 LOOKS = (0.0, 5.0, 15.0)  # seconds before each look for a job that an unanswered request may have made
+MARGIN = 180.0  # seconds in which a request that was cut off may still become a job
 TRIES = 3  # times that a job is asked for where the service answers with an error of its own
 
 
 class Link(msgspec.Struct, kw_only=True):
-    """remote.json: where the run is, and what the service holds of it. `mark` stands in the job's metadata."""
+    """remote.json: where the run is, and what the service holds of it.
+
+    `mark` stands in the job's metadata. `asked`: when a job was last asked for, in seconds since 1970; before it is asked for
+    again, the one that may have been made is looked for.
+    """
 
     base_url: str
     mark: str
     files: dict[str, str] = {}  # side: id
-    asked: bool = False  # a job was asked for: before asking again, look whether it was made
+    asked: float | None = None
     job: str | None = None
 
     @classmethod
@@ -73,42 +86,61 @@ class OpenAIBackend:
             upload.write(prepared.splits, run)
             Link(base_url=str(recipe.base_url), mark=mark).save(run)
 
-        return create_run(prepared, path, fill)
+        run = create_run(prepared, path, fill)
+        _following[_key(run)] = Following(run, may_begin=True)
+        return run
 
     def resume(self, run: Run, step: int | None = None) -> None:
         """Go on with what was begun: sending files, asking for the job, or only watching it."""
         if step is not None:
             raise UsageError("a job of a service begins at no checkpoint", where=str(run), fix="resume the run itself")
-        link = Link.of(run)
-        _following.pop(str(run.path.resolve()), None)
-        if link.job is None:
+        if Link.of(run).job is None:
             run.append("state", state="queued")
+        _following[_key(run)] = Following(run, may_begin=True)
+
+    def begin(self, run: Run, job: bool) -> None:
+        """Send the files, and with `job` ask for the job, without watching it. Where it is refused the run has failed."""
+        with run.lock():
+            link = Link.of(run)
+            if link.job is None:
+                Following(run).begin(connect(run), link, job)
 
     def poll(self, run: Run) -> str:
+        """Take a step, unless that was done a moment ago. Only where this process has submitted or resumed the run are files
+        sent and a job asked for: who merely watches starts nothing."""
         return _of(run).look()
 
     def interrupt(self, run: Run) -> None:
         """Ctrl-C leaves the job alone."""
         link = Link.of(run)
+        how = f"follow it: tunesmith runs watch {run}; stop it: tunesmith runs cancel {run}"
         if link.job:
-            how = f"follow it: tunesmith runs watch {run}; stop it: tunesmith runs cancel {run}"
             raise Interrupted(f"the job {link.job} goes on at the service", where=str(run), fix=how)
         fix = f"go on with: tunesmith train --resume {run}"
-        raise Interrupted("stopped before the service had a job", where=str(run), fix=fix)
+        if link.asked:
+            message = "stopped while the service was asked for the job, which it may have made"
+            raise Interrupted(message, where=str(run), fix=f"{fix} (it looks for it first)")
+        raise Interrupted("stopped before the service was asked for a job", where=str(run), fix=fix)
 
     def cancel(self, run: Run) -> None:
         self.act(run, "cancel")
 
     def act(self, run: Run, what: str) -> str:
-        """cancel, pause or resume the job; the state it has then. A run without a job is cancelled here alone."""
-        link = Link.of(run)
-        if link.job is None and what == "cancel":
-            run.append("state", state="cancelled")
-            return "cancelled"
-        if link.job is None:
-            raise UsageError("the service has no job of this run yet", where=str(run), fix="tunesmith runs watch does")
-        service = connect(run)
-        if what != "cancel" or run.state() not in ENDED:
+        """cancel, pause or resume the job; the state it has then. A run that has asked for no job is cancelled here alone."""
+        if what == "cancel" and run.state() in ENDED:
+            return run.state()
+        with run.lock(wait=60.0):
+            link = Link.of(run)
+            if link.job is None and link.asked is None and what == "cancel":
+                run.append("state", state="cancelled")
+                return "cancelled"
+            service = connect(run)
+            if link.job is None and link.asked and (found := find(service, link)):
+                link.job = found.id
+                link.save(run)
+            if link.job is None:
+                fix = f"go on with: tunesmith train --resume {run}"
+                raise UsageError("the service has no job of this run", where=str(run), fix=fix)
             service.act(link.job, what)
         return _of(run).look(now=True)
 
@@ -129,40 +161,43 @@ def take_in(run: Run, service: Service) -> str:
         return Following(run).step(service)
 
 
-def connect(run: Run) -> Service:
+def connect(run: Run, key_file: str | None = None) -> Service:
     """The service of a run, with the key of now."""
-    recipe = run.manifest()["recipe"]
-    return Service(address(Link.of(run).base_url, str(run / "remote.json")), recipe.get("api_key_file"))
+    found = key_file or run.recipe().api_key_file
+    return Service(address(Link.of(run).base_url, str(run / "remote.json")), found)
 
 
 def quote(prepared: Prepared) -> dict[str, Any]:
-    """The model as the service describes it. Raises UsageError where it has none of that name, or no longer."""
+    """The model as the service describes it. ServiceError where it has none of that name, UsageError where no longer."""
     recipe = prepared.plan.recipe
-    found = Service(str(recipe.base_url), recipe.api_key_file).model(recipe.model)
-    ends = found.get("shutdown_date")
-    if isinstance(ends, str) and ends <= time.strftime("%Y-%m-%d"):
+    service = Service(str(recipe.base_url), recipe.api_key_file)
+    found = service.model(recipe.model)
+    ends = service.hidden(found.get("shutdown_date") or "")
+    if ends and ends <= time.strftime("%Y-%m-%d"):
         raise UsageError(
             f"the service has ended this model on {ends}", where=recipe.model, fix=_instead(recipe.dataset)
         )
-    return found
+    return {**found, "shutdown_date": ends or None}
 
 
 def _instead(dataset: str | None) -> str:
-    return f"train on this machine: tunesmith train --dataset {dataset} --provider huggingface"
+    words = shlex.join(["tunesmith", "train", "--dataset", str(dataset), "--provider", "huggingface"])
+    return f"train on this machine: {words}"
+
+
+def _key(run: Run) -> str:
+    return str(run.path.resolve())
 
 
 def _of(run: Run) -> Following:
-    key = str(run.path.resolve())
-    if key not in _following:
-        _following[key] = Following(run)
-    return _following[key]
+    return _following.setdefault(_key(run), Following(run))
 
 
 class Following:
     """One run, followed from this process."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._told = run, Told(run)
+    def __init__(self, run: Run, may_begin: bool = False) -> None:
+        self._run, self._told, self._may_begin = run, Told(run), may_begin
         self._due, self._news = 0.0, time.monotonic()
         self._word = "queued"
 
@@ -170,14 +205,14 @@ class Following:
         """The state, asked of the service unless that was done a moment ago."""
         if time.monotonic() < self._due and not now:
             return self._word
+        pause = NEAR if local_address(Link.of(self._run).base_url) else EVERY
         try:
             lock = self._run.lock(wait=60.0 if now else 0.0)
         except RunError:  # another process follows it: its events are ours
-            return self._run.state()
-        with lock:
-            self._word = self.step()
-        link = Link.of(self._run)
-        pause = NEAR if local_address(link.base_url) else EVERY
+            self._word = self._run.state()
+        else:
+            with lock:
+                self._word = self.step()
         self._due = time.monotonic() + pause * random.uniform(0.8, 1.2)
         return self._word
 
@@ -189,79 +224,100 @@ class Following:
             return word
         service = service or connect(run)
         if link.job is None:
-            self._begin(service, link)
-            if link.job is None:
-                return run.state()
-        return self._watch(service, link)
+            if not self._may_begin:
+                fix = f"send it: tunesmith train --resume {run}"
+                raise UsageError("the service has no job of this run yet", where=str(run), fix=fix)
+            self.begin(service, link)
+        return self._watch(service, link) if link.job else run.state()
 
-    def _begin(self, service: Service, link: Link) -> None:
-        """Send what is missing, then ask for the job; a refusal is the run's last word."""
+    def begin(self, service: Service, link: Link, job: bool = True) -> None:
+        """Send what is missing, then ask for the job. A refusal is the run's last word; anything else is raised, and the run
+        can be gone on with."""
         run = self._run
         run.append("state", state="preparing")
         try:
             for side in ("train", "valid"):
-                if (run / "upload" / f"{side}.jsonl").exists() and side not in link.files:
-                    run.append("message", message=f"sending {side}.jsonl ({size(run / 'upload' / f'{side}.jsonl')})")
-                    link.files[side] = upload.send(
-                        service, run / "upload" / f"{side}.jsonl", f"{link.mark}-{side}.jsonl"
-                    )
+                path = run / "upload" / f"{side}.jsonl"
+                if path.exists() and side not in link.files:
+                    run.append("message", message=f"sending {side}.jsonl ({size(path)})")
+                    link.files[side] = upload.send(service, path, f"{link.mark}-{side}.jsonl")
                     link.save(run)
+            if not job:
+                return
             link.job = self._create(service, link)
             link.save(run)
-        except TunesmithError as error:
+            run.append("state", state="queued", at="service")
+        except ServiceError as error:
+            if not error.refusal():
+                fix = f"{error.fix}; go on with: tunesmith train --resume {run}"
+                raise TunesmithError(error.message, where=error.where, fix=fix) from None
+            error = refused(error, run)
             how = dict(message=error.message, where=error.where, fix=error.fix, exit_status=error.exit_status)
             run.append("error", **how)
             run.append("state", state="failed")
 
     def _create(self, service: Service, link: Link) -> str:
         """The id of this run's job, which is made at most once."""
-        tries = 0
-        while True:
-            if link.asked and (found := find(service, link)):
-                self._run.append("message", message=f"the job was made, though its answer was lost: {found.id}")
+        for number in range(1, TRIES + 1):
+            if link.asked and (found := self._look(service, link, number == 1)):
                 return found.id
-            link.asked, tries = True, tries + 1
+            link.asked = time.time()
             link.save(self._run)
             try:
                 return service.make(lambda c: create(c, self._run, link), "making the job").id
             except Unsure as lost:
-                if lost.answered and tries < TRIES:
+                if lost.answered and number < TRIES:
                     continue
-                if found := find(service, link):
-                    continue
+                if found := self._look(service, link):
+                    return found.id
+                message = f"{lost.why.message}; no job with this run's mark is at the service"
                 again = f"go on with: tunesmith train --resume {self._run} (it looks again before it asks again)"
-                why = f"{lost.why.message}; no job with this run's mark is at the service"
-                raise TunesmithError(why, where=service.base_url, fix=again) from None
-            except TunesmithError as error:
-                raise refused(error, self._run) from None
+                raise TunesmithError(message, where=service.base_url, fix=again) from None
+        raise AssertionError
+
+    def _look(self, service: Service, link: Link, patiently: bool = False) -> Job | None:
+        """The job that an unanswered request has made, if it has. `patiently`: as long as it still may."""
+        found = find(service, link)
+        until = float(link.asked or 0) + MARGIN
+        while not found and patiently and time.time() < until:
+            left = math.ceil(until - time.time())
+            self._run.append("message", message=f"looking for the job that may have been made, {left} s more")
+            time.sleep(min(LOOKS[-1], max(0.01, until - time.time())))
+            found = find(service, link)
+        if found:
+            self._run.append("message", message=f"the job was made, though its answer was lost: {found.id}")
+        return found
 
     def _watch(self, service: Service, link: Link) -> str:
         """Take in what is new of the job."""
         run, before = self._run, self._run.last("state")
-        job = service.job(str(link.job))
-        new = self._told.take(service, job)
-        word = WORDS.get(job.status, job.status if job.status in ENDED else "running")
-        if word == "succeeded":
-            fetch(run, service, job, link.files)
-        elif word == "failed":
+        try:
+            job = service.job(str(link.job))
+            new = self._told.take(service, job)
+            word = WORDS.get(job.status, job.status if job.status in ENDED else "running")
+            if word == "succeeded":
+                fetch(run, service, job, link.files)
+        except ServiceError as error:
+            message = f"{error.message}; the job {link.job} goes on without us"
+            fix = f"{error.fix}; follow it again: tunesmith runs watch {run}"
+            raise TunesmithError(message, where=error.where, fix=fix) from None
+        if word == "failed":
             self._told.failed(job, service)
-        if changed := (word, job.status) != (before.get("state"), before.get("said")):
-            run.append("state", state=word, at="service", said=job.status)
+        said = service.hidden(job.status)
+        if changed := (word, said) != (before.get("state"), before.get("said")):
+            run.append("state", state=word, at="service", said=said)
         if changed or new:
             self._news = time.monotonic()
         if word not in ENDED and time.monotonic() - self._news > STILL:
-            message = f"nothing new of the job {job.id} for {STILL / 3600:.0f} hours (it says: {job.status})"
+            message = f"nothing new of the job {job.id} for {STILL / 3600:.0f} hours (it says: {said})"
             raise TunesmithError(message, where=str(run), fix=f"look again: tunesmith runs watch {run}")
         return word
 
 
 def create(client: Any, run: Run, link: Link) -> Job:
     """Ask for the job of a run."""
-    from tunesmith.remote.service import as_job
-
     recipe = run.manifest()["recipe"]
-    names = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "learning_rate_multiplier"}
-    hyperparameters = {theirs: recipe[ours] for theirs, ours in names.items()}
+    hyperparameters = {theirs: recipe[ours] for theirs, ours in HYPERPARAMETERS.items()}
     order = {
         "model": recipe["model"],
         "training_file": link.files["train"],
@@ -288,15 +344,15 @@ def find(service: Service, link: Link) -> Job | None:
     return None
 
 
-def refused(error: TunesmithError, run: Run) -> TunesmithError:
-    """The same error; where the service lets this account make no jobs at all, with what can be done instead."""
-    if "HTTP 403" in error.message or "not available for fine-tuning" in error.message:
-        dataset = run.manifest()["recipe"]["dataset"]
-        words = f"{error.message}: the service makes no jobs for this account"
-        return TunesmithError(words, where=error.where, fix=_instead(dataset))
+def refused(error: ServiceError, run: Run) -> ServiceError:
+    """The same error, with what can be done instead where the service makes no jobs for this account, or of this model."""
+    if error.status == 403:
+        error.message += ": the service makes no jobs for this account"
+    if error.status == 403 or "not available for fine-tuning" in error.message:
+        error.fix = _instead(run.manifest()["recipe"]["dataset"])
     return error
 
 
 def size(path: Path) -> str:
-    bytes = path.stat().st_size
-    return f"{bytes / 1e6:.1f} MB" if bytes >= 100_000 else f"{bytes:,} bytes"
+    count = path.stat().st_size
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count:,} bytes"

@@ -6,8 +6,8 @@ Done again, it goes on where it was stopped: what lies here whole is not fetched
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import msgspec
 
 from tunesmith.backends import manifest
-from tunesmith.data.write import begun, sync_folder, tidy, write_json
+from tunesmith.data.write import begun, safe_name, sync_folder, tidy, write_json
 from tunesmith.errors import TunesmithError, UsageError, did_you_mean
 from tunesmith.models import ModelFacts
 from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
-from tunesmith.remote.backend import ENDED, Link, take_in
-from tunesmith.remote.service import Job, Service
+from tunesmith.remote.backend import ENDED, HYPERPARAMETERS, Link, take_in
+from tunesmith.remote.objects import Job, as_job, number
+from tunesmith.remote.service import Service
 from tunesmith.runs import Run, create, listing
 
 
@@ -43,14 +44,14 @@ def rescue(service: Service, folder: Path, say: Callable[[str], None] = lambda _
     """Bring everything into a folder: `files/ID/`, and a run directory for each job. Raises TunesmithError when the service
     stays out of reach; what cannot be had of one file or job is noted, and the others go on."""
     folder.mkdir(parents=True, exist_ok=True)
-    tidy(folder)
+    tidy(folder, math.inf)  # only what a killed process had begun: nothing here is a cache
     done = Rescued(str(folder), service.base_url)
     files = list(service.files())
-    for number, file in enumerate(files, 1):
-        _file(service, folder, file, done, lambda text, n=number: say(f"file {n}/{len(files)}: {text}"))  # type: ignore[misc]
+    for n, file in enumerate(files, 1):
+        _file(service, folder, file, done, lambda text: say(f"file {n}/{len(files)}: {text}"))  # noqa: B023 (called at once)
     jobs = list(service.jobs())
-    for number, job in enumerate(reversed(jobs), 1):  # the oldest first: they are lost first
-        say(f"job {number}/{len(jobs)}: {job.id} ({job.status})")
+    for n, job in enumerate(reversed(jobs), 1):  # the oldest first: they are lost first
+        say(f"job {n}/{len(jobs)}: {service.hidden(job.id)} ({service.hidden(job.status)})")
         _job(service, folder, job, done)
     write_json(folder / "account.json", done)
     return done
@@ -60,52 +61,50 @@ def rescue(service: Service, folder: Path, say: Callable[[str], None] = lambda _
 
 
 def _file(service: Service, folder: Path, file: dict[str, Any], done: Rescued, say: Callable[[str], None]) -> None:
-    place = folder / "files" / safe(file["id"])
-    path = place / safe(str(file.get("filename") or "content"))
+    place = folder / "files" / safe_name(file["id"])
+    name, size = service.hidden(file.get("filename") or "content"), file.get("bytes")
+    path = place / safe_name(str(file.get("filename") or "content"), "file.json")
+    exact = (
+        size if isinstance(size, int) and file.get("purpose") != "fine-tune-results" else None
+    )  # those come in base64
     done.files += 1
     try:
         if not path.exists():  # written whole or not at all
-            say(f"{file['id']}, {file.get('bytes')} bytes")
+            say(f"{service.hidden(file['id'])}, {name}, {size} bytes")
             place.mkdir(parents=True, exist_ok=True)
-            service.content(file["id"], path)
+            service.content(file["id"], path, exact)
             done.fetched += 1
-        write_json(place / "file.json", file)
+        write_json(place / "file.json", service.clean(file))
         done.bytes += path.stat().st_size
-    except TunesmithError as error:
-        done.missing.append(f"file {file['id']} ({file.get('filename')}): {error.message}")
-
-
-def safe(name: str) -> str:
-    """A name from outside as the name of a file in one folder: no path, no control character, and no other's."""
-    plain = re.sub(r"[^\w.-]", "_", name)[-100:].lstrip(".") or "_"
-    return (
-        plain if plain == name and plain != "file.json" else f"{hashlib.sha256(name.encode()).hexdigest()[:8]}-{plain}"
-    )
+    except (TunesmithError, OSError, ValueError) as error:  # one file's trouble is not the others'
+        done.missing.append(f"file {service.hidden(file['id'])} ({name}): {getattr(error, 'message', error)}")
 
 
 def content(folder: Path, id: str) -> Path | None:
     """The bytes of a file that has been rescued."""
-    found = [p for p in (folder / "files" / safe(id)).glob("*") if p.name != "file.json" and not p.name.startswith(".")]
-    return found[0] if found else None
+    found = (folder / "files" / safe_name(id)).glob("*")
+    return next((p for p in found if p.name != "file.json" and not p.name.startswith(".")), None)
 
 
 # ---- jobs
 
 
 def _job(service: Service, folder: Path, job: Job, done: Rescued) -> None:
-    run = Run(folder / safe(job.id))
+    run, name = Run(folder / safe_name(job.id, "files", "account.json")), service.hidden(job.id)
     try:
         if not (run / "run.json").exists():
             _lay_out(service, folder, job, run.path)
         if run.state() not in ENDED:
             take_in(run, service)
-        done.jobs[job.id] = run.state()
-    except TunesmithError as error:
-        done.missing.append(f"job {job.id}: {error.message}")
+        write_json(run / "job.json", service.clean(job.as_sent))
+        done.jobs[name] = run.state()
+    except (TunesmithError, OSError, ValueError) as error:
+        done.missing.append(f"job {name}: {getattr(error, 'message', error)}")
     if job.fine_tuned_model:
-        done.models.append(job.fine_tuned_model)
+        done.models.append(service.hidden(job.fine_tuned_model))
     if job.training_file and content(folder, job.training_file) is None:
-        done.missing.append(f"training file {job.training_file} of job {job.id}: not among the account's files")
+        file = service.hidden(job.training_file)
+        done.missing.append(f"training file {file} of job {name}: not among the account's files")
 
 
 def _lay_out(service: Service, folder: Path, job: Job, path: Path) -> None:
@@ -124,8 +123,7 @@ def _lay_out(service: Service, folder: Path, job: Job, path: Path) -> None:
             except OSError:  # a file system without links
                 shutil.copyfile(file, run / "data" / f"{side}.jsonl")
         write_json(run / "data" / "check.json", [])
-        write_json(run / "job.json", job.as_sent)
-        Link(base_url=service.base_url, mark=job.id, files=files, asked=True, job=job.id).save(run)
+        Link(base_url=service.base_url, mark=job.id, files=files, asked=job.created_at, job=job.id).save(run)
     building.replace(path)
     sync_folder(path.parent)
 
@@ -136,11 +134,9 @@ def _lines(path: Path) -> int:
 
 
 def _plan(service: Service, job: Job, rows: dict[str, int], here: dict[str, Path]) -> Plan:
-    hyper = job.resolved()
-    known = {
-        ours: hyper[theirs] for theirs, ours in HYPERPARAMETERS.items() if isinstance(hyper.get(theirs), int | float)
-    }
-    said = {"provider": "openai", "model": job.model, "base_url": service.base_url, **known}
+    known = _hyperparameters(job)
+    said: dict[str, Any] = {"provider": "openai", "model": job.model, "base_url": service.base_url, **known}
+    said |= {"api_key_file": service.key_file} if service.key_file else {}
     said |= {"dataset": str(here["train"])} if "train" in here else {}
     said |= {"valid_fraction": 0.0, "test_fraction": 0.0} | ({} if job.seed is None else {"seed": job.seed})
     recipe = Recipe(**said)
@@ -164,11 +160,14 @@ def _plan(service: Service, job: Job, rows: dict[str, int], here: dict[str, Path
     )
 
 
-HYPERPARAMETERS = {
-    "n_epochs": "epochs",
-    "batch_size": "batch_size",
-    "learning_rate_multiplier": "learning_rate_multiplier",
-}
+def _hyperparameters(job: Job) -> dict[str, Any]:
+    """A job's hyperparameters under our names, those that are numbers in the Recipe's range."""
+    found: dict[str, Any] = {}
+    for theirs, ours in HYPERPARAMETERS.items():
+        value = number(job.resolved().get(theirs))
+        if value is not None and value > 0 and (ours == "learning_rate_multiplier" or value == int(value)):
+            found[ours] = value if ours == "learning_rate_multiplier" else int(value)
+    return found
 
 
 # ---- the same again on this machine
@@ -194,13 +193,13 @@ def as_local(run: Run, model: str, test_dataset: str | None = None) -> dict[str,
     them here (no early stopping). The learning rate is this machine's own rule: a multiplier is of a rate that nobody knows.
     Raises UsageError where the training file is lost.
     """
-    recipe = run.manifest()["recipe"]
     train, valid = run / "data" / "train.jsonl", run / "data" / "valid.jsonl"
     if not train.exists():
         raise UsageError("its training file is lost", where=str(run), fix="train on other rows: tunesmith train")
+    job = as_job(msgspec.json.decode((run / "job.json").read_bytes()))
     held_out = test_dataset or (str(valid) if valid.exists() else None)
-    given = {"dataset": str(train), "provider": "huggingface", "model": model, "seed": recipe["seed"]}
+    given: dict[str, Any] = {"dataset": str(train), "provider": "huggingface", "model": model}
     given |= {"valid_fraction": 0.0, "test_fraction": 0.0, "over_long": "truncate", "patience": 0}
     given |= {"test_dataset": held_out} if held_out else {}
-    given |= {name: recipe[name] for name in ("epochs", "batch_size") if isinstance(recipe[name], int)}
-    return given
+    given |= {"seed": job.seed} if job.seed is not None and job.seed >= 0 else {}
+    return given | {name: value for name, value in _hyperparameters(job).items() if name != "learning_rate_multiplier"}

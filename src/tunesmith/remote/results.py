@@ -6,58 +6,64 @@ import base64
 import binascii
 import csv
 import io
+import math
 import time
-from pathlib import Path
 from typing import Any
 
-from tunesmith.data.write import write_bytes, write_json
-from tunesmith.errors import TunesmithError
-from tunesmith.remote.service import Job, Service
+from tunesmith.data.write import safe_name, write_bytes, write_json
+from tunesmith.errors import ServiceError
+from tunesmith.remote.objects import Job
+from tunesmith.remote.service import Service
 from tunesmith.runs import Run
 
 
 def fetch(run: Run, service: Service, job: Job, files: dict[str, str]) -> None:
-    """Fill the run with what a job that succeeded has made. Done again, it does the same again. What cannot be had any more is
-    a warning: the model is there all the same."""
-    tables = []
+    """Fill the run with what a job that succeeded has made. Done again, it does the same again. What the service has no longer
+    is a warning: the model is there all the same. Raises ServiceError where it does not answer."""
     for id in job.result_files:
-        path = run / "results" / f"{Path(id).name}.csv"
+        path = run / "results" / f"{safe_name(id)}.csv"
         path.parent.mkdir(exist_ok=True)
         try:
             if not path.exists():
                 service.content(id, path)
-                write_bytes(path, plain(path.read_bytes()))
-            tables.append(path)
-        except TunesmithError as error:
+        except ServiceError as error:
+            if not error.refusal():
+                raise
             run.append("warning", message=str(error))
-    for table in tables:
-        _missing_steps(run, job, table.read_bytes())
+            continue
+        table = path.read_bytes()
+        if (found := plain_table(table)) != table:
+            write_bytes(path, found)
+        _missing_steps(run, job, found)
     checkpoints: list[dict[str, Any]] = []
     try:
         checkpoints = service.checkpoints(job.id)
-    except TunesmithError as error:
+    except ServiceError as error:
+        if not error.refusal():
+            raise
         run.append("warning", message=str(error))
-    write_json(run / "checkpoints.json", checkpoints)
-    info = model_info(run, job, files, checkpoints)
+    write_json(run / "checkpoints.json", service.clean(checkpoints))
+    info = service.clean(model_info(run, job, files, checkpoints))
     write_json(run / "model_info.json", info)
     write_bytes(run / "README.md", _card(run, info).encode())
-    summary = run.summary()
-    run.append(
-        "done",
-        step=summary["steps"],
-        best_step=summary["best_step"] or summary["steps"],
-        stopped_early=False,
-        seconds=(job.finished_at or job.created_at) - job.created_at,
-        model=job.fine_tuned_model,
-        tokens=job.trained_tokens,
-    )
+    if not run.last("done"):
+        summary = run.summary()
+        run.append(
+            "done",
+            step=summary["steps"],
+            best_step=summary["best_step"],
+            stopped_early=False,
+            seconds=(job.finished_at or job.created_at) - job.created_at,
+            model=service.hidden(job.fine_tuned_model or ""),
+            tokens=job.trained_tokens,
+        )
 
 
-def plain(data: bytes) -> bytes:
+def plain_table(data: bytes) -> bytes:
     """A result file's text: services were seen to send it in base64."""
     if not data.startswith(b"step,"):
         try:
-            found = base64.b64decode(data, validate=True)
+            found = base64.b64decode(b"".join(data.split()), validate=True)
         except binascii.Error:
             return data
         return found if found.startswith(b"step,") else data
@@ -68,20 +74,18 @@ def _missing_steps(run: Run, job: Job, table: bytes) -> None:
     """Steps that the result file has and the events had not: they are lost where a service keeps few of them."""
     known = {event["step"] for event in run.metrics("step")}
     for row in csv.DictReader(io.StringIO(table.decode("utf-8", "replace"))):
-        try:
-            step, loss = int(row["step"]), float(row["train_loss"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if step not in known:
-            accuracy = {"accuracy": float(row["train_accuracy"])} if _is_number(row.get("train_accuracy")) else {}
-            run.append("step", step=step, loss=loss, **accuracy, time=job.finished_at or time.time())
+        step, loss, accuracy = (_read(row.get(name)) for name in ("step", "train_loss", "train_accuracy"))
+        if step and loss is not None and int(step) not in known:
+            more = {} if accuracy is None else {"accuracy": accuracy}
+            run.append("step", step=int(step), loss=loss, **more, time=job.finished_at or time.time())
 
 
-def _is_number(text: str | None) -> bool:
+def _read(cell: Any) -> float | None:
     try:
-        return bool(text) and float(str(text)) is not None
-    except ValueError:
-        return False
+        found = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def model_info(run: Run, job: Job, files: dict[str, str], checkpoints: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def model_info(run: Run, job: Job, files: dict[str, str], checkpoints: list[dict
         "validation_file": job.validation_file,
         "job_id": job.id,
         "training_examples": rows["train"],
-        "validation_examples": rows["valid"],
+        "validation_examples": rows["valid"] if job.validation_file else 0,
         "test_examples": rows["test"],
         "created_at": job.created_at,
         "finished_at": job.finished_at,

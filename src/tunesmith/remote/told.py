@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
-from tunesmith.remote.service import Job, Service
+from tunesmith.remote.objects import Job, number
+from tunesmith.remote.service import Service
 from tunesmith.runs import Run
 
 ENOUGH = 20  # events in a row that are known: what is older is known too
@@ -23,12 +26,12 @@ class Told:
     def __init__(self, run: Run) -> None:
         self._run, self._offset = run, 0
         self._known: set[str] = set()
-        self._best = float("inf")
+        self._valid: dict[int, float] = {}  # loss by step
 
     def take(self, service: Service, job: Job) -> int:
         """Add what is new of a job's events; how many that were."""
         self._read()
-        new: list[dict[str, Any]] = []
+        new: dict[str, dict[str, Any]] = {}
         known = 0
         for event in service.events(job.id):
             if event["id"] in self._known:
@@ -37,10 +40,10 @@ class Told:
                     break
                 continue
             known = 0
-            self._known.add(event["id"])
-            new.append(event)
-        for event in reversed(new):
+            new.setdefault(event["id"], event)
+        for id, event in reversed(new.items()):
             self._add(service, job, event)
+            self._known.add(id)  # not before it is in the log
         return len(new)
 
     def _read(self) -> None:
@@ -50,55 +53,53 @@ class Told:
             if id := event.get("event"):
                 self._known.add(id)
             if event["type"] == "eval":
-                self._best = min(self._best, event["loss"])
+                self._valid[event["step"]] = event["loss"]
 
     def _add(self, service: Service, job: Job, event: dict[str, Any]) -> None:
-        run, data = self._run, event.get("data") or {}
-        about = {"event": event["id"], "time": event.get("created_at") or job.created_at}
-        said = service.hidden(str(event.get("message") or ""))
-        step = data.get("step")
-        if event.get("type") != "metrics" or not isinstance(step, int) or not _number(data.get("train_loss")):
-            kind = {"warn": "warning", "error": "warning"}.get(str(event.get("level")), "message")
-            run.append(kind, message=said, **about)
+        run = self._run
+        data: dict[str, Any] = event["data"] if isinstance(event.get("data"), dict) else {}
+        about = {"event": event["id"], "time": number(event.get("created_at")) or job.created_at or time.time()}
+        said = service.hidden(event.get("message") or "")
+        found = measured(job, data) if event.get("type") == "metrics" else {}
+        if not {"step", "loss"} <= set(found):
+            run.append("warning" if event.get("level") in ("warn", "error") else "message", message=said, **about)
             return
-        if _number(data.get("full_valid_loss")):  # first: the step, which bears the event's id, ends it
-            self.valid(step, data["full_valid_loss"], data.get("full_valid_mean_token_accuracy"), about["time"])
-        run.append("step", **measured(job, data), **about)
-
-    def valid(self, step: int, loss: float, accuracy: Any, time: float) -> None:
-        """A validation of the whole file."""
-        best = loss < self._best
-        self._best = min(loss, self._best)
-        self._run.append("eval", step=step, loss=loss, accuracy=accuracy, best=best, time=time)
+        loss = number(data.get("full_valid_loss"))
+        if (
+            loss is not None and found["step"] not in self._valid
+        ):  # first: the step, which bears the event's id, ends it
+            best = loss < min(self._valid.values(), default=math.inf)
+            accuracy = number(data.get("full_valid_mean_token_accuracy"))
+            run.append("eval", step=found["step"], loss=loss, accuracy=accuracy, best=best, time=about["time"])
+            self._valid[found["step"]] = loss
+        run.append("step", **found, **about)
 
     def failed(self, job: Job, service: Service) -> None:
-        """A failed job's last word, once."""
+        """A failed job's last word."""
         error, manifest = job.failure(), self._run.manifest()
-        code = error.get("code")
-        fix = MENDED.get(str(code), "see: tunesmith runs events {run}")
+        code = service.hidden(error.get("code", ""))
+        fix = MENDED.get(code, "see: tunesmith runs events {run}")
         self._run.append(
             "error",
-            message=service.hidden(f"the job failed: {error.get('message') or 'the service does not say why'}")
+            message=service.hidden(f"the job failed: {error.get('message', 'the service does not say why')}")
             + (f" [{code}]" if code else ""),
-            where=error.get("param") or job.id,
+            where=service.hidden(error.get("param", job.id)),
             fix=fix.format(dataset=manifest["recipe"]["dataset"], run=self._run),
-            exit_status=3 if str(code).startswith("invalid") else 1,
+            exit_status=3 if code.startswith("invalid") else 1,
         )
 
 
 def measured(job: Job, data: dict[str, Any]) -> dict[str, Any]:
     """A step's figures under a run's own names. Loss in nats per token; of a batch of the validation file: `valid_loss`."""
-    total, epochs = data.get("total_steps"), job.resolved().get("n_epochs")
+    step, total, epochs = (
+        number(n) for n in (data.get("step"), data.get("total_steps"), job.resolved().get("n_epochs"))
+    )
     found = {
-        "step": data["step"],
-        "epoch": data["step"] * epochs / total if _number(epochs) and _number(total) and total else None,
-        "loss": data["train_loss"],
-        "accuracy": data.get("train_mean_token_accuracy"),
-        "valid_loss": data.get("valid_loss"),
-        "total_steps": total,
+        "step": step if isinstance(step, int) and step > 0 else None,
+        "epoch": step * epochs / total if step and epochs and total else None,
+        "loss": number(data.get("train_loss")),
+        "accuracy": number(data.get("train_mean_token_accuracy")),
+        "valid_loss": number(data.get("valid_loss")),
+        "total_steps": total if isinstance(total, int) and total > 0 else None,
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -44,7 +44,7 @@ def send(service: Service, path: Path, name: str) -> str:
     size = path.stat().st_size
     for number in range(1, TRIES + 1):
         try:
-            return service.make(lambda client: _sent(client, path, name, size), f"sending {path.name}")
+            return service.make(lambda client: _sent(client, path, name, size), f"sending {path.name}", size)
         except Unsure as lost:
             there = next((f for f in service.files() if f.get("filename") == name and f.get("bytes") == size), None)
             if there:
