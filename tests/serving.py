@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -51,8 +52,11 @@ class Server:
                 [*command, "--keep-free", "0", *self.arguments], stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self.process.stdout
-        line = self.process.stdout.readline().strip()
-        assert line.startswith("http://127.0.0.1:"), self.log.read_text()[-2000:]
+        said, _, _ = select.select([self.process.stdout], [], [], 120)
+        line = self.process.stdout.readline().strip() if said else "nothing"
+        if not line.startswith("http://127.0.0.1:"):
+            self.process.kill()
+            raise AssertionError(f"the server said {line!r}; the log: {self.log.read_text()[-2000:]}")
         self.url = line
         self.wait_until(lambda: self.ask("GET", "/health").status == 200, 30)
 

@@ -147,10 +147,8 @@ def test_the_sdk_reads_the_envelope(server: Server, path: str, kind: type[openai
         call(path, cast_to=object)
     error = caught.value
     assert error.request_id and error.request_id.startswith("req_") and error.type == BAD_REQUEST
-    assert (
-        error.body == {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-        or error.body
-    )
+    assert isinstance(error.body, dict) and str(error.body.pop("message")) in error.message
+    assert error.body == {"type": error.type, "param": error.param, "code": error.code}
 
 
 def test_paths_without_v1_lead_to_the_same(server: Server) -> None:

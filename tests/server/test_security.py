@@ -205,22 +205,6 @@ def test_a_key_that_is_taken_back_is_refused(keyed: Keyed) -> None:
     keyed.server.wait_until(lambda: keyed.ask("carl", "GET", "/files").status == 401, 10)
 
 
-def test_taking_back_the_last_key_opens_nothing(tmp_path: Path) -> None:
-    word = key(tmp_path / "data", "only")
-    server = Server(tmp_path / "data")
-    try:
-        assert server.ask("GET", "/files", headers={"Authorization": f"Bearer {word}"}).status == 200
-        subprocess.run(
-            [sys.executable, "-m", "tunesmith", "keys", "rm", "only", "--data-dir", tmp_path / "data"], check=True
-        )
-        server.wait_until(
-            lambda: server.ask("GET", "/files", headers={"Authorization": f"Bearer {word}"}).status == 401, 10
-        )
-        assert server.ask("GET", "/files").status == 401
-    finally:
-        server.stop()
-
-
 def test_keys_are_kept_as_hashes_only(keyed: Keyed) -> None:
     data = b"".join(p.read_bytes() for p in keyed.server.folder.glob("tunesmith.db*"))
     assert b"ann" in data and not [k for k in keyed.keys.values() if k.encode() in data]
@@ -253,34 +237,35 @@ def test_with_keys_the_key_decides(keyed: Keyed) -> None:
     assert keyed.server.ask("GET", "/files", headers=headers).status == 200
 
 
-def test_a_rate_is_kept_to(tiny: Path, tmp_path: Path) -> None:
+def test_a_rate_is_kept_to_and_taking_back_the_last_key_opens_nothing(tmp_path: Path) -> None:
+    headers = {"Authorization": f"Bearer {key(tmp_path / 'data', 'only')}"}
     server = Server(tmp_path / "data", "--rate", 30)
     try:
         began = time.monotonic()
-        found = [server.ask("GET", "/files") for _ in range(60)]
+        found = [server.ask("GET", "/files", headers=headers) for _ in range(60)]
         more = (time.monotonic() - began) * 30 / 60  # that the bucket has filled meanwhile
         assert 30 <= [f.status for f in found].count(200) <= 31 + more and 429 in [f.status for f in found]
         found = [f for f in found if f.status == 429]
         assert int(found[-1].headers["retry-after"]) >= 1 and found[-1].error()["code"] == "rate_limit_exceeded"
         assert server.ask("GET", "/health").status == 200
+        subprocess.run(
+            [sys.executable, "-m", "tunesmith", "keys", "rm", "only", "--data-dir", tmp_path / "data"], check=True
+        )
+        server.wait_until(lambda: server.ask("GET", "/files", headers=headers).status == 401, 10)
+        assert server.ask("GET", "/files").status == 401
     finally:
-        assert server.stop() == 0
+        assert server.stop(signal.SIGINT) == 0
 
 
-def test_the_command_says_what_is_wrong(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(server: Server, cli: Callable[..., Result]) -> None:
     open_to_all = cli("serve", "--host", "0.0.0.0", "--data-dir", "d")
     assert open_to_all.code == 2 and "there are no keys" in open_to_all.err and "tunesmith keys add" in open_to_all.err
     assert cli("serve", "--allow-model", "./none", "--data-dir", "d").code == 2
     assert "no such file or preset" in cli("serve", "--config", "quick", "--data-dir", "d").err
-    taken = Server(tmp_path / "taken")
-    try:
-        again = cli("serve", "--data-dir", tmp_path / "taken", "--port", "0")
-        assert again.code == 2 and "another server has it" in again.err
-        port = urlparse(taken.url).port
-        busy = cli("serve", "--data-dir", "d", "--port", port)
-        assert busy.code == 2 and "--port" in busy.err
-    finally:
-        assert taken.stop(signal.SIGINT) == 0
+    again = cli("serve", "--data-dir", server.folder, "--port", "0")
+    assert again.code == 2 and "another server has it" in again.err
+    busy = cli("serve", "--data-dir", "d", "--port", urlparse(server.url).port)
+    assert busy.code == 2 and "--port" in busy.err
     assert cli("keys", "list", "--data-dir", "d").out == "no keys: everybody is let in\n"
     made = cli("keys", "add", "ann", "--data-dir", "d", "--json").json()
     assert made["key"].startswith("sk-") and len(made["key"]) > 40

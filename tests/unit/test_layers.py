@@ -135,7 +135,13 @@ def test_files_have_one_purpose_and_a_docstring() -> None:
 
 def test_light_commands_load_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    for argv in (["--help"], ["train", "--help"], ["data", "check", "d.jsonl", "--structure-only"], ["runs", "list"]):
+    for argv in (
+        ["--help"],
+        ["train", "--help"],
+        ["data", "check", "d.jsonl", "--structure-only"],
+        ["runs", "list"],
+        ["keys", "add", "ann"],
+    ):
         code = (
             f"import sys; from tunesmith.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\n"
             f"print(sorted({HEAVY | {'numpy', 'datasets'}!r} & set(sys.modules)))"

@@ -6,13 +6,9 @@ import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, natural, positive, show_json
 from tunesmith.errors import UsageError
-
-if TYPE_CHECKING:
-    from tunesmith.server.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -45,13 +41,22 @@ def serve(argv: list[str]) -> int:
     parser.add_argument("--keep-free", type=natural, default=1024, help="MB of disk that stay free [1024]")
     options = parser.parse_args(argv)
     _need()
-    from tunesmith.backends import get
-    from tunesmith.server.run import alone, run
-    from tunesmith.server.service import Limits, Service, allowed
+    from tunesmith.server.entry import allowed, alone
     from tunesmith.settings import resolve
 
     if options.config:
         resolve({}, options.config)  # a mistake in it is said now
+    bases, folder = allowed(options.allow_model), options.data_dir.resolve()
+    with alone(folder):
+        return _serve(options, folder, bases)
+
+
+def _serve(options: argparse.Namespace, folder: Path, bases: dict[str, Path]) -> int:
+    keyed = refuse_open(options, folder)  # before what takes seconds to load
+    from tunesmith.backends import get
+    from tunesmith.server.run import run
+    from tunesmith.server.service import Limits, Service
+
     limits = Limits(
         file_bytes=options.max_file_bytes,
         rows=options.max_rows,
@@ -60,22 +65,23 @@ def serve(argv: list[str]) -> int:
         models=options.max_models,
         free_bytes=options.keep_free << 20,
     )
-    bases, backend, folder = allowed(options.allow_model), get("huggingface"), options.data_dir.resolve()
-    with alone(folder):
-        service = Service(folder, backend, bases, options.max_jobs, options.config, limits)
-        service.keyed = options.host not in LOOPBACK or service.has_keys()
-        refuse_open(service, options)
-        return run(service, options.host, options.port)
+    service = Service(folder, get("huggingface"), bases, options.max_jobs, options.config, limits)
+    service.keyed = keyed
+    return run(service, options.host, options.port)
 
 
-def refuse_open(service: Service, options: argparse.Namespace) -> None:
-    """UsageError where everybody could reach a server without keys."""
-    if service.keyed and not service.has_keys():
+def refuse_open(options: argparse.Namespace, folder: Path) -> bool:
+    """Whether keys are asked for. UsageError where everybody could reach a server without any."""
+    from tunesmith.server.entry import has_keys, opened
+
+    keyed = has_keys(opened(folder))
+    if not keyed and options.host not in LOOPBACK:
         raise UsageError(
             "everybody who reaches this address could use it: there are no keys",
             where=f"--host {options.host}",
             fix=f"tunesmith keys add NAME --data-dir {options.data_dir}",
         )
+    return keyed
 
 
 def add(argv: list[str]) -> int:
@@ -85,7 +91,7 @@ def add(argv: list[str]) -> int:
     parser.add_argument("--data-dir", default="tunesmith_data", type=Path, help="the server's [tunesmith_data]")
     options = parser.parse_args(argv)
     _need()
-    from tunesmith.server.service import add_key
+    from tunesmith.server.entry import add_key
 
     key = add_key(_store(options.data_dir, True), options.name, options.admin)
     if options.json:
@@ -141,10 +147,10 @@ def _need() -> None:
 
 
 def _store(folder: Path, make: bool = False):  # type: ignore[no-untyped-def]
-    from tunesmith.server.store import Store
+    from tunesmith.server.entry import opened
 
     if make:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     elif not (folder / "tunesmith.db").exists():
         raise UsageError("no server has run here", where=str(folder), fix="--data-dir is that of tunesmith serve")
-    return Store(f"sqlite:///{folder.resolve() / 'tunesmith.db'}")
+    return opened(folder.resolve())

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 
@@ -35,18 +31,6 @@ class _Line(logging.Formatter):
         if record.exc_info:
             said["traceback"] = self.formatException(record.exc_info)
         return json.dumps(said, ensure_ascii=False)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a data directory: before anything in it is looked at. Raises UsageError where another server has it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / ".lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError("another server has it", where=str(folder), fix="choose another --data-dir") from None
-        yield
 
 
 def run(service: Service, host: str, port: int) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import shutil
 import time
 from collections import defaultdict
@@ -17,14 +15,13 @@ import sqlalchemy as sql
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tunesmith.backends import Backend
-from tunesmith.errors import UsageError
-from tunesmith.models import find
 from tunesmith.server import store as db
+from tunesmith.server.entry import hashed, opened
 from tunesmith.server.inference import Inference
 from tunesmith.server.leftovers import sweep
 from tunesmith.server.orders import Orders
 from tunesmith.server.protocol import Model, Refusal, busy, no_model
-from tunesmith.server.store import Blobs, Folder, Store
+from tunesmith.server.store import Blobs, Folder
 from tunesmith.server.supervisor import Supervisor
 
 KEYS_SECONDS = 2.0  # after which the keys are looked up again
@@ -67,7 +64,7 @@ class Service:
     ) -> None:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.data_dir, self.bases, self.limits = data_dir, bases, limits or Limits()
-        self.store = Store(f"sqlite:///{data_dir / 'tunesmith.db'}")
+        self.store = opened(data_dir)
         self.blobs: Blobs = blobs or Folder(data_dir / "files")
         self.inference = Inference(self.limits.models, self.limits.answers, self.limits.queue)
         orders = Orders(data_dir, self.store, self.blobs, bases, config, self.limits.rows, max_jobs)
@@ -112,10 +109,6 @@ class Service:
             what = "Incorrect API key provided" if key else "You didn't provide an API key"
             raise Refusal(401, what, code="invalid_api_key")
         return found
-
-    def has_keys(self) -> bool:
-        """Whether the server asks for keys at all."""
-        return bool(self.store.page(db.keys, [], None, 1)[0])
 
     def limit_rate(self, caller: Caller) -> None:
         """A bucket of `rate` requests that fills in a minute. Raises Refusal 429 where it is empty."""
@@ -188,33 +181,3 @@ class Service:
         counts: dict[str, int] = defaultdict(int, {row[0]: row[1] for row in found})
         for status in ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"):
             self._jobs.labels(status).set(counts[status])
-
-
-# ---- keys and bases
-
-
-def hashed(key: str) -> str:
-    """A key as it is kept. Keys are 32 random signs: a plain hash cannot be guessed back."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def add_key(store: Store, name: str, admin: bool = False) -> str:
-    """Make a key; it is told once. Raises UsageError for a name that is taken."""
-    key = "sk-" + secrets.token_urlsafe(32)
-    try:
-        store.add(db.keys, id=db.new_id("key_"), name=name, hash=hashed(key), admin=admin)
-    except sql.exc.IntegrityError:
-        raise UsageError(
-            f'there is a key "{name}"', where="NAME", fix="choose another name, or remove that one"
-        ) from None
-    return key
-
-
-def allowed(names: list[str]) -> dict[str, Path]:
-    """Bases by name: the starter, and for each "PATH", "HUB/NAME" or "ALIAS=PATH" that the operator allows its folder."""
-    found = {"starter": find("starter")}
-    for word in names:
-        alias, _, place = word.rpartition("=")
-        folder = find(place).resolve()
-        found[alias or (Path(place).name if Path(place).is_dir() else place)] = folder
-    return found
