@@ -134,13 +134,13 @@ def test_too_many_are_sent_away(tiny: Path) -> None:
         host = await made.host(tiny)
         with pytest.raises(Refusal, match="At most 3") as never:
             made.refuse_full(host, 4, "")
-        waiting = [asyncio.create_task(ask(made, host, "ann", max_tokens=300)) for _ in range(3)]
+        waiting = [asyncio.create_task(ask(made, host, "ann", max_tokens=150)) for _ in range(3)]
         await asyncio.sleep(0.05)
         with pytest.raises(Refusal, match="of this key") as own:
             made.refuse_full(host, 1, "ann")
         for owner in ("bob", ""):
             made.refuse_full(host, 3, owner)
-        waiting += [asyncio.create_task(ask(made, host, "", max_tokens=300)) for _ in range(3)]
+        waiting += [asyncio.create_task(ask(made, host, "", max_tokens=150)) for _ in range(3)]
         await asyncio.sleep(0.05)
         with pytest.raises(Refusal, match="requests are waiting") as later:
             made.refuse_full(host, 1, "bob")
