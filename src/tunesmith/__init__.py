@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, load, plan, prepare, resume, train
+    from tunesmith.api import check, evaluate, load, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
     from tunesmith.recipe import Recipe
@@ -25,6 +25,7 @@ _PLACES = {
     "load": "api",
     "plan": "api",
     "prepare": "api",
+    "rescue": "api",
     "resume": "api",
     "train": "api",
     "Conversation": "conversation",
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "rescue",
     "resume",
     "split",
     "train",

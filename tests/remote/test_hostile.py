@@ -534,3 +534,22 @@ def test_keys_are_not_where_they_should_not_be(
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UsageError, match="no key for the service"):
         api.train(**{**settings, "base_url": "https://host.invalid/v1"})
+
+
+def test_a_run_of_somebody_else_gets_no_key(
+    hostile: Hostile, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """remote.json names an address: it is asked only where this user has named it before."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(settings["output_dir"]) + "-config")
+    run = backends.get("openai").submit(api.prepare(**settings), Path(settings["output_dir"]))
+    link = backend.Link.of(run)
+    link.base_url = "https://elsewhere.invalid/v1"
+    link.save(run)
+    with pytest.raises(UsageError, match="never sent a key") as caught:
+        backend.connect(run)
+    assert "OPENAI_BASE_URL=https://elsewhere.invalid/v1" in caught.value.fix
+    service.named("https://elsewhere.invalid/v1")
+    assert backend.connect(run).base_url == "https://elsewhere.invalid/v1"
+    service.named("https://elsewhere.invalid/v1")
+    kept = Path(str(settings["output_dir"]) + "-config") / "tunesmith" / "services"
+    assert kept.read_text() == "https://elsewhere.invalid/v1\n"

@@ -25,7 +25,7 @@ from tunesmith.remote import upload
 from tunesmith.remote.answers import Answers
 from tunesmith.remote.objects import Job, as_job
 from tunesmith.remote.results import fetch
-from tunesmith.remote.service import Service, Unsure
+from tunesmith.remote.service import Service, Unsure, is_named, named
 from tunesmith.remote.told import Told
 from tunesmith.runs import Run
 
@@ -163,14 +163,18 @@ def take_in(run: Run, service: Service) -> str:
 
 def connect(run: Run, key_file: str | None = None) -> Service:
     """The service of a run, with the key of now."""
-    found = key_file or run.recipe().api_key_file
-    return Service(address(Link.of(run).base_url, str(run / "remote.json")), found)
+    url = address(Link.of(run).base_url, str(run / "remote.json"))
+    if not is_named(url):
+        message = f"the run says that its service is {url}, to which you have never sent a key from here"
+        raise UsageError(message, where=str(run), fix=f"if you know it: export OPENAI_BASE_URL={shlex.quote(url)}")
+    return Service(url, key_file or run.recipe().api_key_file)
 
 
 def quote(prepared: Prepared) -> dict[str, Any]:
     """The model as the service describes it. ServiceError where it has none of that name, UsageError where no longer."""
     recipe = prepared.plan.recipe
     service = Service(str(recipe.base_url), recipe.api_key_file)
+    named(service.base_url)
     found = service.model(recipe.model)
     ends = service.hidden(found.get("shutdown_date") or "")
     if ends and ends <= time.strftime("%Y-%m-%d"):

@@ -23,7 +23,7 @@ from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
 from tunesmith.remote.backend import ENDED, HYPERPARAMETERS, Link, take_in
 from tunesmith.remote.objects import Job, as_job, number
-from tunesmith.remote.service import Service
+from tunesmith.remote.service import Service, named
 from tunesmith.runs import Run, create, listing
 
 
@@ -43,6 +43,7 @@ class Rescued(msgspec.Struct):
 def rescue(service: Service, folder: Path, say: Callable[[str], None] = lambda _: None) -> Rescued:
     """Bring everything into a folder: `files/ID/`, and a run directory for each job. Raises TunesmithError when the service
     stays out of reach; what cannot be had of one file or job is noted, and the others go on."""
+    named(service.base_url)
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder, math.inf)  # only what a killed process had begun: nothing here is a cache
     done = Rescued(str(folder), service.base_url)

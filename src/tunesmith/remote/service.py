@@ -6,6 +6,7 @@ known that nothing was made: see `Unsure`.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import os
 import queue
@@ -20,8 +21,8 @@ import openai
 
 from tunesmith.data.write import write_parts
 from tunesmith.errors import ServiceError, UsageError
+from tunesmith.hosted import OPENAI, local_address
 from tunesmith.hosted import key_file as file_of_key
-from tunesmith.hosted import local_address
 from tunesmith.remote.objects import Job, as_job, hidden, page, plain
 
 T = TypeVar("T")
@@ -260,6 +261,25 @@ def cut_off(error: Exception) -> bool:
     """Whether the line broke while an answer came in: the HTTP library's own error, which has another name in each of its
     versions."""
     return type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
+
+
+def named(url: str) -> None:
+    """Keep that this user has named a service: by a flag, a variable, or as the default."""
+    with contextlib.suppress(OSError):
+        if not is_named(url):
+            _services().parent.mkdir(parents=True, exist_ok=True)
+            with _services().open("a", encoding="utf-8") as stream:
+                stream.write(url + "\n")
+
+
+def is_named(url: str) -> bool:
+    """Whether a key may go there: a run directory of somebody else could name any address."""
+    lines = _services().read_text(encoding="utf-8").splitlines() if _services().exists() else []
+    return local_address(url) or url in (OPENAI, os.environ.get("OPENAI_BASE_URL", "").rstrip("/"), *lines)
+
+
+def _services() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "tunesmith" / "services"
 
 
 def never_sent(error: Exception) -> bool:

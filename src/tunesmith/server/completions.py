@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -181,11 +182,16 @@ async def _stream(call: Call, order: Order, form: ChatForm | TextForm) -> AsyncI
         for choice in choices:
             if head := form.first(choice):
                 yield _frame(form.chunk | {"choices": [head]} | usage)
+        heard = time.monotonic()
         while True:
             try:
                 item = await asyncio.wait_for(queue.get(), ALIVE)
             except TimeoutError:
+                item = ...
+            if item is ... or time.monotonic() - heard > ALIVE:  # what is held back is no sign of life either
                 yield b": alive\n\n"
+                heard = time.monotonic()
+            if item is ...:
                 continue
             if isinstance(item, Refusal):
                 yield _frame(item.envelope())
@@ -197,6 +203,7 @@ async def _stream(call: Call, order: Order, form: ChatForm | TextForm) -> AsyncI
             _add(choices[number], piece)
             for part in shown:
                 yield _frame(form.chunk | {"choices": [part]} | usage)
+                heard = time.monotonic()
         if order.usage:
             yield _frame(form.chunk | {"choices": [], "usage": _used(order, choices)})
         yield b"data: [DONE]\n\n"

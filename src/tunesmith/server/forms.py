@@ -16,6 +16,7 @@ from tunesmith.server.protocol import ChatRequest, CompletionRequest
 from tunesmith.server.spelling import Spelling
 
 FINGERPRINT = "fp_tunesmith"
+OPENING = "<tool_call>"
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes and Qwen write it
 
 
@@ -30,6 +31,14 @@ class Written(msgspec.Struct):
     characters: int = 0
 
 
+def _before_calls(text: str) -> int:
+    """How many characters stand before anything that is, or may become, the call of a tool."""
+    if (at := text.find(OPENING)) >= 0:
+        return at
+    held = next((n for n in range(len(OPENING) - 1, 0, -1) if text.endswith(OPENING[:n])), 0)
+    return len(text) - held
+
+
 def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON knows no infinity
 
@@ -38,7 +47,7 @@ class ChatForm:
     """How a chat completion is written."""
 
     def __init__(self, body: ChatRequest, host: Host) -> None:
-        self._tools = bool(body.tools)
+        self._tools = bool(body.tools) and body.tool_choice != "none"
         self._spelling = Spelling(host.renderer) if body.logprobs else None
         common = {"id": db.new_id("chatcmpl-"), "created": int(time.time()), "model": body.model}
         self.head: dict[str, Any] = {"object": "chat.completion", **common, "system_fingerprint": FINGERPRINT}
@@ -62,11 +71,15 @@ class ChatForm:
 
     def pieces(self, choice: Written, piece: Piece) -> list[dict[str, Any]]:
         found = []
-        if self._tools:  # whether it is a call is known at its end only
+        if self._tools:  # whether it is a call is known at its end only: from its first sign on, it is held back
+            said = choice.text + piece.text
             if not piece.finish:
-                return []
-            text, calls = self._called(choice.text + piece.text)
-            if text:
+                upto = 0 if self._spelling else _before_calls(said)  # tokens go with the text that they are
+                new, choice.characters = said[choice.characters : upto], max(upto, choice.characters)
+                return [self._delta(choice, {"content": new})] if new else []
+            _, calls = self._called(said)
+            text = (CALL.sub("", said).rstrip() if calls else said)[choice.characters :]
+            if text or self._spelling:
                 found.append(self._delta(choice, {"content": text}, choice.tokens + piece.tokens))
             if calls:
                 found.append(self._delta(choice, {"tool_calls": [{"index": i, **c} for i, c in enumerate(calls)]}))

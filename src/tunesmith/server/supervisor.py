@@ -246,8 +246,8 @@ class Supervisor:
         if state == "succeeded":
             self._succeed(job, run)
         elif failed:
-            words = {"code": "training_failed", "message": str(last.get("message", "training failed")), "param": None}
-            self._fail(id, words)
+            said = str(last.get("message", "training failed")).replace(str(self._folder.parent), "<server>")
+            self._fail(id, {"code": "training_failed", "message": said, "param": None})
         else:  # it was killed, or stopped by who knows whom
             self._failed_again({**job, "attempts": -1} if got_on else job, "The worker was lost again and again")
         self._working.discard(id)
