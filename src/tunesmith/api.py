@@ -289,6 +289,8 @@ def _follow(
     if state in ("paused", "cancelled") and run.last("state").get("at") == "service":
         go_on = f"go on with: tunesmith runs resume {run}" if state == "paused" else "a new job begins anew"
         raise Interrupted(f"the job is {state} at the service", where=str(run), fix=go_on)
+    if state == "cancelled" and (run / "remote.json").exists():
+        raise Interrupted("cancelled before the service had a job", where=str(run), fix="begin a new run")
     if state in ("paused", "cancelled"):
         step = max((e["step"] for e in run.metrics("step")), default=0)
         raise Interrupted(

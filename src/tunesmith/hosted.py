@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
         raise DataError(
             f"{len(rows)} rows to train on, of at least {HOSTED_ROWS} [too-few-rows]",
             where=str(recipe.dataset),
-            fix="add rows, or hold fewer out: --test-fraction 0",
+            fix="add rows, or hold none out: --valid-fraction 0 --test-fraction 0",
         )
     if 0 < len(splits["valid"]) < HOSTED_ROWS:
         message = (
@@ -123,9 +123,13 @@ def effective(url: str | None, place: str = "--base-url") -> tuple[str, str]:
 
 def address(url: str, place: str = "--base-url") -> str:
     """A service's address, checked. Raises UsageError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"no address: {parts.hostname or 'it names no host'}", where=place, fix="https://host/v1")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half a bracket
+        known = False
+    if not known:
+        raise UsageError("no address of a service", where=place, fix="write it as https://host/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError("an address may hold no key", where=place, fix="give the key in OPENAI_API_KEY")
     return url.rstrip("/")

@@ -316,7 +316,7 @@ def held_out(recipe: Recipe, rows: int) -> dict[str, float]:
         recipe.provider == "openai" and recipe.valid_fraction == "auto"
     ):  # a tenth of few rows would be no file to a service
         found["valid_fraction"] = max(
-            found["valid_fraction"], min(0.2, math.ceil(1e6 * HOSTED_ROWS / max(rows, 1)) / 1e6)
+            found["valid_fraction"], min(0.25, math.ceil(1e6 * HOSTED_ROWS / max(rows, 1)) / 1e6)
         )
     return found
 

@@ -88,11 +88,14 @@ def _retrain(options: Any, folder: Path) -> dict[str, Any]:
     from tunesmith.cli.evaluate import show
     from tunesmith.cli.progress import Progress
     from tunesmith.data.write import safe_name
+    from tunesmith.models import find as model_folder
     from tunesmith.remote.rescue import as_local, find
 
     hosted: Run = find(folder, options.retrain)
-    settings = as_local(hosted, options.model or "starter", options.test_dataset)
-    output = folder / f"retrained-{safe_name(hosted.path.name)}"
+    base = options.model or "starter"
+    model_folder(base)  # a wrong name is said before anything else
+    settings = as_local(hosted, base, options.test_dataset)
+    output = folder / f"retrained-{safe_name(hosted.path.name)}-on-{safe_name(Path(base).name)}"
     progress = Progress()
     try:
         if (output / "run.json").exists():  # it was begun before

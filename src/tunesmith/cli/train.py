@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,8 @@ def train(argv: list[str]) -> int:
         print(run)
         if before == "succeeded" and not progress.seen:
             print("it had finished already", file=sys.stderr)
-        after = {"files": f"train --resume {run}", "job": f"runs watch {run}", "end": f"evaluate {run}"}
+        name = shlex.quote(str(run))
+        after = {"files": f"train --resume {name}", "job": f"runs watch {name}", "end": f"evaluate {name}"}
         fake = run.manifest()["provider"] == "fake"
         print("a dry run: nothing was learnt" if fake else f"next: tunesmith {after[options.until]}", file=sys.stderr)
     return 0
@@ -233,7 +235,7 @@ def agreed(prepared: Prepared, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise UsageError("a service may cost money, and nobody can be asked here", where="train", fix="add --yes")
     print("send the files and start the job? [y/N] ", end="", file=sys.stderr, flush=True)
-    if input().strip().lower() not in ("y", "yes"):
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise Interrupted("nothing was sent", where="train", fix="look at it again: tunesmith plan")
 
 

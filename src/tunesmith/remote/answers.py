@@ -11,7 +11,7 @@ import openai
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import ServiceError
-from tunesmith.remote.service import Service, cut_off
+from tunesmith.remote.service import ODD, Service, cut_off
 from tunesmith.remote.upload import as_sent
 
 AT_ONCE = 8  # requests
@@ -73,12 +73,16 @@ class Answers:
         chunks = self._service.read(
             lambda c: c.chat.completions.create(**order, stream=True), "asking the model", self._missing
         )
+        heard = False
         try:
             for chunk in chunks:
+                heard = True
                 if chunk.choices and chunk.choices[0].delta and chunk.choices[0].delta.content:
                     yield chunk.choices[0].delta.content
+            if not heard:  # another protocol's page has no chunks in it
+                raise ValueError("no stream")
         except Exception as error:
-            if not cut_off(error) and not isinstance(error, (openai.OpenAIError, ValueError)):
+            if not cut_off(error) and not isinstance(error, (openai.OpenAIError, *ODD)):
                 raise
             raise self._service.explained(error, "the answer broke off") from None
 

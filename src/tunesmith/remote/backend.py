@@ -227,6 +227,7 @@ class Following:
         if word in ENDED:
             return word
         service = service or connect(run)
+        service.say = lambda text: run.append("warning", message=text)
         if link.job is None:
             if not self._may_begin:
                 fix = f"send it: tunesmith train --resume {run}"
@@ -263,7 +264,7 @@ class Following:
     def _create(self, service: Service, link: Link) -> str:
         """The id of this run's job, which is made at most once."""
         for number in range(1, TRIES + 1):
-            if link.asked and (found := self._look(service, link, number == 1)):
+            if link.asked and (found := self._look(service, link, patiently=True)):
                 return found.id
             link.asked = time.time()
             link.save(self._run)
@@ -281,13 +282,18 @@ class Following:
 
     def _look(self, service: Service, link: Link, patiently: bool = False) -> Job | None:
         """The job that an unanswered request has made, if it has. `patiently`: as long as it still may."""
-        found = find(service, link)
         until = float(link.asked or 0) + MARGIN
-        while not found and patiently and time.time() < until:
-            left = math.ceil(until - time.time())
-            self._run.append("message", message=f"looking for the job that may have been made, {left} s more")
-            time.sleep(min(LOOKS[-1], max(0.01, until - time.time())))
+        try:
             found = find(service, link)
+            while not found and patiently and time.time() < until:
+                left = math.ceil(until - time.time())
+                self._run.append("message", message=f"looking for the job that may have been made, {left} s more")
+                time.sleep(min(LOOKS[-1], max(0.01, until - time.time())))
+                found = find(service, link)
+        except ServiceError as error:
+            message = f"{error.message}; whether the job was made is not known"
+            fix = f"{error.fix}; go on with: tunesmith train --resume {self._run} (it looks for it first)"
+            raise TunesmithError(message, where=error.where, fix=fix) from None
         if found:
             self._run.append("message", message=f"the job was made, though its answer was lost: {found.id}")
         return found

@@ -30,6 +30,7 @@ TIMEOUT = 60.0  # seconds without a byte
 WHOLE = 180.0  # seconds for a whole answer, besides those for its bytes
 SLOWEST = 20_000  # bytes a second of a file, under which we give up
 PATIENCE = 600.0  # seconds that a service may be out of reach before we stop waiting for it
+HELLO = 10.0  # seconds for the first connection: who is not there at first has a wrong address
 FIRST, LONGEST = 0.5, 30.0  # seconds between two tries: doubled from one to the next
 SOONEST = 5.0  # a pause never grows over this where the service says how long to wait
 PAGES = 10_000  # of a list: a service may invent items for ever
@@ -45,6 +46,10 @@ class Unsure(Exception):
         self.why, self.answered = why, answered
 
 
+class Cut(Exception):
+    """A file came, and not whole."""
+
+
 class Late(Exception):
     """A request had no whole answer in its time."""
 
@@ -55,6 +60,8 @@ class Service:
     def __init__(self, base_url: str, key_file: str | None = None) -> None:
         self.base_url, self._key = base_url, key(base_url, key_file)
         self.key_file = file_of_key(key_file) if key_file else None
+        self._reached = False  # by any request so far
+        self.say: Callable[[str], None] = lambda text: None  # told of long waits
         self._client = openai.OpenAI(
             api_key=self._key, base_url=base_url, max_retries=0, timeout=openai.Timeout(TIMEOUT, connect=10.0)
         )
@@ -85,14 +92,22 @@ class Service:
     def _patiently(
         self, ask: Callable[[openai.OpenAI], T], what: str, missing: str, again: Callable[[Exception], bool], bytes: int
     ) -> T:
-        began, pause, garbled = time.monotonic(), FIRST, 0
+        began, pause, garbled, told = time.monotonic(), FIRST, 0, False
         while True:
             try:
-                return within(WHOLE + bytes / SLOWEST, lambda: ask(self._client))
-            except (openai.OpenAIError, Late, *ODD) as error:
-                garbled += isinstance(error, ODD)
+                found = within(WHOLE + bytes / SLOWEST, lambda: ask(self._client))
+                self._reached = True
+                return found
+            except (openai.OpenAIError, Late, Cut, *ODD) as error:
+                garbled += isinstance(error, (Cut, *ODD))
+                self._reached = self._reached or not never_sent(error)
                 if not again(error) or garbled == GARBLED:
                     raise self.explained(error, what, missing) from None
+                if never_sent(error) and not self._reached and time.monotonic() - began > HELLO:
+                    raise self.explained(error, what, missing) from None
+                if not told and time.monotonic() - began > HELLO:
+                    told = True
+                    self.say(f"{self.explained(error, what).message}: asking again for {PATIENCE / 60:.0f} minutes")
                 said = wait_said(error)
                 pause_now = min(LONGEST, pause) * random.uniform(0.75, 1.0)
                 if said is not None:
@@ -130,7 +145,9 @@ class Service:
             )
         elif isinstance(error, openai.APIConnectionError):
             words, fix = f"{what}: not reached ({cause})", "is the address right, and the service up?"
-        elif status is None:
+        elif isinstance(error, Cut):
+            words, fix = f"{what}: cut off", "go on later"
+        elif status is None or status == 404 and not isinstance(body, dict):
             words, fix = f"{what}: the answer is not one of this protocol", "is the address right? It ends in /v1"
         elif status == 401:
             fix, exit_status = "export OPENAI_API_KEY=…, or --api-key-file FILE", 2
@@ -201,8 +218,8 @@ class Service:
                 with client.files.with_streaming_response.content(file) as found:
                     write_parts(path, found.iter_bytes(1 << 20), size)
             except Exception as error:
-                if cut_off(error):
-                    raise ValueError("cut off") from error
+                if cut_off(error) or isinstance(error, ValueError):
+                    raise Cut from error
                 raise
 
         self.read(fetch, f"fetching {file}", f"no file {file}", size or 1 << 30)
@@ -243,6 +260,8 @@ def key(base_url: str, key_file: str | None) -> str:
         try:
             found = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
+            if os.environ.get("OPENAI_API_KEY"):
+                return key(base_url, None)
             raise UsageError(
                 f"no key: {type(error).__name__}", where=key_file, fix="a file with the key alone"
             ) from None

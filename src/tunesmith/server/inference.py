@@ -29,6 +29,8 @@ T = TypeVar("T")
 log = logging.getLogger("tunesmith.server")
 ADAPTERS = 64  # on one base in memory
 CACHES = 0.5  # part of the free memory that keys and values may take; as much again is held while prompts are read
+EXCHANGE = 20.0  # seconds in which a model that is in use may end its answers, so that another one has its place
+EXCHANGES = 5  # times that a request has its model loaded again, where others have pushed it out meanwhile
 LOADING = 20.0  # seconds that a request waits for a model before it is told to come again
 
 
@@ -184,15 +186,18 @@ class Inference:
         return base
 
     def _make_room(self) -> None:
-        """Forget the base that nobody has used for the longest time. Raises Refusal where all are in use."""
+        """Forget the base that nobody has used for the longest time: an idle one, else one that gets no more requests and ends
+        those it has. Raises Refusal where that takes too long."""
+        deadline = time.monotonic() + EXCHANGE
         with self._changed:
-            idle = sorted((base for base in self._bases.values() if not base.busy()), key=lambda base: base.used)
             while len(self._bases) >= self._most_models:
-                if not idle:
-                    raise _later("All models in memory are in use")
-                gone = idle.pop(0)
-                self._bases.pop(gone.key)
+                gone = min(self._bases.values(), key=lambda base: (base.busy(), base.used))
                 self._hosts = {name: host for name, host in self._hosts.items() if host.base is not gone}
+                while gone.busy():
+                    if time.monotonic() > deadline:
+                        raise _later("All models in memory are in use")
+                    self._changed.wait(0.05)
+                self._bases.pop(gone.key, None)
 
     def forget(self, folder: Path) -> None:
         """A model has been deleted: who is being answered is answered, and nobody else."""
@@ -233,12 +238,17 @@ class Inference:
         """The pieces of an answer as they come; one whole piece where it does not stream. Leaving the iteration cancels it."""
         answer = Answer(prompt, how, host.adapter)
         ticket = Ticket(answer, Written(host.renderer, stops), how.stop_ids, asyncio.Queue(), streams, owner)
-        with self._changed:
-            there = self._bases.get(host.base.key) is host.base
-            if not there or host.adapter and host.adapter not in host.base.decoder.adapters:  # forgotten since
-                raise busy("The model was being exchanged", 1)
-            host.base.coming.append(ticket)
-            self._changed.notify()
+        for _ in range(EXCHANGES):
+            with self._changed:
+                there = self._bases.get(host.base.key) is host.base
+                if there and (host.adapter is None or host.adapter in host.base.decoder.adapters):
+                    host.base.coming.append(ticket)
+                    self._changed.notify()
+                    break
+            self._hosts.pop(host.adapter or host.base.key, None)  # forgotten since: to be loaded again
+            host = await self.host(Path(host.adapter or host.base.key))
+        else:
+            raise busy("The model was being exchanged", 1)
         try:
             while True:
                 piece = await ticket.arrived.get()
