@@ -254,3 +254,12 @@ def test_for_those_who_watch(server: Server, path: str) -> None:
     else:
         assert 'tunesmith_requests_total{method="GET",path="/health",status="200"}' in found.body.decode()
         assert 'tunesmith_jobs{status="queued"}' in found.body.decode()
+
+
+def test_the_probabilities_of_a_completion(strict: Any) -> None:
+    """As the types say, also where none besides the token's own is asked for."""
+    asked = {"model": "tiny", "prompt": "a b", "max_tokens": 3, "temperature": 0}
+    own = strict.completions.create(**asked, logprobs=0).choices[0].logprobs
+    two = strict.completions.create(**asked, logprobs=2).choices[0].logprobs
+    assert own.top_logprobs is None and own.token_logprobs == two.token_logprobs and len(own.tokens) <= 3
+    assert [max(top.values()) for top in two.top_logprobs] == two.token_logprobs

@@ -158,12 +158,15 @@ class TextForm:
     def _told(self, choice: Written, tokens: list[Token]) -> dict[str, Any] | None:
         if (spelling := self._spelling) is None:
             return None
+        asked = any(t.top for t in tokens)
         offsets, choice.characters = spelling.places([t.id for t in tokens], choice.characters)
         return {
             "tokens": [spelling.text(t.id) for t in tokens],
             "token_logprobs": [None if t.logprob is None else _finite(t.logprob) for t in tokens],
             "top_logprobs": [  # of tokens that look alike the likeliest stays
-                {spelling.text(id): _finite(p) for id, p in reversed(t.top)} or None for t in tokens
-            ],
+                {spelling.text(id): _finite(p) for id, p in reversed(t.top)} for t in tokens
+            ]
+            if asked
+            else None,
             "text_offset": offsets,
         }
