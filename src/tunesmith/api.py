@@ -287,7 +287,7 @@ def _follow(
     if state == "succeeded":
         return run
     if state in ("paused", "cancelled") and run.last("state").get("at") == "service":
-        go_on = f"go on with: tunesmith runs resume {run}" if state == "paused" else "a new job begins anew"
+        go_on = f"go on with: tunesmith runs resume {run:q}" if state == "paused" else "a new job begins anew"
         raise Interrupted(f"the job is {state} at the service", where=str(run), fix=go_on)
     if state == "cancelled" and (run / "remote.json").exists():
         raise Interrupted("cancelled before the service had a job", where=str(run), fix="begin a new run")
@@ -296,7 +296,7 @@ def _follow(
         raise Interrupted(
             f"stopped at step {step}; its checkpoints are kept",
             where=str(run),
-            fix=f"go on with: tunesmith train --resume {run}",
+            fix=f"go on with: tunesmith train --resume {run:q}",
         )
     raise _failure(run)
 

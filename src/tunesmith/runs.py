@@ -45,6 +45,14 @@ class Run:
 
     __str__ = __fspath__
 
+    def __format__(self, spec: str) -> str:
+        """The path; with "q" as a shell takes it: for the commands that messages name."""
+        if spec != "q":
+            return format(str(self), spec)
+        import shlex
+
+        return shlex.quote(str(self))
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.state()})"
 

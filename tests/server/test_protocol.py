@@ -39,6 +39,7 @@ REFUSED: list[tuple[str, str, Any, int, str | None, str | None, str]] = [
     ("POST", "/fine_tuning/alpha/graders/run", {}, 404, None, None, "Unknown request URL"),
     ("GET", "/fine_tuning/checkpoints/m/permissions", None, 404, None, None, "Unknown request URL"),
     ("POST", "/fine_tuning/jobs", b"{", 400, None, None, "could not parse the JSON body"),
+    ("POST", "/fine_tuning/jobs", b'{"a":', 400, None, None, "could not parse the JSON body"),
     ("POST", "/fine_tuning/jobs", b"\xff\xfe", 400, None, None, "could not parse the JSON body"),
     ("POST", "/chat/completions", b'{"messages":[{"a":' + b"[" * 50_000, 400, None, None, "could not parse the JSON body"),
     ("POST", "/completions", {**TEXT, "prompt": ["x"] * 128, "n": 128}, 400, None, None, "answers to a request"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -111,3 +112,9 @@ def test_a_run_that_has_succeeded_stays_so(tiny: Path, tmp_path: Path, data: Pat
     process.wait()
     backend._workers[str(run)] = process
     assert backend.LocalBackend().poll(run) == "succeeded" == run.state()
+
+
+def test_commands_in_messages_can_be_pasted(tmp_path: Path) -> None:
+    run = Run("a folder/it's")
+    assert f"{run}" == "a folder/it's" and f"{run:>15}" == "  a folder/it's"
+    assert shlex.split(f"tunesmith runs watch {run:q}") == ["tunesmith", "runs", "watch", "a folder/it's"]

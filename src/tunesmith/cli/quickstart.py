@@ -43,5 +43,5 @@ def quickstart(argv: list[str]) -> int:
         show_json({"run": run.summary(), "evaluation": result})
         return 0
     show(result)
-    print(f"\ntalk with it:    tunesmith chat {run}\nyour own data:   tunesmith train --dataset YOUR.jsonl")
+    print(f"\ntalk with it:    tunesmith chat {run:q}\nyour own data:   tunesmith train --dataset YOUR.jsonl")
     return 0

@@ -165,7 +165,7 @@ def _sides(
         raise UsageError(
             f"this run has no model yet (it is {run.state()})",
             where=str(run),
-            fix=f"go on with: tunesmith train --resume {run}",
+            fix=f"see: tunesmith runs events {run:q}; go on with: tunesmith train --resume {run:q}",
         )
     tuned, base = model or there, against or manifest["recipe"]["model"]
     own = run / "data" / "test.jsonl"

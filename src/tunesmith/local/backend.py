@@ -73,7 +73,7 @@ class LocalBackend:
                 "error",
                 message=_why(code),
                 where=str(run),
-                fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run}",
+                fix=f"see {run / 'worker.log'}; go on with: tunesmith train --resume {run:q}",
                 exit_status=1,
                 lost=True,
             )
@@ -96,10 +96,10 @@ class LocalBackend:
     def act(self, run: Run, what: str) -> str:
         """Cancelling from another process asks the worker by the number in its lock."""
         if what == "pause":
-            fix = f"tunesmith runs cancel {run} makes a checkpoint and ends; go on with: tunesmith train --resume {run}"
+            fix = f"tunesmith runs cancel {run:q} makes a checkpoint and ends; go on with: tunesmith train --resume {run:q}"
             raise UsageError("a run on this machine does not pause", where=str(run), fix=fix)
         if what == "resume":
-            raise UsageError("training needs this terminal", where=str(run), fix=f"tunesmith train --resume {run}")
+            raise UsageError("training needs this terminal", where=str(run), fix=f"tunesmith train --resume {run:q}")
         if not run.busy():
             return run.state()
         holder = run.holder()

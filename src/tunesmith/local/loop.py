@@ -165,7 +165,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
             raise Interrupted(
                 f"stopped at step {position.step} of {planned}, after a checkpoint",
                 where=str(run),
-                fix=f"go on with: tunesmith train --resume {run}",
+                fix=f"go on with: tunesmith train --resume {run:q}",
             )
 
     if not len(valid_set):

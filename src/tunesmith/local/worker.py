@@ -117,7 +117,7 @@ def _lost(run: Run, others: list[subprocess.Popen[bytes]], until: float = math.i
                 return TunesmithError(
                     f"process {rank} of {len(others) + 1} ended with {how}",
                     where=str(run),
-                    fix=f"go on with: tunesmith train --resume {run}",
+                    fix=f"go on with: tunesmith train --resume {run:q}",
                 )
         time.sleep(0.1)
     return None

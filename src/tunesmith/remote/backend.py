@@ -113,10 +113,10 @@ class OpenAIBackend:
     def interrupt(self, run: Run) -> None:
         """Ctrl-C leaves the job alone."""
         link = Link.of(run)
-        how = f"follow it: tunesmith runs watch {run}; stop it: tunesmith runs cancel {run}"
+        how = f"follow it: tunesmith runs watch {run:q}; stop it: tunesmith runs cancel {run:q}"
         if link.job:
             raise Interrupted(f"the job {link.job} goes on at the service", where=str(run), fix=how)
-        fix = f"go on with: tunesmith train --resume {run}"
+        fix = f"go on with: tunesmith train --resume {run:q}"
         if link.asked:
             message = "stopped while the service was asked for the job, which it may have made"
             raise Interrupted(message, where=str(run), fix=f"{fix} (it looks for it first)")
@@ -139,7 +139,7 @@ class OpenAIBackend:
                 link.job = found.id
                 link.save(run)
             if link.job is None:
-                fix = f"go on with: tunesmith train --resume {run}"
+                fix = f"go on with: tunesmith train --resume {run:q}"
                 raise UsageError("the service has no job of this run", where=str(run), fix=fix)
             service.act(link.job, what)
         return _of(run).look(now=True)
@@ -230,7 +230,7 @@ class Following:
         service.say = lambda text: run.append("warning", message=text)
         if link.job is None:
             if not self._may_begin:
-                fix = f"send it: tunesmith train --resume {run}"
+                fix = f"send it: tunesmith train --resume {run:q}"
                 raise UsageError("the service has no job of this run yet", where=str(run), fix=fix)
             self.begin(service, link)
         return self._watch(service, link) if link.job else run.state()
@@ -254,7 +254,7 @@ class Following:
             run.append("state", state="queued", at="service")
         except ServiceError as error:
             if not error.refusal():
-                fix = f"{error.fix}; go on with: tunesmith train --resume {run}"
+                fix = f"{error.fix}; go on with: tunesmith train --resume {run:q}"
                 raise TunesmithError(error.message, where=error.where, fix=fix) from None
             error = refused(error, run)
             how = dict(message=error.message, where=error.where, fix=error.fix, exit_status=error.exit_status)
@@ -276,7 +276,7 @@ class Following:
                 if found := self._look(service, link):
                     return found.id
                 message = f"{lost.why.message}; no job with this run's mark is at the service"
-                again = f"go on with: tunesmith train --resume {self._run} (it looks again before it asks again)"
+                again = f"go on with: tunesmith train --resume {self._run:q} (it looks again before it asks again)"
                 raise TunesmithError(message, where=service.base_url, fix=again) from None
         raise AssertionError
 
@@ -292,7 +292,7 @@ class Following:
                 found = find(service, link)
         except ServiceError as error:
             message = f"{error.message}; whether the job was made is not known"
-            fix = f"{error.fix}; go on with: tunesmith train --resume {self._run} (it looks for it first)"
+            fix = f"{error.fix}; go on with: tunesmith train --resume {self._run:q} (it looks for it first)"
             raise TunesmithError(message, where=error.where, fix=fix) from None
         if found:
             self._run.append("message", message=f"the job was made, though its answer was lost: {found.id}")
@@ -309,7 +309,7 @@ class Following:
                 fetch(run, service, job, link.files)
         except ServiceError as error:
             message = f"{error.message}; the job {link.job} goes on without us"
-            fix = f"{error.fix}; follow it again: tunesmith runs watch {run}"
+            fix = f"{error.fix}; follow it again: tunesmith runs watch {run:q}"
             raise TunesmithError(message, where=error.where, fix=fix) from None
         if word == "failed":
             self._told.failed(job, service)
@@ -320,7 +320,7 @@ class Following:
             self._news = time.monotonic()
         if word not in ENDED and time.monotonic() - self._news > STILL:
             message = f"nothing new of the job {job.id} for {STILL / 3600:.0f} hours (it says: {said})"
-            raise TunesmithError(message, where=str(run), fix=f"look again: tunesmith runs watch {run}")
+            raise TunesmithError(message, where=str(run), fix=f"look again: tunesmith runs watch {run:q}")
         return word
 
 

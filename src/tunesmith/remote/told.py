@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from typing import Any
 
@@ -78,13 +79,13 @@ class Told:
         """A failed job's last word."""
         error, manifest = job.failure(), self._run.manifest()
         code = service.hidden(error.get("code", ""))
-        fix = MENDED.get(code, "see: tunesmith runs events {run}")
+        fix = MENDED.get(code, "see: tunesmith runs events {run:q}")
         self._run.append(
             "error",
             message=service.hidden(f"the job failed: {error.get('message', 'the service does not say why')}")
             + (f" [{code}]" if code else ""),
             where=service.hidden(error.get("param", job.id)),
-            fix=fix.format(dataset=manifest["recipe"]["dataset"], run=self._run),
+            fix=fix.format(dataset=shlex.quote(str(manifest["recipe"]["dataset"])), run=self._run),
             exit_status=3 if code.startswith("invalid") else 1,
         )
 

@@ -188,9 +188,11 @@ async def read(request: Request, most: int) -> bytes:
 def decode(data: bytes, kind: Any) -> Any:
     """A JSON body as a request. Raises Refusal, which names the field."""
     try:
-        return msgspec.json.decode(data or b"{}", type=kind)
-    except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        try:
+            return msgspec.json.decode(data or b"{}", type=kind)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(data or b"{}")  # what is said of a field is no help where the whole is no JSON
+            raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refusal(400, "We could not parse the JSON body of your request") from None
 
