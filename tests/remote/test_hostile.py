@@ -259,8 +259,14 @@ def test_a_status_nobody_knows_goes_on_for_a_time(
 
 def command(settings: dict[str, Any], *more: str) -> subprocess.Popen[str]:
     options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words = [sys.executable, "-m", "tunesmith", "train", *options, *more]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", "train", *options, *more],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs us may have it ignored
+    )
 
 
 def test_interrupted_it_goes_on_and_another_process_takes_over(hostile: Hostile, settings: dict[str, Any]) -> None:
