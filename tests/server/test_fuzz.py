@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving import Server
 
-EXAMPLES = os.environ.get("TUNESMITH_EXAMPLES", "1")  # of each endpoint and way; 350 make some 10,000 calls
+EXAMPLES = os.environ.get("TUNESMITH_EXAMPLES", "1")  # of each endpoint and way; 400 make some 10,000 calls
 
 
 def test_no_request_makes_it_fail(server: Server, tmp_path: Path) -> None:
