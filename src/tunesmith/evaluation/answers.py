@@ -8,7 +8,6 @@ answer is compared with the reference by chrF (Popović 2015): the F-score of ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,16 +22,11 @@ UNAVAILABLE = "loss, perplexity, token accuracy: a service does not say how like
 ANSWER_TOKENS = 256
 
 
-class Answered:
+class Answered(msgspec.Struct, frozen=True):
     """An answer to a held-out prompt, and its chrF against the reference."""
 
-    def __init__(self, text: str, reference: str) -> None:
-        from sacrebleu.metrics.chrf import CHRF
-
-        self.text, self.chrf = text, float(CHRF().sentence_score(text, [reference]).score)
-
-    def row(self) -> dict[str, Any]:
-        return {"answer": self.text, "chrf": self.chrf}
+    answer: str
+    chrf: float
 
 
 def asked(rows: list[Conversation], seed: int) -> list[Conversation]:
@@ -45,20 +39,18 @@ def asked(rows: list[Conversation], seed: int) -> list[Conversation]:
 
 def answered(rows: list[Conversation], complete: Callable[..., list[str]], seed: int) -> list[Answered]:
     """A model's answers to the rows' prompts."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    score = CHRF().sentence_score
     prompts = [Conversation(row.prompt(), tools=row.tools) for row in rows]
     texts = complete(prompts, max_tokens=ANSWER_TOKENS, temperature=0.0, seed=seed)
-    return [Answered(text, row.answer()) for text, row in zip(texts, rows, strict=True)]
+    return [Answered(text, float(score(text, [row.answer()]).score)) for text, row in zip(texts, rows, strict=True)]
 
 
 def metrics(base: list[Answered], tuned: list[Answered], seed: int) -> list[Comparison]:
     """chrF, a mean over the rows."""
-    ones = np.ones(len(base))
-
-    def column(side: list[Answered], value: Callable[[Answered], float]) -> Any:
-        return np.array([value(answer) for answer in side], np.float64)
-
-    name = "chrF of answers (0 to 100)"
-    found = compare(name, column(base, lambda a: a.chrf), column(tuned, lambda a: a.chrf), ones, False, seed)
+    before, after = (np.array([answer.chrf for answer in side], np.float64) for side in (base, tuned))
+    found = compare("chrF of answers (0 to 100)", before, after, np.ones(len(base)), False, seed)
     if len(base) == ROWS:  # more are not asked: to say how many more it takes would be no help
         found = msgspec.structs.replace(found, rows_needed=None)
     return [found]

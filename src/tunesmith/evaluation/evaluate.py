@@ -102,11 +102,10 @@ def evaluate(
 
         rows = answers.asked(rows, seed)
         say(f"asking {base} {len(rows)} held-out prompts")
-        base_said = answers.answered(rows, sides.completer(base), seed)
+        base_scores = answers.answered(rows, sides.completer(base), seed)
         say(f"asking {tuned} {len(rows)} held-out prompts")
-        tuned_said = answers.answered(rows, sides.completer(tuned), seed)
-        metrics = answers.metrics(base_said, tuned_said, seed)
-        base_scores, tuned_scores = [a.row() for a in base_said], [a.row() for a in tuned_said]
+        tuned_scores = answers.answered(rows, sides.completer(tuned), seed)
+        metrics = answers.metrics(base_scores, tuned_scores, seed)
     else:
         say(f"scoring {len(rows)} held-out rows with {base}")
         base_scores = _score(base, rows, run)

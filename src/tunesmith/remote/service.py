@@ -68,13 +68,13 @@ class Service:
 
     # ---- patience
 
-    def read(self, ask: Callable[[openai.OpenAI], T], what: str, missing: str = "", bytes: int = 0) -> T:
+    def read(self, ask: Callable[[openai.OpenAI], T], what: str, missing: str = "", size: int = 0) -> T:
         """The answer to a question that may be asked again: until PATIENCE is over. `missing`: what a 404 means."""
-        return self._patiently(ask, what, missing, lambda error: not final(error), bytes)
+        return self._patiently(ask, what, missing, lambda error: not final(error), size)
 
-    def make(self, ask: Callable[[openai.OpenAI], T], what: str, bytes: int = 0) -> T:
+    def make(self, ask: Callable[[openai.OpenAI], T], what: str, size: int = 0) -> T:
         """The answer to a request that makes something. Asked again only where it is sure that nothing was made: the service
-        said so itself (429), or was never reached. Raises Unsure where it may have been made. `bytes` are sent with it.
+        said so itself (429), or was never reached. Raises Unsure where it may have been made. `size`: bytes sent with it.
         """
 
         def again(error: Exception) -> bool:
@@ -82,20 +82,19 @@ class Service:
             if never_sent(error) or status == 429:
                 return not final(error)
             if not final(error):
-                raise Unsure(
-                    self.explained(error, what), status in (500, 503)
-                ) from None  # others may be a gateway's word
+                answered = status in (500, 503)  # others may be a gateway's word
+                raise Unsure(self.explained(error, what), answered) from None
             return False
 
-        return self._patiently(ask, what, "", again, bytes)
+        return self._patiently(ask, what, "", again, size)
 
     def _patiently(
-        self, ask: Callable[[openai.OpenAI], T], what: str, missing: str, again: Callable[[Exception], bool], bytes: int
+        self, ask: Callable[[openai.OpenAI], T], what: str, missing: str, again: Callable[[Exception], bool], size: int
     ) -> T:
         began, pause, garbled, told = time.monotonic(), FIRST, 0, False
         while True:
             try:
-                found = within(WHOLE + bytes / SLOWEST, lambda: ask(self._client))
+                found = within(WHOLE + size / SLOWEST, lambda: ask(self._client))
                 self._reached = True
                 return found
             except (openai.OpenAIError, Late, Cut, *ODD) as error:
@@ -139,10 +138,8 @@ class Service:
         cause = self.hidden(error.__cause__ or error)
         words, fix, exit_status = f"{what}: {said} (HTTP {status})", "see what the service says", 1
         if isinstance(error, openai.APITimeoutError | Late):
-            words, fix = (
-                f"{what}: no answer within {TIMEOUT if not isinstance(error, Late) else WHOLE:g} s",
-                "try later",
-            )
+            seconds = WHOLE if isinstance(error, Late) else TIMEOUT
+            words, fix = f"{what}: no answer within {seconds:g} s", "try later"
         elif isinstance(error, openai.APIConnectionError):
             words, fix = f"{what}: not reached ({cause})", "is the address right, and the service up?"
         elif isinstance(error, Cut):
