@@ -65,6 +65,17 @@ class Completer(Protocol):
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]: ...
 
+    def said(
+        self,
+        prompts: list[Conversation],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        told: Callable[[int], object] = lambda _: None,
+    ) -> list[tuple[str, bool | None, int]]:
+        """(answer, whether the model ended it by itself or None, its tokens); `told` hears of each that is done."""
+        ...
+
 
 def get(provider: str) -> Backend:
     """The backend of a provider. Raises UsageError for an unknown one."""
@@ -180,9 +191,23 @@ class FakeBackend:
         return run.state()
 
     def completer(self, model: str, template: str | None = None) -> Completer:
-        def echo(
-            prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
-        ) -> list[str]:
-            return [p.messages[-1].content if p.messages else "" for p in prompts]
+        return Echo()
 
-        return echo
+
+class Echo:
+    """Says what was said last."""
+
+    def __call__(
+        self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        return [p.messages[-1].content if p.messages else "" for p in prompts]
+
+    def said(
+        self,
+        prompts: list[Conversation],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        told: Callable[[int], object] = lambda _: None,
+    ) -> list[tuple[str, bool | None, int]]:
+        return [(text, True, 0) for text in self(prompts)]

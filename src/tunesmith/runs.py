@@ -4,6 +4,7 @@
     events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error
     data/          the splits as used, their token ids, the chat template that is not the model's own
     remote.json    of a run at a service: its address, and the ids of files and job; upload/, results/ the files themselves
+    row_losses.npy each training row's loss in each epoch
     checkpoints/  logs/  evaluation/
     best_model/    weights at the lowest validation loss;  final_model/  after the last step
 
@@ -29,6 +30,7 @@ from tunesmith.recipe import Recipe
 
 Event = dict[str, Any]
 TEMPLATE = "data/chat_template.jinja"
+ROW_LOSSES = "row_losses.npy"
 
 
 class Run:

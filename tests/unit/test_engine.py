@@ -42,7 +42,8 @@ def test_chunked_cross_entropy_equals_the_plain_one_in_float64(count: int, bias:
     for mine, other in zip(ours, theirs, strict=True):
         if mine is not None:
             torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
-    scores, right = token_scores(hidden, weight, b, targets)
+    scores, right, sure = token_scores(hidden, weight, b, targets)
+    torch.testing.assert_close(sure.double(), nn.functional.linear(*theirs).softmax(1).amax(1), rtol=1e-4, atol=1e-6)
     assert scores.sum().item() == pytest.approx(want.item(), rel=1e-5)
     assert torch.equal(right, nn.functional.linear(*theirs).argmax(1) == targets)
 

@@ -1,4 +1,4 @@
-"""Which languages a data set is written in, from a sample of its rows.
+"""Which languages a data set is written in, from a sample of its rows; and what a word is, in any script.
 
 py3langid names the language of a text; it takes 0.75 s to load, so that texts which are plainly English never ask it.
 """
@@ -6,8 +6,10 @@ py3langid names the language of a text; it takes 0.75 s to load, so that texts w
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 from tunesmith.conversation import Conversation, Issue
 from tunesmith.data.findings import finding
@@ -17,6 +19,27 @@ LOOK = 400  # characters of a message that its language is told from
 LETTERS = 60  # a shorter text says too little
 _ENGLISH = re.compile(r"\b(?:the|and|is|are|you|of|that|it|to|in|with|for|was|this|have|not|what|how)\b", re.I)
 _CODE = re.compile(r"[{}<>=;]|\b(?:def|return|import|function|const)\b")
+_ASCII_WORD = re.compile(r"\w+")
+_SPACELESS = (  # Thai, Lao, Myanmar, Khmer; Japanese, Chinese: scripts that do not part words by spaces
+    "\u0e01-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    "\u3005-\u3007\u3040-\u30ff\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, case folded: runs of letters, digits and _. A letter keeps its combining marks, as in Hindi.
+
+    Where a script has no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is one.
+    """
+    return (_ASCII_WORD if text.isascii() else _word()).findall(text.casefold())
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Compiled when the first such text comes: to find the marks takes 25 ms. Its parts exclude each other: time is linear."""
+    marks = "".join(c for c in map(chr, range(0x300, 0x12000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+    return re.compile(f"(?=\\w)[{_SPACELESS}][{marks}]*|[^\\W{_SPACELESS}]+(?:[{marks}]+[^\\W{_SPACELESS}]*)*")
 
 
 def language(text: str) -> str | None:

@@ -15,14 +15,13 @@ import msgspec
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
 from tunesmith.data.dedup import body, pairs, root, sketches
-from tunesmith.data.language import SAMPLE, languages
+from tunesmith.data.language import SAMPLE, languages, words
 from tunesmith.data.scan import Progress
 from tunesmith.errors import DataError, UsageError, did_you_mean
 from tunesmith.recipe import FACTS
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 12
-_WORD = re.compile(r"\w+")
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -122,7 +121,7 @@ def variety(rows: list[Conversation]) -> dict[str, float]:
     for row in rows:
         for m in row.messages:
             if m.role in ("assistant", "text"):
-                found = [number.setdefault(word, len(number)) for word in _WORD.findall(m.content.casefold())]
+                found = [number.setdefault(word, len(number)) for word in words(m.content)]
                 said.extend(found)
                 said.append(-1)
                 count_twos += max(0, len(found) - 1)
@@ -130,7 +129,7 @@ def variety(rows: list[Conversation]) -> dict[str, float]:
     count, whole = int((flat >= 0).sum()), (flat[:-1] >= 0) & (flat[1:] >= 0)
     twos = len(np.unique(flat[:-1][whole] * len(number) + flat[1:][whole]))  # a pair as one number
     asked = [
-        " ".join(_WORD.findall(" ".join(m.content for m in r.prompt() if m.role == "user").casefold())) for r in rows
+        " ".join(words(" ".join(m.content for m in r.prompt() if m.role == "user"))) for r in rows
     ]
     openings = {" ".join(text.split(maxsplit=3)[:3]) for text in asked}
     return {

@@ -30,7 +30,7 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `loss`: sum of -log p over the `tokens` of its answers, nats; `right`: how many were the likeliest. `bins`: of the
     likeliest tokens, by how sure the model was (tenths): their number, the sum of their probabilities, how many were right.
-    `shuffled`: the loss of the same answers after another row's context. `said`: the greedy answer to the row's prompt;
+    `context`: of the last answer, its loss, its loss after another row's context, its tokens. `said`: the greedy answer to the row's prompt;
     `samples`: further ones, drawn at temperature 0.8.
     """
 
@@ -38,7 +38,7 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int = 0
     right: int = 0
     bins: list[tuple[int, float, int]] = []
-    shuffled: float | None = None
+    context: tuple[float, float, int] | None = None
     said: Said | None = None
     samples: list[Said] = []
 

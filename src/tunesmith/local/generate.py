@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError
@@ -27,18 +27,34 @@ class Chat:
     def __call__(
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """One answer for each conversation, which ends with what the user said. In order.
+        """One answer for each conversation, which ends with what the user said. In order."""
+        return [text for text, _, _ in self.said(prompts, max_tokens, temperature, seed)]
 
-        Of a prompt that leaves less than max_tokens (at most half the context) for its answer, the beginning is cut.
+    def said(
+        self,
+        prompts: list[Conversation],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        told: Callable[[int], object] = lambda _: None,
+    ) -> list[tuple[str, bool | None, int]]:
+        """(answer, whether the model ended it by itself, its tokens) for each conversation, many at a time. In order.
+
+        Of a prompt that leaves less than max_tokens (at most half the context) for its answer, the beginning is cut. Longer
+        prompts are begun first: rows that end together leave no slots half empty. `told` hears of each answer that is done.
         """
         room = min(max_tokens, self.context // 2)
         ids = [self.renderer.prompt_ids(p.messages, p.tools)[room - self.context :] for p in prompts]
         answers = [Answer(p, self._how(room, temperature, seed + i)) for i, p in enumerate(ids)]
-        for answer in answers:
+        for answer in sorted(answers, key=lambda a: -len(a.prompt)):
             self.decoder.add(answer)
+        done = 0
         while self.decoder.busy():
             self.decoder.step()
-        return [self._text(answer.ids) for answer in answers]
+            if (now := sum(bool(a.finish) for a in answers)) > done:
+                told(now - done)
+                done = now
+        return [(self._text(a.ids), a.finish == "stop", len(a.ids)) for a in answers]
 
     def _how(self, max_tokens: int, temperature: float, seed: int) -> Sampling:
         return Sampling(max_tokens, temperature, TOP_P, seed, frozenset(self.renderer.stop_ids))

@@ -15,7 +15,7 @@ import torch
 
 from tunesmith.costs import steps_per_epoch
 from tunesmith.errors import Interrupted, TunesmithError
-from tunesmith.local import batches, checkpoint, optim, prefix
+from tunesmith.local import batches, checkpoint, ledger, optim, prefix
 from tunesmith.local import model as models
 from tunesmith.local.card import write_card
 from tunesmith.local.checkpoint import Position
@@ -59,7 +59,10 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     below = prefix.prepare(run, loss_module, recipe, sets, world)
     engine = Engine(loss_module, recipe, sets, below, world, lambda message: run.append("warning", message=message))
 
+    per_epoch = steps_per_epoch(len(train_set), recipe)
     position = Position()
+    if world.rank == 0:
+        ledger.lay_out(run, len(train_set), -(-planned // per_epoch))
     start = world.first(str(checkpoint.latest(run, step) or "") if world.rank == 0 else "")
     if start:
         position = checkpoint.restore(Path(start), model, engine.optimizer, world)
@@ -71,7 +74,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         run.append("resumed", step=position.step)
     if world.rank == 0:
         checkpoint.set_aside(run, position.step)
-    tracker = Tracker(run, recipe, position.step)
+    tracker, book = Tracker(run, recipe, position.step), ledger.Ledger(run, per_epoch)
     run.append(
         "state",
         state="running",
@@ -82,7 +85,6 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         processes=world.size,
     )
     began, before = time.perf_counter(), position.seconds
-    per_epoch = steps_per_epoch(len(train_set), recipe)
     stopped_early = 0 < recipe.patience <= position.since_best
     saved_at, saving = time.monotonic(), 0.0
 
@@ -99,6 +101,7 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
         except Diverged as error:
             raise diverged(run, error.value, position.step + 1, error.what) from None
 
+        book.write(position.step, engine.seen)
         position.step += 1
         position.tokens += done.tokens
         position.supervised_tokens += done.supervised

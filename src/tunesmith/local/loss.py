@@ -19,7 +19,13 @@ CHUNK = 512  # rows of logits at a time: 512 x 50k fp32 is 100 MB; larger was no
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hits: list[Tensor] | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        hits: list[Tensor] | None,
+        each: list[Tensor] | None,
     ) -> Tensor:
         need_h, need_w, need_b, *_ = ctx.needs_input_grad
         narrow = _narrow(weight)
@@ -47,7 +53,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_w.addmm_(grad.t(), h) if grad_w.dtype == grad.dtype else grad_w.add_(grad.t() @ h)
             if grad_b is not None:
                 grad_b += grad.sum(0)
-        total = -rights.clamp_min(LEAST).log().sum()
+        losses = -rights.clamp_min(LEAST).log()
+        total = losses.sum()
+        if each is not None:
+            each.append(losses.squeeze(1))
         low = rights.squeeze(1) < LEAST
         if bool(low.any()):
             total = total + _beyond(hidden[low], weight, bias, targets[low, None])
@@ -58,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None, None)
+        return (*(next(saved).mul_(scale) if have else None for have in ctx.have), None, None, None)
 
 
 def _beyond(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -86,27 +95,42 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor 
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, hits: list[Tensor] | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    hits: list[Tensor] | None = None,
+    each: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum of -log p(target) in nats, fp32. hidden [n, d], weight [vocabulary, d], targets [n] int64.
 
-    `hits`: a list to which the number of targets that were the likeliest tokens is added, chunk by chunk.
+    `hits`: a list to which the number of targets that were the likeliest tokens is added, chunk by chunk. `each`: one to
+    which the losses [n] are added (69 nats at most: the sum alone knows what is less likely than 1e-30).
     """
-    result: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, hits)
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, hits, each)
     return result
 
 
 @torch.no_grad()
-def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per position: -log p(target) [n] fp32, and whether the target was the likeliest token [n] bool."""
-    losses, right = [], []
+def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per position: -log p(target) [n] fp32, whether the target was the likeliest token [n] bool, and the probability of the
+    likeliest [n] fp32."""
+    found = []
     narrow = _narrow(weight)
     memory = _memory(hidden, narrow)
     for h, t in zip(hidden.to(narrow.dtype).split(CHUNK), targets.split(CHUNK), strict=True):
         logits = _logits(h, narrow, bias, memory)
-        losses.append(torch.logsumexp(logits, 1) - logits.gather(1, t[:, None]).squeeze(1))
-        right.append(logits.argmax(1) == t)
-    return torch.cat(losses), torch.cat(right)
+        found.append(_scored(logits, t))
+    losses, right, sure = (torch.cat(part) for part in zip(*found, strict=True))
+    return losses, right, sure
+
+
+def _scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As token_scores, from logits [n, vocabulary] fp32."""
+    total = torch.logsumexp(logits, 1)
+    top, likeliest = logits.max(1)
+    losses = total - logits.gather(1, targets[:, None]).squeeze(1)
+    return losses, likeliest == targets, (top - total).exp()
 
 
 class LossModule(nn.Module):
@@ -115,10 +139,12 @@ class LossModule(nn.Module):
     It is a module so that wrappers for several processes hook one `forward`. `mode` is how the model runs:
     "packed" (all conversations at once), "single" (one after the other, for models whose attention
     cannot be packed), or "logits" (the model's own head, for models that do more than a matrix product there).
-    `hits`: None, or a list to which each forward pass adds how many of its tokens were the likeliest.
+    `hits`: None, or a list to which each forward pass adds how many of its tokens were the likeliest. `by_row`: None, or one to
+    which it adds the mean loss of each of its conversations [conversations] (0 where nothing is learnt).
     """
 
     hits: list[Tensor] | None = None
+    by_row: list[Tensor] | None = None
 
     def __init__(self, model: nn.Module, mode: str = "packed", neftune_alpha: float = 0.0) -> None:
         super().__init__()
@@ -161,17 +187,32 @@ class LossModule(nn.Module):
         """ids [tokens] int64, mask [tokens] bool (True: to be predicted), segments: conversation lengths."""
         at = supervised(mask, segments)
         if self.mode == "logits":
-            losses, right = self._own_losses(ids, at, segments)
+            losses, right, _ = self._own_losses(ids, at, segments)
             if self.hits is not None:
                 self.hits.append(right.sum())
+            self._note(losses.detach(), at, segments)
             return losses.sum(), len(at)
         head = self._head[0]
         hidden = self.hidden(ids, segments, bottom)[at]
-        return chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), ids[at + 1], self.hits), len(at)
+        each: list[Tensor] | None = None if self.by_row is None else []
+        total = chunked_cross_entropy(hidden, head.weight, getattr(head, "bias", None), ids[at + 1], self.hits, each)
+        if each:
+            self._note(each[0], at, segments)
+        return total, len(at)
+
+    def _note(self, losses: Tensor, at: Tensor, segments: list[int]) -> None:
+        """Add the mean loss of each conversation to `by_row`, from those of the positions `at`."""
+        if self.by_row is None:
+            return
+        lengths = torch.tensor(segments, device=at.device)
+        owner = torch.bucketize(at, lengths.cumsum(0), right=True)
+        sums = torch.zeros(len(segments), device=at.device).index_add_(0, owner, losses.float())
+        self.by_row.append(sums / torch.bincount(owner, minlength=len(segments)).clamp_min(1))
 
     @torch.no_grad()
-    def scores(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Per supervised token: loss in nats, whether it was the likeliest, index of its conversation."""
+    def scores(self, ids: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per supervised token: loss in nats, whether it was the likeliest, the likeliest one's probability, index of its
+        conversation."""
         at = supervised(mask, segments)
         owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))[at.cpu()]
         if self.mode == "logits":
@@ -181,17 +222,17 @@ class LossModule(nn.Module):
             self.hidden(ids, segments)[at], head.weight, getattr(head, "bias", None), ids[at + 1]
         ), owner
 
-    def _own_losses(self, ids: Tensor, at: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
-        """By the model's own head, one conversation at a time: losses of the positions `at`, and whether each was likeliest."""
+    def _own_losses(self, ids: Tensor, at: Tensor, segments: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """By the model's own head, one conversation at a time: as `token_scores`, of the positions `at`."""
         learnt = torch.zeros_like(ids, dtype=torch.bool)
         learnt[at] = True
-        losses, right = [], []
+        found = []
         for part, here in zip(ids.split(segments), learnt.split(segments), strict=True):
             where = here.nonzero().squeeze(1)
             logits = self._causal[0](input_ids=part[None], use_cache=False).logits[0, where].float()
-            losses.append(nn.functional.cross_entropy(logits, part[where + 1], reduction="none"))
-            right.append(logits.argmax(1) == part[where + 1])
-        return torch.cat(losses), torch.cat(right)
+            found.append(_scored(logits, part[where + 1]))
+        losses, right, sure = (torch.cat(part) for part in zip(*found, strict=True))
+        return losses, right, sure
 
 
 def supervised(mask: Tensor, segments: list[int]) -> Tensor:

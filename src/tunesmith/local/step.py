@@ -67,6 +67,7 @@ class Engine:
         self._below, self._world, self._warn = below, world, warn
         self.most_rows, self.most_tokens = int(recipe.batch_size), int(recipe.micro_batch_tokens)  # of a micro-batch
         self.halved = False
+        self.seen: list[tuple[list[int], torch.Tensor]] = []  # rows of the last step, in this process, and their losses
         self._forward: Any = module
         self._spread = world.size > 1 and recipe.sharding == "fsdp2"
         if self._spread:
@@ -144,14 +145,17 @@ class Engine:
         train = self.sets["train"]
         parts = self._alike([self._micro(mine) for mine in self._shares(rows)])
         share = supervised if self._spread else supervised / self._world.size  # DDP divides what it adds up
-        total, tokens = 0.0, 0
+        total, tokens, self.seen = 0.0, 0, []
         for number, part in enumerate(parts, 1):
             together = self._spread or self._world.size == 1 or number == len(parts)
             with self._counting(bool(part)), nullcontext() if together else self._forward.no_sync():
+                self.module.by_row = [] if part else None
                 loss, _ = self.loss("train", part or rows[:1], self._forward)
                 self.scaler.scale(loss * bool(part) / share).backward()
             if part:
                 total, tokens = total + loss.item(), tokens + sum(map(train.length, part))
+                self.seen += [(part, losses) for losses in self.module.by_row or ()]
+        self.module.by_row = None
         return total, tokens
 
     def _micro(self, rows: list[int]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,22 +30,44 @@ class Answers:
         self, prompts: list[Conversation], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """One answer each. Raises TunesmithError when the service stays out of reach or refuses."""
+        return [text for text, _, _ in self.said(prompts, max_tokens, temperature, seed)]
+
+    def said(
+        self,
+        prompts: list[Conversation],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        told: Callable[[int], object] = lambda _: None,
+    ) -> list[tuple[str, bool | None, int]]:
+        """(answer, whether the model ended it by itself, its tokens) each; None and 0 where the service does not say."""
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            return list(pool.map(lambda prompt: self._answer(prompt, max_tokens, temperature, seed), prompts))
+            found = []
+            for answer in pool.map(lambda prompt: self._answer(prompt, max_tokens, temperature, seed), prompts):
+                found.append(answer)
+                told(1)
+            return found
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for what is on its way
 
-    def _answer(self, prompt: Conversation, max_tokens: int, temperature: float, seed: int) -> str:
+    def _answer(
+        self, prompt: Conversation, max_tokens: int, temperature: float, seed: int
+    ) -> tuple[str, bool | None, int]:
         order = self._order(prompt, max_tokens, temperature, seed)
 
-        def ask(client: Any) -> str:
-            choices = client.chat.completions.create(**order).choices
-            if not choices or not isinstance(choices[0].message.content, str | None):
+        def ask(client: Any) -> tuple[str, bool | None, int]:
+            answer = client.chat.completions.create(**order)
+            if not answer.choices or not isinstance(answer.choices[0].message.content, str | None):
                 raise ValueError("no text")
-            return str(choices[0].message.content or "")
+            first, spent = answer.choices[0], getattr(answer.usage, "completion_tokens", 0)
+            ended = {"stop": True, "length": False}.get(str(first.finish_reason))
+            return str(first.message.content or ""), ended, spent if isinstance(spent, int) else 0
 
-        return str(self._when_known(lambda: self._service.read(ask, "asking the model", self._missing)))
+        found: tuple[str, bool | None, int] = self._when_known(
+            lambda: self._service.read(ask, "asking the model", self._missing)
+        )
+        return found
 
     @property
     def _missing(self) -> str:

@@ -1,0 +1,172 @@
+"""Which training rows deserve a second look: never learnt, learnt then forgotten, contradicting, memorised verbatim.
+
+The losses are those that the training loop wrote down for each row in each epoch (`row_losses.npy`). Validation and test rows are
+looked at too, where no training is needed for it: whoever relabels a data set wants to see all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from tunesmith.conversation import Conversation
+from tunesmith.data.convert import sample
+from tunesmith.data.scan import conversations
+from tunesmith.evaluation.metric import Said
+from tunesmith.evaluation.suspicion import belonging, suspicion
+from tunesmith.runs import ROW_LOSSES, Run
+
+CODES = {
+    "contradicting": "the answer belongs to its prompt less than those of similar rows do: is it another row's?",
+    "never_learnt": "its loss fell by less than a twentieth while that of most rows fell",
+    "forgotten": "its loss rose again by more than 0.3 nats a token after it had been learnt",
+    "memorised": "the tuned model repeats its answer word for word",
+}
+MOST = 1000  # rows that are looked at, chosen by the seed: each is scored five times
+SUSPICIOUS = 2.5  # of 236 sound rows, 5 to 10 % are over it, of rows with another's answer 80 to 90 %
+ROSE = 0.3  # nats a token
+FELL = 0.05  # of the loss in the first epoch
+RECITED = 24  # training rows with the lowest losses whose prompts are answered
+VERBATIM = 8  # words: shorter answers are the same by chance
+
+
+class RowFinding(msgspec.Struct, frozen=True):
+    """A row that deserves a look. `losses`: nats a token in each epoch, of training rows; `score`: the suspicion."""
+
+    source: str
+    digest: str
+    side: str
+    codes: list[str]
+    score: float
+    losses: list[float]
+    prompt: str
+    answer: str
+
+
+class RowReport(msgspec.Struct, frozen=True):
+    """Findings, the most suspicious first, and what was looked at.
+
+    `looked_at` of `rows` were weighed; `recited` of `asked` answers of the best-learnt training rows were repeated word for
+    word. `belonging`: how much more prompt and answer have in common than other pairs, mean over rows in standard deviations
+    and twice its standard error; `gain`: the same for the tuned model's likelihood, nats a token.
+    """
+
+    rows: int
+    looked_at: int
+    asked: int
+    recited: int
+    belonging: tuple[float, float] | None
+    gain: tuple[float, float] | None
+    findings: list[RowFinding]
+
+
+class Candidates(msgspec.Struct, frozen=True):
+    """Rows that are looked at, with their side and, of training rows, their number; those whose prompts are answered."""
+
+    rows: list[Conversation]
+    sides: list[str]
+    numbers: list[int]
+    recited: list[Conversation]
+    total: int
+
+
+def candidates(run: Run, seed: int) -> Candidates:
+    """The rows of a run that the report is about. Read one at a time: there may be more than memory holds."""
+    counts = {side: int(run.manifest()["plan"]["rows"].get(side, 0)) for side in ("train", "valid", "test")}
+    total = sum(counts.values())
+    taken = set(sample(list(range(total)), MOST, seed)) if total > MOST else set(range(total))
+    best = {int(i) for i in _best_learnt(run)}
+    rows, sides, numbers, recited = [], [], [], []
+    at = 0
+    for side, count in counts.items():
+        path = run / "data" / f"{side}.jsonl"
+        for number, row in enumerate(conversations(str(path)) if count and path.exists() else ()):
+            if at in taken:
+                rows.append(row)
+                sides.append(side)
+                numbers.append(number if side == "train" else -1)
+            if side == "train" and number in best and row.prompt() and len(row.answer().split()) >= VERBATIM:
+                recited.append(row)
+            at += 1
+    return Candidates(rows, sides, numbers, recited, total)
+
+
+def losses(run: Run) -> np.ndarray | None:
+    """[epochs, rows] of the run's training rows, 0 where a row was not seen; None where they were not written down."""
+    path = run / ROW_LOSSES
+    try:
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False)) if path.exists() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _best_learnt(run: Run) -> Sequence[int]:
+    table = losses(run)
+    if table is None or not table.size:
+        return []
+    last = np.where(table > 0, table, np.nan)
+    seen = last[~np.isnan(last).all(1)]
+    return [] if not len(seen) else [int(i) for i in np.argsort(seen[-1], kind="stable")[: 2 * RECITED]][:RECITED]
+
+
+def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Sequence[Said]) -> RowReport:
+    """What is to be said of the candidates, from the tuned model's gains and its answers to the recited rows' prompts."""
+    prompts = ["\n".join(m.content for m in row.prompt() if m.role not in ("system", "developer")) for row in found.rows]
+    answers = [row.answer() for row in found.rows]
+    scores = suspicion(prompts, answers, [gains] if any(g is not None for g in gains) else [])
+    verbatim = {
+        row.digest() for row, s in zip(found.recited, said, strict=True) if " ".join(s.text.split()) == " ".join(row.answer().split())
+    }
+    table = losses(run)
+    marks = _marks(table) if table is not None else {}
+    findings = []
+    for row, side, number, prompt, score in zip(found.rows, found.sides, found.numbers, prompts, scores, strict=True):
+        codes = ["contradicting"] if score >= SUSPICIOUS else []
+        codes += marks.get(number, [])
+        codes += ["memorised"] if side == "train" and row.digest() in verbatim else []
+        if codes:
+            curve = [float(x) for x in table[:, number] if x > 0] if table is not None and number >= 0 else []
+            findings.append(
+                RowFinding(row.source, row.digest(), side, codes, score, curve, _short(prompt), _short(row.answer()))
+            )
+    findings.sort(key=lambda f: -f.score)
+    own = [x for x, row in zip(belonging(prompts, answers), found.rows, strict=False) if row.prompt()]
+    return RowReport(
+        found.total,
+        len(found.rows),
+        len(found.recited),
+        len(verbatim),
+        _mean(own),
+        _mean([g for g in gains if g is not None]),
+        findings,
+    )
+
+
+def _marks(table: np.ndarray) -> dict[int, list[str]]:
+    """never_learnt and forgotten, by the number of the training row."""
+    seen = np.where(table > 0, table, np.nan)
+    whole = seen[~np.isnan(seen).any(1)]
+    if len(whole) < 2:
+        return {}
+    first, last, lowest = whole[0], whole[-1], whole.min(0)
+    found: dict[int, list[str]] = {}
+    if np.median(last / first) < 1 - 2 * FELL:
+        for row in np.flatnonzero((last > first * (1 - FELL)) & (last > np.median(last))):
+            found.setdefault(int(row), []).append("never_learnt")
+    learnt = (lowest < np.median(lowest)) & (lowest < first * (1 - FELL))
+    for row in np.flatnonzero(learnt & (last > lowest + ROSE)):
+        found.setdefault(int(row), []).append("forgotten")
+    return found
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float] | None:
+    """The mean and twice its standard error; None of fewer than 8."""
+    if len(values) < 8:
+        return None
+    return float(np.mean(values)), float(2 * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
