@@ -128,9 +128,7 @@ def variety(rows: list[Conversation]) -> dict[str, float]:
     flat = np.frombuffer(said, np.int32).astype(np.int64)
     count, whole = int((flat >= 0).sum()), (flat[:-1] >= 0) & (flat[1:] >= 0)
     twos = len(np.unique(flat[:-1][whole] * len(number) + flat[1:][whole]))  # a pair as one number
-    asked = [
-        " ".join(words(" ".join(m.content for m in r.prompt() if m.role == "user"))) for r in rows
-    ]
+    asked = [" ".join(words(" ".join(m.content for m in r.prompt() if m.role == "user"))) for r in rows]
     openings = {" ".join(text.split(maxsplit=3)[:3]) for text in asked}
     return {
         "words": count,
