@@ -82,15 +82,11 @@ def test_self_repetition() -> None:
 
 def test_turn_coherence_is_nats_a_token_over_all_rows() -> None:
     """(12 - 10) / 4 alone; with a second row of 1 nat on 6 tokens (2 + 1) / (4 + 6) = 0.3. The tuned model: (4 + 2) / 10."""
-    base = [Heard(loss=10, shuffled=12, tokens=4), Heard(loss=3, shuffled=4, tokens=6), Heard(loss=3, tokens=6)]
-    tuned = [
-        Heard(loss=8, shuffled=12, tokens=4),
-        Heard(loss=3, shuffled=5, tokens=6),
-        Heard(loss=2, shuffled=9, tokens=6),
-    ]
+    base = [Heard(context=(10, 12, 4)), Heard(context=(3, 4, 6)), Heard(loss=3, tokens=6)]
+    tuned = [Heard(context=(8, 12, 4)), Heard(context=(3, 5, 6)), Heard(context=(2, 9, 6))]
     found = measure(METRICS["turn coherence"], [row()] * 3, base, tuned, Facts())
     assert found and (found.base, found.tuned, found.rows) == (pytest.approx(0.3), pytest.approx(0.6), 2)
-    assert columns("turn coherence", Heard(loss=0.0, shuffled=0.0)) is None  # no tokens
+    assert columns("turn coherence", Heard(context=(0.0, 0.0, 0))) is None  # no tokens
     assert columns("turn coherence", said("text")) is None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 
 from tunesmith.conversation import Conversation, Issue
@@ -59,6 +59,16 @@ def language(text: str) -> str | None:
     from py3langid import langid
 
     return str(langid.classify(text)[0])
+
+
+def likeliest(text: str, among: Collection[str]) -> str | None:
+    """Which of some languages a text of any length is most likely in, from its first LOOK characters; None without letters."""
+    text = text[:LOOK]
+    if not any(map(str.isalpha, text)):
+        return None
+    from py3langid import langid
+
+    return next((name for name, _ in langid.rank(text) if name in among), None)
 
 
 def languages(texts: list[str]) -> Counter[str]:

@@ -112,7 +112,7 @@ def findings(text: str, answer: bool) -> Iterator[Finding]:
                 "write it in another way, or remove it",
             )
     yield from _private(text, raw)
-    if answer and _REFUSAL.match(text):
+    if answer and refuses(text):
         yield (
             "refusal",
             f'the answer refuses: "{text[:60].strip()}"',
@@ -120,6 +120,11 @@ def findings(text: str, answer: bool) -> Iterator[Finding]:
         )
     if text != text.strip():
         yield "outer-space", "begins or ends with white space", "--fix trims it (indents stay)"
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer begins by saying that it will not or cannot, or as boilerplate ("As an AI language model, …")."""
+    return bool(_REFUSAL.match(answer))
 
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")

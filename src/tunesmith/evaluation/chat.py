@@ -73,9 +73,10 @@ def self_repetition(text: str) -> float:
 
 def turn_coherence(_: Conversation, heard: Heard, __: Facts) -> tuple[float, ...] | None:
     """(nats by which the true context makes the reference likelier than another row's context, tokens)."""
-    if heard.loss is None or heard.shuffled is None or not heard.tokens:
+    if heard.context is None or not heard.context[2]:
         return None
-    return heard.shuffled - heard.loss, heard.tokens
+    own, other, tokens = heard.context
+    return other - own, tokens
 
 
 def length(text: str) -> float:
@@ -135,7 +136,7 @@ METRICS = (
         "turn coherence",
         "higher",
         "nats a token, without bounds; 0: the context is of no use",
-        "How much likelier the reference answers are after their own context than after another row's: the difference of the "
+        "How much likelier the last reference answers are after their own context than after another row's: the difference of the "
         "two losses over the tokens of the answers. Compare only models of one tokenizer.",
         "after Sankar et al. 2019 (arXiv:1906.01603), who measure by how much a shuffled history raises the loss",
         turn_coherence,
