@@ -6,25 +6,17 @@ reference's words and say nothing of truth) and task completion ("completion rat
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
 from tunesmith.conversation import Conversation
+from tunesmith.data.language import words
 from tunesmith.data.text import refuses
 from tunesmith.errors import UsageError
 from tunesmith.evaluation.constraints import found
 from tunesmith.evaluation.metric import Facts, Heard, Metric, Said
 
 LONGEST = 20_000  # words that ROUGE-L looks at: 0.1 s for two texts of as many
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
-)  # scripts without spaces: by character
-
-
-def words(text: str) -> list[str]:
-    """Words in small letters, without marks; of Chinese and Japanese the characters."""
-    return _WORD.findall(text.casefold())
 
 
 def rouge_l(answer: str, reference: str) -> float:
