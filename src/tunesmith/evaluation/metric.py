@@ -30,8 +30,8 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `loss`: sum of -log p over the `tokens` of its answers, nats; `right`: how many were the likeliest. `bins`: of the
     likeliest tokens, by how sure the model was (tenths): their number, the sum of their probabilities, how many were right.
-    `context`: of the last answer, its loss, its loss after another row's context, its tokens. `said`: the greedy answer to the row's prompt;
-    `samples`: further ones, drawn at temperature 0.8.
+    `context`: of the last answer, its loss, its loss after another row's context, its tokens. `said`: the greedy answer to the
+    row's prompt; `samples`: further ones, drawn at temperature 0.8. `passed`: whether each of these passed the row's tests.
     """
 
     loss: float | None = None
@@ -41,6 +41,7 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     context: tuple[float, float, int] | None = None
     said: Said | None = None
     samples: list[Said] = []
+    passed: list[bool] = []
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
