@@ -25,8 +25,8 @@ from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
 from tunesmith.settings import changes, resolve
 
 if TYPE_CHECKING:
-    from tunesmith.evaluation.evaluate import Evaluation
     from tunesmith.evaluation.rates import Advice
+    from tunesmith.evaluation.result import Evaluation
     from tunesmith.remote.rescue import Rescued
 
 POLL_SECONDS = 0.1

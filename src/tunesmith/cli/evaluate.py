@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import Parser, columns, natural, show_json
+from tunesmith.cli.options import Parser, columns, natural, positive, show_json
 
 if TYPE_CHECKING:
-    from tunesmith.evaluation.evaluate import Evaluation
+    from tunesmith.evaluation.result import Evaluation
+
+SHOWN = 3  # prompts with both answers; the report has more
 
 
 def evaluate(argv: list[str]) -> int:
@@ -18,29 +20,60 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--against", metavar="MODEL", help="compare with this model instead of the run's base")
     parser.add_argument("--dataset", help="rows to judge on, instead of the run's test rows")
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
-    parser.add_argument("--samples", type=natural, default=6, metavar="N", help="prompts answered side by side [6]")
+    parser.add_argument(
+        "--task",
+        metavar="TASK",
+        help="whose metrics: chat, code, instruct, domain, persona, compression, custom [the run's; chat]",
+    )
+    parser.add_argument("--rows", type=natural, default=100, metavar="N", help="prompts that both answer [100]")
+    parser.add_argument(
+        "--samples",
+        type=natural,
+        default=4,
+        metavar="N",
+        help="further answers to 16 of them, and to rows with tests [4]",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="longest answer [room for twice the longest reference, 256 at most]",
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="SPEC",
+        help="your own decides: FILE.py:FUNCTION of (prompt, answer, reference), or re:PATTERN; with :lower less is better",
+    )
     parser.add_argument("--persona", metavar="NAME", help="name that identity probes look for, instead of the run's")
     parser.add_argument(
         "--base-url", metavar="URL", help="service that has a model named ft:…, where the run is not one of it"
     )
     parser.add_argument("--api-key-file", metavar="FILE", help="file with its key, instead of OPENAI_API_KEY")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the bootstrap [0]")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="of the choice of prompts, the answers and the intervals [0]"
+    )
     options = parser.parse_args(argv)
     from tunesmith import api
+    from tunesmith.cli.progress import Bar
 
-    result = api.evaluate(
-        options.run,
-        model=options.model,
-        against=options.against,
-        dataset=options.dataset,
-        columns=columns(options.columns),
-        samples=options.samples,
-        persona=options.persona,
-        seed=options.seed,
-        base_url=options.base_url,
-        api_key_file=options.api_key_file,
-        on_progress=lambda text: print(text, file=sys.stderr),
-    )
+    with Bar() as bar:
+        result = api.evaluate(
+            options.run,
+            model=options.model,
+            against=options.against,
+            dataset=options.dataset,
+            columns=columns(options.columns),
+            task=options.task,
+            rows=options.rows,
+            samples=options.samples,
+            max_tokens=options.max_tokens,
+            metric=options.metric,
+            persona=options.persona,
+            seed=options.seed,
+            base_url=options.base_url,
+            api_key_file=options.api_key_file,
+            on_progress=bar,
+        )
     if options.json:
         show_json(result)
     else:
@@ -53,32 +86,37 @@ def show(result: Evaluation) -> None:
     from tunesmith.cli.progress import table
 
     rows: list[tuple[object, ...]] = [("metric", "base", "tuned", "difference", "95 % interval", "verdict")]
-    rows += [
-        (
-            m.metric,
-            f"{m.base:.4f}",
-            f"{m.tuned:.4f}",
-            f"{m.difference:+.4f}",
-            f"{m.low:+.4f} … {m.high:+.4f}",
-            m.verdict,
-        )
-        for m in result.metrics
-    ]
+    for m in [*result.metrics, *(result.canary.metrics if result.canary else [])]:
+        interval = "" if m.low is None or m.high is None else f"{figure(m.low, '+')} … {figure(m.high, '+')}"
+        rows.append((m.metric, figure(m.base), figure(m.tuned), figure(m.difference, "+"), interval, m.verdict))
     print(table(rows))
-    for sample in result.samples:
+    for sample in result.samples[:SHOWN]:
         print(f"\n  ask    {_short(sample.prompt)}\n  base   {_short(sample.base)}\n  tuned  {_short(sample.tuned)}")
     if result.persona:
         p = result.persona
         print(
             f"\n  asked who it is, the tuned model says “{p.name}” in {p.tuned} of {p.probes} answers, the base in {p.base}"
         )
+    if report := result.training_rows:
+        counts = Counter(code for row in report.findings for code in row.codes)
+        found = (
+            ", ".join(f"{count} {code.replace('_', ' ')}" for code, count in counts.most_common()) or "nothing to say"
+        )
+        print(f"\n  training rows worth a look ({report.looked_at} of {report.rows} weighed): {found}")
+    for d in result.diagnoses:
+        print(f"\n  {d.severity}: {d.name}: {d.evidence}\n    next: {d.fix}")
     if result.unavailable:
         print(f"\n  not to be had: {result.unavailable}")
-    loss = result.metrics[0]
-    more = f" (about {loss.rows_needed} rows like these would settle it)" if loss.rows_needed else ""
-    print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows")
+    first = result.metrics[0]
+    more = f" (about {first.rows_needed} rows like these would settle it)" if first.rows_needed else ""
+    print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows, by {first.metric}")
     if result.report:
         print(f"report:  {result.report}")
+
+
+def figure(value: float, sign: str = "") -> str:
+    """Four decimals, without them where a number is large."""
+    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.0f}"
 
 
 def _short(text: str, limit: int = 150) -> str:

@@ -16,7 +16,7 @@ def quickstart(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.cli.evaluate import show
-    from tunesmith.cli.progress import Progress
+    from tunesmith.cli.progress import Bar, Progress
     from tunesmith.cli.train import preflight
     from tunesmith.data.read import SAMPLES
     from tunesmith.evaluation.evaluate import kept
@@ -38,7 +38,10 @@ def quickstart(argv: list[str]) -> int:
             )
     finally:
         progress.close()
-    result = kept(run) or api.evaluate(run, on_progress=lambda text: print(text, file=sys.stderr))
+    result = kept(run)
+    if result is None:
+        with Bar() as bar:
+            result = api.evaluate(run, on_progress=bar)
     if options.json:
         show_json({"run": run.summary(), "evaluation": result})
         return 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.data.formats import SHAREGPT_ROLES
 from tunesmith.data.write import as_row
 
+Item = TypeVar("Item")
 PAIRS = {  # format: its field for what is asked and for the answer
     "prompt-completion": ("prompt", "completion"),
     "prompt-response": ("prompt", "response"),
@@ -97,7 +98,7 @@ def max_emoji(most: int) -> Callable[[Conversation], bool]:
     return lambda row: all(emoji_in(m.content) <= most for m in row.messages if m.role == "assistant")
 
 
-def sample(rows: list[Conversation], amount: float, seed: int) -> list[Conversation]:
+def sample(rows: Sequence[Item], amount: float, seed: int) -> list[Item]:
     """So many rows (1 and more: a number; less: a share), chosen by the seed, in their order."""
     count = min(len(rows), int(amount) if amount >= 1 else round(amount * len(rows)))
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), count))]

@@ -136,8 +136,8 @@ METRICS = (
         "turn coherence",
         "higher",
         "nats a token, without bounds; 0: the context is of no use",
-        "How much likelier the last reference answers are after their own context than after another row's: the difference of the "
-        "two losses over the tokens of the answers. Compare only models of one tokenizer.",
+        "How much likelier the last reference answers are after their own context than after another row's: the difference of "
+        "the two losses over the tokens of the answers. Compare only models of one tokenizer.",
         "after Sankar et al. 2019 (arXiv:1906.01603), who measure by how much a shuffled history raises the loss",
         turn_coherence,
     ),

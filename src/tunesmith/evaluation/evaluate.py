@@ -1,71 +1,47 @@
 """Base against tuned on rows that neither was trained on: paired, with intervals, in one of three words.
 
-The verdict is that of the loss (nats per token of the reference answers): *better* or *worse* when the
-95 % interval of the difference excludes zero, else *cannot tell*. Everything shown can be recomputed from
-`evaluation/rows.jsonl` and `evaluation/result.json` in the run.
+The verdict is that of one metric, said beforehand: the user's own where one was given, else the loss (nats per token of the
+reference answers), else, where a service has a model and tells no likelihoods, the chrF of the answers. The other metrics explain
+it; each keeps its own five percent of error, so of twenty that measure nothing one may look like something.
+
+Everything shown can be recomputed from `evaluation/` in the run: `rows.jsonl` (what both models did with each row),
+`canary.jsonl`, `suspects.jsonl`, `facts.json` and, of training, `events.jsonl` and `row_losses.npy`.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from tunesmith import backends
-from tunesmith.conversation import Conversation, Message
-from tunesmith.data.check import load
-from tunesmith.data.scan import conversations
+from tunesmith.conversation import Conversation
+from tunesmith.data.convert import sample
+from tunesmith.data.scan import Progress
 from tunesmith.data.split import prompt_key
 from tunesmith.data.write import write_json, write_jsonl
-from tunesmith.errors import DataError, UsageError
-from tunesmith.evaluation.stats import Comparison, compare
-from tunesmith.hosted import effective
-from tunesmith.models import find
-from tunesmith.recipe import FACTS
-from tunesmith.render import own_template
+from tunesmith.errors import DataError, UsageError, did_you_mean
+from tunesmith.evaluation import code, likelihood, persona, rowreport, tasks
+from tunesmith.evaluation.asking import Asked, Options, asking, trained
+from tunesmith.evaluation.custom import metric_from
+from tunesmith.evaluation.diagnosis import Evidence, diagnose
+from tunesmith.evaluation.domain import mine_terms
+from tunesmith.evaluation.metric import Facts, Heard, Metric, Said, measure
+from tunesmith.evaluation.observe import Observed
+from tunesmith.evaluation.result import Canary, Evaluation, Persona, Sample
+from tunesmith.evaluation.sides import Models, sides
+from tunesmith.evaluation.stats import Comparison
 from tunesmith.runs import Run
 
-SAMPLE_TOKENS = 120
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """A prompt with the answers of both models, and the reference where there is one."""
-
-    prompt: str
-    base: str
-    tuned: str
-    reference: str = ""
-
-
-class Persona(msgspec.Struct, frozen=True):
-    """How many identity probes each model answers with the name, without a system prompt."""
-
-    name: str
-    probes: int
-    base: int
-    tuned: int
-    answers: list[Sample]
-
-
-class Evaluation(msgspec.Struct, frozen=True):
-    """The outcome. `verdict`: better, worse or cannot tell (the tuned model, against the base)."""
-
-    verdict: str
-    base: str
-    tuned: str
-    dataset: str
-    rows: int
-    tokens: int
-    metrics: list[Comparison]
-    persona: Persona | None
-    samples: list[Sample]
-    report: str | None = None
-    unavailable: str = ""  # metrics that cannot be had of these models, and why
+SHOWN = 12  # prompts whose answers the report shows side by side
+LEARNT_FROM = 2000  # training answers that terms and words are mined from
+RULE = (
+    "The verdict is that of {}: better or worse where the 95 % interval of the difference excludes zero and a paired permutation "
+    "test agrees; else it cannot be told."
+)
+NEVER = "loss, perplexity, token accuracy: a service does not say how likely a reference is to its model"
 
 
 def evaluate(
@@ -75,12 +51,10 @@ def evaluate(
     against: str | None = None,
     dataset: str | None = None,
     columns: dict[str, str] | None = None,
-    samples: int = 6,
-    persona: str | None = None,
-    seed: int = 0,
     base_url: str | None = None,
     api_key_file: str | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
 
@@ -88,215 +62,219 @@ def evaluate(
     the same, are refused (DataError). What is kept: the run's own evaluation in evaluation/ and report.html, any other
     (another model, base or data set) in a folder of its own beside it.
 
-    A model that a service keeps (of a run at a service, or named "ft:…") is judged by its answers: see
-    `tunesmith.evaluation.answers`. `base_url` and `api_key_file`: of the service, where the run is not one of it.
+    A model that a service keeps (of a run at a service, or named "ft:…") is judged by its answers. `base_url` and
+    `api_key_file`: of the service, where the run is not one of it.
+
+    Options: `task` (of tasks.TASKS: which metrics; default: the run's), `rows` (prompts that are answered, chosen by `seed`;
+    0: none), `samples` (further answers to each of SAMPLED prompts, and to each row that has tests), `max_tokens` (of an answer;
+    None: room for twice the longest reference, 256 at most), `metric` (one's own: see `custom.metric_from`), `persona` (a name).
     """
-    say = on_progress or (lambda _: None)
-    tuned, base, rows, name = _sides(run, model, against, dataset, columns)
-    sides = Models(run, base_url, api_key_file)
-    base_scores: Any
-    tuned_scores: Any
-    by_answers = sides.hosted(base) or sides.hosted(tuned)
-    if by_answers:
-        from tunesmith.evaluation import answers
+    how = msgspec.convert(options, Options, strict=True)
+    task = _task(how.task, run)
+    own = metric_from(how.metric) if how.metric else None
+    pair = sides(run, model, against, dataset, columns)
+    models, progress = Models(run, base_url, api_key_file), on_progress or (lambda *_: None)
+    other = "-".join(_other(model, against, dataset, how.task, how.metric))
+    scored = not (models.hosted(pair.base) or models.hosted(pair.tuned))
 
-        rows = answers.asked(rows, seed)
-        say(f"asking {base} {len(rows)} held-out prompts")
-        base_scores = answers.answered(rows, sides.completer(base), seed)
-        say(f"asking {tuned} {len(rows)} held-out prompts")
-        tuned_scores = answers.answered(rows, sides.completer(tuned), seed)
-        metrics = answers.metrics(base_scores, tuned_scores, seed)
-    else:
-        say(f"scoring {len(rows)} held-out rows with {base}")
-        base_scores = _score(base, rows, run)
-        say(f"scoring {len(rows)} held-out rows with {tuned}")
-        tuned_scores = _score(tuned, rows, run)
-        metrics = _metrics(rows, base_scores, tuned_scores, seed)
-    who = persona or (str(run.recipe().persona) if run else "none")
-    probes = _probes(run) if who not in ("none", "auto") else []
-    chosen = list({prompt_key(r): r for r in rows if r.prompt()}.values())[:samples]
-    questions = probes + [Conversation(r.prompt(), tools=r.tools) for r in chosen]
-    say(f"answering {len(questions)} prompts with {base}")
-    base_answers = _answers(base, questions, seed, sides)
-    say(f"answering {len(questions)} prompts with {tuned}")
-    tuned_answers = _answers(tuned, questions, seed, sides)
-    asked = [q.messages[-1].content for q in questions]
-    n = len(probes)
-    shown = [
-        Sample(*s, reference=r.answer())
-        for s, r in zip(zip(asked[n:], base_answers[n:], tuned_answers[n:], strict=True), chosen, strict=True)
-    ]
-    identity = None
-    if probes:
-        heard = [Sample(*s) for s in zip(asked[:n], base_answers[:n], tuned_answers[:n], strict=True)]
-        base_named, tuned_named = (sum(_names(who, getattr(s, side)) for s in heard) for side in ("base", "tuned"))
-        identity = Persona(who, n, base_named, tuned_named, heard)
-    tokens = 0 if by_answers else sum(int(s.tokens) for s in tuned_scores)
-    result = Evaluation(metrics[0].verdict, base, tuned, name, len(rows), tokens, metrics, identity, shown)
-    if by_answers:
-        result = msgspec.structs.replace(result, unavailable=answers.UNAVAILABLE)
-    named = (("model", model), ("against", against), ("on", dataset))
-    other = [f"{k}-" + re.sub(r"[^\w.-]+", "-", Path(v).name) for k, v in named if v]
-    return _keep(run, "-".join(other), result, rows, base_scores, tuned_scores) if run else result
-
-
-def _names(who: str, answer: str) -> bool:
-    return who.casefold() in answer.casefold()
-
-
-def _sides(
-    run: Run | None, model: str | None, against: str | None, dataset: str | None, columns: dict[str, str] | None
-) -> tuple[str, str, list[Conversation], str]:
-    """(tuned, base, held-out rows, their name)."""
-    if run is None:
-        if not (model and against and dataset):
-            raise UsageError(
-                "needs a run, or two models and a data set",
-                fix="tunesmith evaluate RUN, or --model A --against B --dataset D",
-            )
-        rows = load(dataset, columns).require().conversations
-        for name in (model, against):
-            _refuse_seen(rows, name)
-        return model, against, rows, dataset
-    manifest = run.manifest()
-    there = run.last("done").get("model") if manifest["provider"] == "openai" else str(run / "best_model")
-    if not there or manifest["provider"] != "openai" and not Path(there).is_dir():
-        raise UsageError(
-            f"this run has no model yet (it is {run.state()})",
-            where=str(run),
-            fix=f"see: tunesmith runs events {run:q}; go on with: tunesmith train --resume {run:q}",
-        )
-    tuned, base = model or there, against or manifest["recipe"]["model"]
-    own = run / "data" / "test.jsonl"
-    if dataset is None and not own.exists():
-        raise UsageError(
-            "this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE"
-        )
-    rows = load(dataset or str(own), columns).require().conversations
-    for name in (tuned, base, str(run)):
-        _refuse_seen(rows, name)
-    return tuned, base, rows, dataset or str(own)
-
-
-def _refuse_seen(rows: list[Conversation], model: str) -> None:
-    """DataError where rows ask what the run that made `model` was trained or chosen on (its train and valid rows)."""
-    path = Path(model)
-    folder = next((f for f in (path, *list(path.parents)[:2]) if (f / "run.json").exists()), None)
-    if folder is None:
-        return
-    asked = _asked(folder, ("train", "valid"), set(map(prompt_key, rows)))
-    seen = [row for row in rows if prompt_key(row) in asked]
-    if seen:
-        raise DataError(
-            f"{len(seen)} of {len(rows)} rows ask what {folder} was trained on",
-            where=seen[0].source,
-            fix="evaluate on rows that it has not seen, such as its own data/test.jsonl",
-        )
-
-
-def _asked(run: Path, sides: tuple[str, ...], keys: set[str]) -> set[str]:
-    """Those of some prompts' keys that rows of a run ask. The rows are gone through: there may be more than memory holds."""
-    files = [run / "data" / f"{side}.jsonl" for side in sides]
-    read = (prompt_key(row) for file in files if file.exists() for row in conversations(str(file)))
-    return {key for key in read if key in keys}
-
-
-def _template(name: str, run: Run | None) -> str | None:
-    """The run's chat template for a model that has none: a base is judged on the form in which it was tuned."""
-    return run.template() if run and own_template(find(name)) is None else None
-
-
-def _score(name: str, rows: list[Conversation], run: Run | None) -> Any:
-    from tunesmith.local.score import score
-
-    return score(name, rows, _template(name, run))
-
-
-class Models:
-    """Where the models of an evaluation are to be asked: here, or at a service."""
-
-    def __init__(self, run: Run | None, base_url: str | None, api_key_file: str | None) -> None:
-        self._run, self._base_url, self._key_file = run, base_url, api_key_file
-        self._remote = run is not None and run.manifest()["provider"] == "openai"
-
-    def hosted(self, name: str) -> bool:
-        """Whether a service has the model: what is no folder here, for a run at a service; for others "ft:…"."""
-        return not Path(name).is_dir() and (self._remote or name.startswith("ft:"))
-
-    def completer(self, name: str) -> backends.Completer:
-        if not self.hosted(name):
-            return backends.get("huggingface").completer(name, _template(name, None if self._remote else self._run))
-        from tunesmith.remote.answers import Answers
-        from tunesmith.remote.backend import connect
-        from tunesmith.remote.service import Service
-
-        if self._remote and self._run and not self._base_url:
-            return Answers(connect(self._run, self._key_file), name)
-        return Answers(Service(effective(self._base_url)[0], self._key_file), name)
-
-
-def _answers(name: str, questions: list[Conversation], seed: int, sides: Models) -> list[str]:
-    if not questions:
-        return []
-    return sides.completer(name)(questions, max_tokens=SAMPLE_TOKENS, temperature=0.0, seed=seed)
-
-
-def _probes(run: Run | None) -> list[Conversation]:
-    """The identity probes that no training row asks word for word."""
-    with (FACTS / "probes.toml").open("rb") as stream:
-        texts = tomllib.load(stream)["identity"]
-    probes = {
-        prompt_key(Conversation((Message("user", text), Message("assistant", "-")))): Conversation(
-            (Message("user", text),)
-        )
-        for text in texts
-    }
-    trained = _asked(run.path, ("train",), set(probes)) if run else set()
-    return [probe for key, probe in probes.items() if key not in trained]
-
-
-def _metrics(rows: list[Conversation], base: Any, tuned: Any, seed: int) -> list[Comparison]:
-    """Loss first (the verdict is its), then perplexity and token accuracy. Two tokenizers are compared per byte of answer."""
-
-    def column(scores: Any, field: str) -> Any:
-        return np.array([getattr(s, field) for s in scores], np.float64)
-
-    same = [s.tokens for s in base] == [s.tokens for s in tuned]
-    weight = column(base, "tokens") if same else np.array([_learnt_bytes(r) for r in rows], np.float64)
-    if not weight.sum():
-        raise DataError("nothing to score: the rows have no answers", fix="evaluate on rows with answers")
-    loss = compare(
-        "loss (nats per token)" if same else "loss (nats per byte)",
-        column(base, "loss"),
-        column(tuned, "loss"),
-        weight,
-        True,
-        seed,
+    asked = asking(run, pair, how, scored, bool(run) and not other)
+    notes = [] if scored else [NEVER]
+    base, tuned = (
+        _tested(pair.rows, models.observe(name, ask, progress), progress, notes)
+        for name, ask in ((pair.base, asked.base), (pair.tuned, asked.tuned))
     )
-    metrics = [loss]
-    if same:
-        metrics.append(
-            compare("perplexity", column(base, "loss"), column(tuned, "loss"), weight, True, seed, shape=np.exp)
+    facts = _facts(run, task, asked, base, how.seed)
+    chosen = tasks.metrics(
+        task,
+        same_tokens=[h.tokens for h in base.heard] == [h.tokens for h in tuned.heard],
+        scored=scored,
+        with_persona=bool(asked.probes),
+        compressed=tasks.is_compressed(pair.rows),
+        own=own,
+    )
+    metrics = measured(chosen, pair.rows, base.heard, tuned.heard, facts, how.seed)
+    if not metrics or metrics[0].metric != chosen[0].name:
+        raise DataError(
+            f"nothing to compare by {chosen[0].name}", where=pair.dataset, fix="evaluate on rows with answers"
         )
-        metrics.append(compare("token accuracy", column(base, "right"), column(tuned, "right"), weight, False, seed))
-    return metrics
+    canary = _canary(asked, base, tuned, how.seed) if scored else None
+    rows = rowreport.report(run, asked.candidates, tuned.gains, tuned.recited) if run and asked.candidates else None
+    curve = run if run and not (model or dataset) else None
+    evidence = Evidence(
+        metrics[0].verdict,
+        {m.metric: m for m in metrics},
+        curve.metrics("step") if curve else [],
+        curve.metrics("eval") if curve else [],
+        pair.rows,
+        tuned.heard,
+        canary,
+        rows,
+        bool(run and run.last("done").get("stopped_early")),
+        f"{run:q}" if run else "RUN",
+    )
+    result = Evaluation(
+        metrics[0].verdict,
+        RULE.format(metrics[0].metric),
+        pair.base,
+        pair.tuned,
+        task,
+        pair.dataset,
+        len(pair.rows),
+        len(asked.base.answered),
+        sum(h.tokens for h in tuned.heard),
+        metrics,
+        {m.name: f"{m.about} Range: {m.span}. Source: {m.source}." for m in chosen},
+        _persona(asked, base, tuned),
+        canary,
+        diagnose(evidence),
+        rows,
+        _samples(pair.rows, asked.base.answered, base.heard, tuned.heard),
+        "; ".join(notes),
+        how.seed,
+    )
+    return _keep(run, other, result, asked, base, tuned, facts) if run else result
 
 
-def _learnt_bytes(row: Conversation) -> int:
-    """UTF-8 bytes of all that a model is scored on in this row."""
-    return sum(len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.weight != 0)
+def _task(task: str | None, run: Run | None) -> str:
+    known = list(tasks.TASKS)
+    if task and task not in known:
+        raise UsageError(
+            f'no task "{task}"{did_you_mean(task, known)}', where="--task", fix=f"known: {', '.join(known)}"
+        )
+    return task or (run.recipe().task if run else "chat")
 
 
-def _keep(run: Run, other: str, result: Evaluation, rows: list[Conversation], base: Any, tuned: Any) -> Evaluation:
-    """Write rows, result and report; where it is not the run's own evaluation, under the name `other`."""
+def _other(
+    model: str | None, against: str | None, dataset: str | None, task: str | None, metric: str | None
+) -> list[str]:
+    """The name of the folder of an evaluation that is not the run's own, in parts."""
+    named = (("model", model), ("against", against), ("on", dataset), ("task", task), ("metric", metric))
+    return [f"{k}-" + re.sub(r"[^\w.-]+", "-", Path(v).name)[:60] for k, v in named if v]
+
+
+# ---- what comes of it
+
+
+def measured(
+    chosen: Sequence[Metric],
+    rows: Sequence[Conversation],
+    base: Sequence[Heard],
+    tuned: Sequence[Heard],
+    facts: Facts,
+    seed: int,
+) -> list[Comparison]:
+    """All metrics that the rows have something to say of."""
+    found = (measure(metric, rows, base, tuned, facts, seed) for metric in chosen)
+    return [each for each in found if each is not None]
+
+
+def _facts(run: Run | None, task: str, asked: Asked, base: Observed, seed: int) -> Facts:
+    """What is learnt from the training rows: the terms of a domain; the words and the style of a persona."""
+    if run is None or not (task == "domain" or asked.taught):
+        return Facts(persona=asked.name)
+    rows = trained(run)
+    answers = [row.answer() for row in (sample(rows, LEARNT_FROM, seed) if len(rows) > LEARNT_FROM else rows)]
+    terms = mine_terms(answers) if task == "domain" else []
+    if not asked.taught:
+        return Facts(terms=terms)
+    said = [s.text for s in base.recited]
+    weights, _ = persona.learn_style([row.answer() for row in asked.taught], said, seed)
+    return Facts(terms, persona.mine_vocabulary(answers, said), weights, asked.name)
+
+
+def _tested(rows: Sequence[Conversation], heard: Observed, progress: Progress, notes: list[str]) -> Observed:
+    """What was heard, with the outcome of the rows' tests where they have some."""
+
+    def told(done: int, of: int) -> None:
+        progress(len(rows), done / of, "running the rows' tests")
+
+    judged = code.judge(rows, heard.heard, progress=told)
+    if judged.note and judged.note not in notes:
+        notes.append(judged.note)
+    return msgspec.structs.replace(heard, heard=judged.heard)
+
+
+def _canary(asked: Asked, base: Observed, tuned: Observed, seed: int) -> Canary:
+    names = ("loss on general text (nats per token)", "loss on the starter's questions (nats per token)")
+    cuts = (slice(0, asked.general), slice(asked.general, None))
+    same = [h.tokens for h in base.canary] == [h.tokens for h in tuned.canary]
+    found = []
+    for name, cut in zip(names, cuts, strict=True):
+        rows = asked.base.canary[cut]
+        metric = msgspec.structs.replace(
+            likelihood.LOSS if same else likelihood.PER_BYTE, name=name if same else name.replace("token", "byte")
+        )
+        found.append(measure(metric, rows, base.canary[cut], tuned.canary[cut], Facts(), seed))
+    n = len(asked.probes)
+    answers = [
+        Sample(row.prompt()[-1].content, b.text, t.text, row.answer())
+        for row, b, t in zip(asked.starter, base.questions[n:], tuned.questions[n:], strict=True)
+    ]
+    return Canary([m for m in found if m], answers)
+
+
+def _persona(asked: Asked, base: Observed, tuned: Observed) -> Persona | None:
+    if not asked.probes:
+        return None
+    n = len(asked.probes)
+    answers = [
+        Sample(probe.messages[-1].content, b.text, t.text)
+        for probe, b, t in zip(asked.probes, base.questions[:n], tuned.questions[:n], strict=True)
+    ]
+    before, after = (
+        sum(asked.name.casefold() in s.text.casefold() for s in side.questions[:n]) for side in (base, tuned)
+    )
+    return Persona(asked.name, n, before, after, answers)
+
+
+def _samples(
+    rows: Sequence[Conversation], answered: Sequence[int], base: Sequence[Heard], tuned: Sequence[Heard]
+) -> list[Sample]:
+    """The first prompts that were answered, different ones: chosen by the seed, not by the result."""
+    chosen = list({prompt_key(rows[i]): i for i in reversed(answered)}.values())[::-1][:SHOWN]
+
+    def text(said: Said | None) -> str:
+        return said.text if said else ""
+
+    return [
+        Sample(rows[i].prompt()[-1].content, text(base[i].said), text(tuned[i].said), rows[i].answer(), rows[i].source)
+        for i in chosen
+    ]
+
+
+# ---- what is kept
+
+
+def _keep(
+    run: Run, other: str, result: Evaluation, asked: Asked, base: Observed, tuned: Observed, facts: Facts
+) -> Evaluation:
+    """Write all that the figures come from, the result and the report; in a folder `other` where it is not the run's own."""
     from tunesmith.evaluation.report import write_report
 
     folder = run / "evaluation" / other
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(
-        folder / "rows.jsonl",
-        ({"source": r.source, "base": b, "tuned": t} for r, b, t in zip(rows, base, tuned, strict=True)),
-    )
+    for name, rows, before, after in (
+        ("rows", asked.base.rows, base.heard, tuned.heard),
+        ("canary", asked.base.canary, base.canary, tuned.canary),
+    ):
+        write_jsonl(
+            folder / f"{name}.jsonl",
+            (
+                {"source": r.source, "digest": r.digest(), "base": b, "tuned": t}
+                for r, b, t in zip(rows, before, after, strict=bool(before))
+            ),
+        )
+    write_json(folder / "facts.json", facts)
+    for name, part, values in (
+        ("suspects", asked.tuned.suspects, tuned.gains),
+        ("recited", asked.tuned.recited, tuned.recited),
+        ("taught", asked.base.recited, base.recited),
+    ):
+        if part:
+            write_jsonl(
+                folder / f"{name}.jsonl",
+                ({"source": r.source, "digest": r.digest(), name: v} for r, v in zip(part, values, strict=True)),
+            )
     report = folder / "report.html" if other else run / "report.html"
     result = msgspec.structs.replace(result, report=str(report))
     write_json(folder / "result.json", result)
@@ -305,6 +283,9 @@ def _keep(run: Run, other: str, result: Evaluation, rows: list[Conversation], ba
 
 
 def kept(run: Run) -> Evaluation | None:
-    """The run's last evaluation, None when it has none."""
+    """The run's last evaluation, None when it has none, or one of an older form."""
     path = run / "evaluation" / "result.json"
-    return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
+    except msgspec.ValidationError:
+        return None

@@ -49,7 +49,9 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
 
     terms: list[str] = []  # of the domain: mined from the training answers
     vocabulary: list[str] = []  # of the persona: words that its answers use far more often than the base model's
-    style: dict[str, float] = {}  # weight of each feature of the classifier between the base's style and the training rows'
+    style: dict[
+        str, float
+    ] = {}  # weight of each feature of the classifier between the base's style and the training rows'
     persona: str = ""
 
 
@@ -88,9 +90,10 @@ def measure(
     pairs = [
         (before, after)
         for row, b, t in zip(rows, base, tuned, strict=True)
-        if (before := metric.columns(row, b, facts)) is not None and (after := metric.columns(row, t, facts)) is not None
+        if (before := metric.columns(row, b, facts)) is not None
+        and (after := metric.columns(row, t, facts)) is not None
     ]
     if not pairs:
         return None
-    before, after = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
-    return compare(metric.name, before, after, metric.better == "lower", metric.figure, seed)
+    first, second = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
+    return compare(metric.name, first, second, metric.better == "lower", metric.figure, seed)

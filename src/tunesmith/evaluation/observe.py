@@ -25,6 +25,7 @@ from tunesmith.models import find
 
 FORM = 1  # of what is kept: another number, and nothing kept before is used
 HEAT = 0.8  # temperature of further answers
+WORST = 1e9  # nats: of a row that a model gives no number for (JSON has no infinity)
 CONTEXTS = 4  # other rows' contexts that each suspect's answer is tried with
 
 
@@ -95,7 +96,9 @@ def _asked(ask: Ask, chat: backends.Completer, scorer: Callable[..., Any], doing
     mine, others = _contexts(ask.suspects, CONTEXTS, ask.seed)
     scored = [ask.rows, own, other, ask.canary, mine, others]
     writing = len(ask.answered) + len(ask.sampled) * ask.samples + len(ask.questions) + len(ask.recited)
-    tally = Tally(sum(map(len, scored)) + 4 * writing, len(ask.rows), doing, progress)  # an answer takes longer than a score
+    tally = Tally(
+        sum(map(len, scored)) + 4 * writing, len(ask.rows), doing, progress
+    )  # an answer takes longer than a score
 
     def score(rows: list[Conversation]) -> list[Any]:
         found: list[Any] = []
@@ -109,12 +112,12 @@ def _asked(ask: Ask, chat: backends.Completer, scorer: Callable[..., Any], doing
     if ask.shuffled:
         places = [i for i, row in enumerate(ask.rows) if _turn(row)]
         for i, a, b in zip(places, score(own), score(other), strict=True):
-            contexts[i] = (a.loss, b.loss, a.tokens)
-    canary = [Heard(s.loss, s.tokens, s.right) for s in score(ask.canary)]
+            contexts[i] = (min(a.loss, WORST), min(b.loss, WORST), a.tokens)
+    canary = [Heard(min(s.loss, WORST), s.tokens, s.right) for s in score(ask.canary)]
     gains = _gains(ask.suspects, score(mine), score(others))
     said, samples, questions, recited = _written(ask, chat, lambda n: tally(4 * n))
     heard = [
-        Heard(s.loss, s.tokens, s.right, s.bins, contexts[i], said.get(i), samples.get(i, []))
+        Heard(min(s.loss, WORST), s.tokens, s.right, s.bins, contexts[i], said.get(i), samples.get(i, []))
         for i, s in enumerate(losses)
     ]
     return Observed(heard, questions, canary, recited, gains)
@@ -170,10 +173,14 @@ def _contexts(rows: Sequence[Conversation], count: int, seed: int) -> tuple[list
     """(the rows that have a context, each with its last answer alone; the same after `count` other rows' contexts each)."""
     turns = [row for row in rows if _turn(row)]
     if len(turns) < 2:
-        return [_last(row.prompt(), row) for row in turns], [_last(row.prompt(), row) for row in turns for _ in range(count)]
+        return [_last(row.prompt(), row) for row in turns], [
+            _last(row.prompt(), row) for row in turns for _ in range(count)
+        ]
     chance, n = random.Random(seed), len(turns)
     others = [
-        _last(turns[(i + 1 + chance.randrange(n - 1)) % n].prompt(), row) for i, row in enumerate(turns) for _ in range(count)
+        _last(turns[(i + 1 + chance.randrange(n - 1)) % n].prompt(), row)
+        for i, row in enumerate(turns)
+        for _ in range(count)
     ]
     return [_last(row.prompt(), row) for row in turns], others
 
@@ -187,7 +194,8 @@ def _gains(rows: Sequence[Conversation], own: Sequence[Any], others: Sequence[An
             continue
         mine, count = own[place], CONTEXTS
         theirs = others[place * count : (place + 1) * count]
-        found.append((sum(s.loss for s in theirs) / count - mine.loss) / max(1, mine.tokens))
+        gain = (sum(min(s.loss, WORST) for s in theirs) / count - min(mine.loss, WORST)) / max(1, mine.tokens)
+        found.append(gain)
         place += 1
     return found
 

@@ -34,8 +34,8 @@ def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:
     if not math.isfinite(best.loss()):
         return Advice(min(best.rate, second.rate) / 8, False, "every rate diverged: far lower ones are needed", table)
     if math.isfinite(second.loss()):
-        sides = (np.stack([np.array(t.losses), np.array(t.tokens, float)], 1) for t in (second, best))
-        verdict = compare("loss", *sides, lower_is_better=True)
+        worse, better = (np.stack([np.array(t.losses), np.array(t.tokens, float)], 1) for t in (second, best))
+        verdict = compare("loss", worse, better, lower_is_better=True)
         words = f"{verdict.difference:+.4f} nats, 95 % interval {verdict.low:+.4f} to {verdict.high:+.4f}"
         if verdict.verdict != "better":
             lower = min(best.rate, second.rate)

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from tunesmith.conversation import Issue
 from tunesmith.data.write import write_bytes
-from tunesmith.evaluation.evaluate import Evaluation
+from tunesmith.evaluation.result import Evaluation
 from tunesmith.evaluation.stats import FEWEST
 from tunesmith.models import STARTER
 from tunesmith.recipe import fields

@@ -76,7 +76,7 @@ def candidates(run: Run, seed: int) -> Candidates:
     """The rows of a run that the report is about. Read one at a time: there may be more than memory holds."""
     counts = {side: int(run.manifest()["plan"]["rows"].get(side, 0)) for side in ("train", "valid", "test")}
     total = sum(counts.values())
-    taken = set(sample(list(range(total)), MOST, seed)) if total > MOST else set(range(total))
+    taken = set(sample(range(total), MOST, seed)) if total > MOST else set(range(total))
     best = {int(i) for i in _best_learnt(run)}
     rows, sides, numbers, recited = [], [], [], []
     at = 0
@@ -113,11 +113,15 @@ def _best_learnt(run: Run) -> Sequence[int]:
 
 def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Sequence[Said]) -> RowReport:
     """What is to be said of the candidates, from the tuned model's gains and its answers to the recited rows' prompts."""
-    prompts = ["\n".join(m.content for m in row.prompt() if m.role not in ("system", "developer")) for row in found.rows]
+    prompts = [
+        "\n".join(m.content for m in row.prompt() if m.role not in ("system", "developer")) for row in found.rows
+    ]
     answers = [row.answer() for row in found.rows]
     scores = suspicion(prompts, answers, [gains] if any(g is not None for g in gains) else [])
     verbatim = {
-        row.digest() for row, s in zip(found.recited, said, strict=True) if " ".join(s.text.split()) == " ".join(row.answer().split())
+        row.digest()
+        for row, s in zip(found.recited, said, strict=True)
+        if " ".join(s.text.split()) == " ".join(row.answer().split())
     }
     table = losses(run)
     marks = _marks(table) if table is not None else {}

@@ -52,7 +52,9 @@ def ratio(sums: Array) -> Array:
         return np.asarray(sums[0] / sums[1], np.float64)
 
 
-def compare(metric: str, base: Array, tuned: Array, lower_is_better: bool, figure: Figure = ratio, seed: int = 0) -> Comparison:
+def compare(
+    metric: str, base: Array, tuned: Array, lower_is_better: bool, figure: Figure = ratio, seed: int = 0
+) -> Comparison:
     """Compare two models by a metric that is a `figure` of sums over rows; base and tuned [rows, k], row i of both the same.
 
     The interval is the expanded percentile bootstrap over rows (Efron 1979; Hesterberg 2015, which widens it for few rows as
@@ -104,8 +106,8 @@ def _resampled(base: Array, tuned: Array, figure: Figure, seed: int) -> Array:
     """The difference on RESAMPLES bootstrap samples, without those on which the metric has no value."""
     found = []
     for start, size in _parts(len(base)):
-        counts = _drawn(len(base), seed, start, size).astype(np.float32)
-        before, after = (figure((counts @ side.astype(np.float64)).T) for side in (base, tuned))
+        counts = _drawn(len(base), seed, start, size).astype(np.float64)
+        before, after = (figure((counts @ side).T) for side in (base, tuned))
         found.append(after - before)
     every = np.concatenate(found)
     kept = every[np.isfinite(every)]
@@ -118,9 +120,11 @@ def _exchanged(base: Array, tuned: Array, figure: Figure, effect: float, seed: i
     extreme = 0
     for start, size in _parts(len(base)):
         signs = _thrown(len(base), seed, start, size)
-        moved = (signs.astype(np.float32) @ gap).T  # [k, size]
+        moved = (signs.astype(np.float64) @ gap).T  # [k, size]
         with np.errstate(invalid="ignore"):
-            extreme += int(np.sum(np.abs(figure((total + moved) / 2) - figure((total - moved) / 2)) >= abs(effect) * (1 - 1e-9)))
+            extreme += int(
+                np.sum(np.abs(figure((total + moved) / 2) - figure((total - moved) / 2)) >= abs(effect) * (1 - 1e-9))
+            )
     return (1 + extreme) / (1 + RESAMPLES)
 
 
@@ -133,7 +137,9 @@ def _parts(rows: int) -> list[tuple[int, int]]:
 @lru_cache(maxsize=KEPT // 2_000_000)
 def _drawn(rows: int, seed: int, start: int, size: int) -> NDArray[np.uint16]:
     """How often each row is in each bootstrap sample: multinomial."""
-    return np.random.default_rng([seed, 0, start]).multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.uint16)
+    return (
+        np.random.default_rng([seed, 0, start]).multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.uint16)
+    )
 
 
 @lru_cache(maxsize=KEPT // 2_000_000)

@@ -27,7 +27,9 @@ LEAST, MOST = -1.0, 6.0  # of one piece of evidence: none may outweigh all other
 RELATIONS = 3  # kinds of evidence from the texts
 
 
-def suspicion(prompts: Sequence[str], answers: Sequence[str], gains: Sequence[Sequence[float | None]] = ()) -> list[float]:
+def suspicion(
+    prompts: Sequence[str], answers: Sequence[str], gains: Sequence[Sequence[float | None]] = ()
+) -> list[float]:
     """A number for each row, 0 and less for most. `gains`: of each model, nats a token by which a row's own context helps."""
     n = len(prompts)
     evidence = [np.zeros(n) for _ in range(RELATIONS)]
@@ -35,7 +37,9 @@ def suspicion(prompts: Sequence[str], answers: Sequence[str], gains: Sequence[Se
     for start in range(0, n, BLOCK):
         block = order[start : start + BLOCK]
         if len(block) > 2:
-            for all_rows, values in zip(evidence, _relations([prompts[i] for i in block], [answers[i] for i in block]), strict=True):
+            for all_rows, values in zip(
+                evidence, _relations([prompts[i] for i in block], [answers[i] for i in block]), strict=True
+            ):
                 all_rows[block] = values
     for each in gains:
         evidence.append(-np.array([np.nan if gain is None else gain for gain in each], np.float64))

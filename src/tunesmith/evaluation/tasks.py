@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
-from tunesmith.evaluation import chat, compression, domain, instruct, likelihood, persona
+from tunesmith.evaluation import chat, code, compression, domain, instruct, likelihood, persona
 from tunesmith.evaluation.metric import Metric
 
 CHRF = next(m for m in instruct.METRICS if m.name == "chrF")
 TASKS: dict[str, tuple[Metric, ...]] = {
     "chat": chat.METRICS,
+    "code": code.METRICS,
     "instruct": instruct.METRICS,
     "domain": (*domain.METRICS, CHRF),
     "persona": persona.METRICS,
