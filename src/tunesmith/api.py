@@ -21,6 +21,7 @@ from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
+from tunesmith.render import own_template
 from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
 from tunesmith.settings import changes, resolve
 
@@ -333,12 +334,23 @@ def rescue(
     return bring(Service(hosted.effective(base_url)[0], api_key_file), Path(folder), on_progress)
 
 
-def completer(model: str) -> backends.Completer:
-    """Answers of a model, or of a run: the one at a service by way of it, with a key as when it was trained."""
-    if (Path(model) / "remote.json").exists():
+def completer(model: str, beside: str | None = None) -> backends.Completer:
+    """Answers of a model, or of a run: the one at a service by way of it, with a key as when it was trained.
+
+    `beside`: a run with which the model is compared. Where that is a service's, a name that is no folder here is a model of the
+    same service; a base without a chat template answers in the form in which the run was trained.
+    """
+    folder = Path(model).is_dir() or model == "starter"
+    if (Path(model) / "remote.json").exists() or model.startswith("ft:") and not folder:
         return backends.get("openai").completer(model)
-    find(model)  # a wrong name is said before torch is loaded
-    return backends.get("huggingface").completer(model)
+    if beside and not folder and (Path(beside) / "remote.json").exists():
+        from tunesmith.remote.answers import Answers
+        from tunesmith.remote.backend import connect
+
+        return Answers(connect(Run(beside)), model)
+    own = own_template(find(model))  # a wrong name is said before torch is loaded
+    template = find_run(beside).template() if own is None and beside and state_of(beside) else None
+    return backends.get("huggingface").completer(model, template)
 
 
 def lr_find(
