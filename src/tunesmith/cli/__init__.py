@@ -30,6 +30,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "train": ("train:train", "fine-tune a model"),
     "runs list": ("runs:list_runs", "runs and how they stand"),
     "runs show": ("runs:show", "one run: settings, losses, checkpoints"),
+    "runs compare": ("compare:compare", "runs against one another: settings, curves, metrics"),
     "runs watch": ("runs:watch", "follow a run that another process, or a service, trains"),
     "runs events": ("runs:events", "what a run has told"),
     "runs cancel": ("runs:cancel", "stop a run, also from another process"),
