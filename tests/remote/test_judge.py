@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,10 @@ import pytest
 from hostile import KEY, Hostile
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import ServiceError, UsageError
-from tunesmith.evaluation.judge import AT_ONCE, judge, judged, transcripts, verdict
+from tunesmith.evaluation.judge import judge, judged, transcripts, verdict
 from tunesmith.evaluation.judgement import Judgement, Transcript, agreed, figures, positions, rank_correlation
 from tunesmith.remote import service
+from tunesmith.remote.many import AT_ONCE
 
 BEST = "the right answer"
 
@@ -232,6 +237,32 @@ def test_ctrl_c_loses_nothing(tmp_path: Path, hostile: Hostile) -> None:
     with pytest.raises(KeyboardInterrupt):
         asked(hostile, ["no"] * 10, [BEST] * 10, path=path, on_progress=interrupt)
     assert len(transcripts(path)) == 20
+
+
+def test_ctrl_c_waits_for_nobody(tmp_path: Path, hostile: Hostile) -> None:
+    """A judge that thinks for long does not keep a process alive that is told to end; what it had said is on disk."""
+    seen = threading.Semaphore(0)
+
+    def slow(body: dict[str, Any]) -> str:
+        if "Question 0?" not in body["messages"][1]["content"]:
+            seen.release()
+            hostile.release.wait(60)
+        return "A"
+
+    hostile.answer = slow
+    code = (
+        "from pathlib import Path\nfrom tunesmith.conversation import Conversation, Message\n"
+        "from tunesmith.evaluation.judge import judged\n"
+        "rows = [Conversation((Message('user', f'Question {i}?'),)) for i in range(9)]\n"
+        f"judged(rows, [''] * 9, ['a'] * 9, ['b'] * 9, url={hostile.url!r}, model='base', path=Path('judge.jsonl'))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert all(seen.acquire(timeout=60) for _ in range(AT_ONCE))
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+        assert time.monotonic() - began < 10 and b"KeyboardInterrupt" in said
+    assert {t.row for t in transcripts(tmp_path / "judge.jsonl")} == {0}
 
 
 def test_a_service_that_never_works_is_an_error(

@@ -12,9 +12,7 @@ import random
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from string import Template
 
@@ -27,8 +25,8 @@ from tunesmith.errors import ServiceError
 from tunesmith.evaluation.judgement import ORDERS, VERDICTS, Judgement, Transcript, figures
 from tunesmith.hosted import address, local_address
 from tunesmith.recipe import FACTS
+from tunesmith.remote.many import AT_ONCE, many
 
-AT_ONCE = 8  # requests
 REPLY_TOKENS = 512  # three sentences and the verdict; a judge that has not come to it by then is unreadable
 SAY_EVERY = 5.0  # seconds between two words on how far it is
 MALFORMED = (400, 413, 422)  # said of one request alone: it is too long for the judge, or a filter refuses its text
@@ -204,31 +202,27 @@ def _whole(text: str) -> str:
 def _replies(requests: list[_Request], ask: Completer, seed: int) -> Iterator[tuple[_Request, str | ServiceError]]:
     """Replies as they come, AT_ONCE at a time. After an error no more are asked for, and those on their way still come; a
     refusal of one request alone ends nothing, unless the first AT_ONCE are all refused: then it is the judge that is wrong."""
-    pool = ThreadPoolExecutor(AT_ONCE)
-    left, running = iter(requests), dict[Future[str], _Request]()
     heard = refused = 0
-    try:
-        while True:
-            for request in islice(left, AT_ONCE - len(running)):
-                running[pool.submit(_answer, request, ask, seed)] = request
-            if not running:
+    failed = False
+
+    def wanted() -> Iterator[_Request]:
+        for request in requests:
+            if failed:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                request = running.pop(future)
-                try:
-                    reply = future.result()
-                except ServiceError as error:
-                    refused += 1
-                    if error.status in MALFORMED and not heard and refused == min(AT_ONCE, len(requests)):
-                        raise
-                    if error.status not in MALFORMED:
-                        left = iter(())
-                    yield request, error
-                else:
-                    heard += 1
-                    yield request, reply
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for what is on its way
+            yield request
+
+    for request, reply in many(lambda request: _answer(request, ask, seed), wanted()):
+        if isinstance(reply, str):
+            heard += 1
+        elif not isinstance(reply, ServiceError):
+            raise reply
+        elif reply.status in MALFORMED:
+            refused += 1
+            if not heard and refused == min(AT_ONCE, len(requests)):
+                raise reply
+        else:
+            failed = True
+        yield request, reply
 
 
 def _answer(request: _Request, ask: Completer, seed: int) -> str:

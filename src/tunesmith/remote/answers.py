@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import ServiceError
+from tunesmith.remote.many import many
 from tunesmith.remote.service import ODD, Service, cut_off
 from tunesmith.remote.upload import as_sent
 
-AT_ONCE = 8  # requests
 NEW_MODEL = 180.0  # seconds that a model which has just been made may be unknown
 
 
@@ -41,15 +40,15 @@ class Answers:
         told: Callable[[int], object] = lambda _: None,
     ) -> list[tuple[str, bool | None, int]]:
         """(answer, whether the model ended it by itself, its tokens) each; None and 0 where the service does not say."""
-        pool = ThreadPoolExecutor(AT_ONCE)
-        try:
-            found = []
-            for answer in pool.map(lambda prompt: self._answer(prompt, max_tokens, temperature, seed), prompts):
-                found.append(answer)
-                told(1)
-            return found
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for what is on its way
+        found: dict[int, tuple[str, bool | None, int]] = {}
+        for at, answer in many(
+            lambda at: self._answer(prompts[at], max_tokens, temperature, seed), range(len(prompts))
+        ):
+            if isinstance(answer, Exception):
+                raise answer
+            found[at] = answer
+            told(1)
+        return [found[at] for at in range(len(prompts))]
 
     def _answer(
         self, prompt: Conversation, max_tokens: int, temperature: float, seed: int
