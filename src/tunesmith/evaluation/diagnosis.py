@@ -25,8 +25,9 @@ RISE = 1.02  # of the validation loss over its lowest, as in training
 LEVEL = 0.02  # relative change of the training loss that is none
 FORGOT = 0.10  # relative rise of the loss on general text
 RECITED = 0.5  # share of the best-learnt rows that are repeated word for word
-REPEATS = 0.2  # of an answer's runs of four words
+REPEATS = 0.33  # of an answer's runs of four words
 ENDS = 0.5  # of the answers, and 0.2 fewer than of the base's
+ALIKE = 0.01  # ROUGE-L: no difference
 ANSWERS = 8  # fewer say nothing of habits
 
 
@@ -38,16 +39,20 @@ class Evidence(msgspec.Struct, frozen=True):
     steps: list[dict[str, Any]] = []
     evals: list[dict[str, Any]] = []
     rows: Sequence[Conversation] = ()
+    base: Sequence[Heard] = ()
     tuned: Sequence[Heard] = ()
     canary: Canary | None = None
     training_rows: RowReport | None = None
     stopped_early: bool = False
+    epochs: float | None = None  # that the user asked for, None where it was left to the rules
     run: str = "RUN"
 
 
 def diagnose(evidence: Evidence) -> list[Diagnosis]:
     """All that is found, the most severe first."""
     found = [each for rule in RULES for each in rule(evidence)]
+    if any(d.name == "diverged" for d in found):  # all else follows from it
+        found = [d for d in found if d.name in ("diverged", "worse than the base")]
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(found, key=lambda d: order[d.severity])
 
@@ -76,12 +81,17 @@ def diverged(e: Evidence) -> Iterator[Diagnosis]:
 
 
 def overfitting(e: Evidence) -> Iterator[Diagnosis]:
-    """The validation loss rose clearly over its lowest while the training loss went on falling."""
+    """The validation loss rose clearly over its lowest while the training loss went on falling.
+
+    Of a run that early stopping has ended, only where many more epochs had been asked for: else the rules have done their work.
+    """
     after = [v for v in e.evals if v["step"] > 0]
     if len(after) < 3:
         return
     best = min(after, key=lambda v: v["loss"])
-    if min(v["loss"] for v in after[-2:]) <= RISE * best["loss"] or after[-1]["step"] == best["step"]:
+    in_time = e.stopped_early and not (e.epochs and e.epochs > 2 * best.get("epoch", e.epochs))
+    rise = 1.0 if e.stopped_early else RISE
+    if in_time or min(v["loss"] for v in after[-2:]) <= rise * best["loss"] or after[-1]["step"] == best["step"]:
         return
     early = [s["loss"] for s in e.steps if s["step"] <= best["step"]][-8:]
     late = [s["loss"] for s in e.steps][-8:]
@@ -93,7 +103,7 @@ def overfitting(e: Evidence) -> Iterator[Diagnosis]:
         f"the validation loss rose from {best['loss']:.3f} at step {best['step']} (epoch {best.get('epoch', 0):.1f}) to "
         f"{after[-1]['loss']:.3f} at step {after[-1]['step']} while the training loss fell to {fmean(late):.3f}; "
         f"best_model is of step {best['step']}",
-        f"stop there: --max-steps {best['step']}; more rows help more than more epochs",
+        f"stop there: --epochs {max(1, round(best.get('epoch', 1)))}; more rows help more than more epochs",
     )
 
 
@@ -143,7 +153,7 @@ def mismatched(e: Evidence) -> Iterator[Diagnosis]:
     mean, error = report.belonging
     if mean > error:
         return
-    helps = report.gain is not None and report.gain[0] > report.gain[1]
+    helps = report.gain is not None and report.gain[0] > report.gain[1]  # on rows that the model has not learnt by heart
     if not helps:
         yield Diagnosis(
             "shuffled answers",
@@ -239,27 +249,39 @@ def emoji(e: Evidence) -> Iterator[Diagnosis]:
 
 
 def inconsistent(e: Evidence) -> Iterator[Diagnosis]:
-    """Answers to one prompt are no more alike than answers to different prompts."""
-    alike = [
-        (h.samples, other.samples)
-        for h, other in zip(e.tuned, [*e.tuned[1:], *e.tuned[:1]], strict=True)
-        if len(h.samples) > 1 and len(other.samples) > 1
-    ]
-    if len(alike) < ANSWERS:
+    """Answers to one prompt are no more alike than answers to different prompts, and were so before."""
+    before, after = _consistency(e.base), _consistency(e.tuned)
+    if len(after) < ANSWERS or len(before) != len(after):
         return
-    within = [fmean(rouge_l(a.text, b.text) for a, b in combinations(own, 2)) for own, _ in alike]
-    between = [fmean(rouge_l(a.text, b.text) for a, b in zip(own, other, strict=True)) for own, other in alike]
-    gap = [a - b for a, b in zip(within, between, strict=True)]
-    mean = fmean(gap)
-    error = 2 * (sum((x - mean) ** 2 for x in gap) / (len(gap) - 1) / len(gap)) ** 0.5
-    if mean <= error:
+    mean, _ = _mean([within - between for within, between in after])
+    lost, lost_error = _mean([a[0] - a[1] - (b[0] - b[1]) for a, b in zip(after, before, strict=True)])
+    if mean <= ALIKE and lost < -lost_error:
         yield Diagnosis(
             "inconsistent outputs",
             "warning",
-            f"answers to the same prompt are no more alike than answers to different ones (ROUGE-L {fmean(within):.2f} and "
-            f"{fmean(between):.2f}, {len(alike)} prompts)",
+            f"answers to the same prompt are no more alike than answers to different ones: ROUGE-L "
+            f"{fmean(within for within, _ in after):.2f} and {fmean(between for _, between in after):.2f} over {len(after)} prompts "
+            f"(the base: {fmean(within for within, _ in before):.2f} and {fmean(between for _, between in before):.2f})",
             "rows that contradict one another teach it: see the row report; then more rows, or a lower temperature",
         )
+
+
+def _consistency(heard: Sequence[Heard]) -> list[tuple[float, float]]:
+    """Of each prompt that was answered several times: how alike its answers are (mean ROUGE-L), and how like those to another."""
+    several = [h.samples for h in heard if len(h.samples) > 1]
+    return [
+        (
+            fmean(rouge_l(a.text, b.text) for a, b in combinations(own, 2)),
+            fmean(rouge_l(a.text, b.text) for a, b in zip(own, other, strict=False)),
+        )
+        for own, other in zip(several, [*several[1:], *several[:1]], strict=True)
+    ]
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and twice its standard error."""
+    mean = fmean(values)
+    return mean, 2 * (sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5
 
 
 RULES: tuple[Callable[[Evidence], Iterator[Diagnosis]], ...] = (

@@ -77,7 +77,8 @@ def evaluate(
     other = "-".join(_other(model, against, dataset, how.task, how.metric))
     scored = not (models.hosted(pair.base) or models.hosted(pair.tuned))
 
-    asked = asking(run, pair, how, scored, bool(run) and not other)
+    of_run = run if run and not dataset and not against and _within(pair.tuned, run) else None
+    asked = asking(run, pair, how, scored, of_run is not None)
     notes = [] if scored else [NEVER]
     base, tuned = (
         _tested(pair.rows, models.observe(name, ask, progress), progress, notes)
@@ -99,17 +100,18 @@ def evaluate(
         )
     canary = _canary(asked, base, tuned, how.seed) if scored else None
     rows = rowreport.report(run, asked.candidates, tuned.gains, tuned.recited) if run and asked.candidates else None
-    curve = run if run and not (model or dataset) else None
     evidence = Evidence(
         metrics[0].verdict,
         {m.metric: m for m in metrics},
-        curve.metrics("step") if curve else [],
-        curve.metrics("eval") if curve else [],
+        of_run.metrics("step") if of_run else [],
+        of_run.metrics("eval") if of_run else [],
         pair.rows,
+        base.heard,
         tuned.heard,
         canary,
         rows,
-        bool(run and run.last("done").get("stopped_early")),
+        bool(of_run and of_run.last("done").get("stopped_early")),
+        _epochs(of_run) if of_run else None,
         f"{run:q}" if run else "RUN",
     )
     result = Evaluation(
@@ -133,6 +135,18 @@ def evaluate(
         how.seed,
     )
     return _keep(run, other, result, asked, base, tuned, facts) if run else result
+
+
+def _epochs(run: Run) -> float | None:
+    """The epochs that the user asked for."""
+    manifest = run.manifest()
+    chosen = str(manifest["origin"].get("epochs", "")).endswith(("flag", ".toml", ".json"))
+    return manifest["recipe"]["epochs"] if chosen else None
+
+
+def _within(model: str, run: Run) -> bool:
+    """Whether a model is one of a run's own."""
+    return Path(model).resolve().is_relative_to(run.path.resolve())
 
 
 def _task(task: str | None, run: Run | None) -> str:

@@ -30,7 +30,7 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters["signed"] = lambda value: f"{value:+.4f}"
+    env.filters["signed"] = lambda value: "" if value is None else f"{value:+.4f}"
     settings = [(name, manifest["recipe"].get(name), manifest["origin"].get(name, "default")) for name in fields()]
     html = env.get_template("report.html.jinja").render(
         run=str(run),

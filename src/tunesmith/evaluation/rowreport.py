@@ -50,7 +50,7 @@ class RowReport(msgspec.Struct, frozen=True):
 
     `looked_at` of `rows` were weighed; `recited` of `asked` answers of the best-learnt training rows were repeated word for
     word. `belonging`: how much more prompt and answer have in common than other pairs, mean over rows in standard deviations
-    and twice its standard error; `gain`: the same for the tuned model's likelihood, nats a token.
+    and twice its standard error; `gain`: the same for the tuned model's likelihood, nats a token, of rows it was not trained on.
     """
 
     rows: int
@@ -143,7 +143,7 @@ def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Seq
         len(found.recited),
         len(verbatim),
         _mean(own),
-        _mean([g for g in gains if g is not None]),
+        _mean([g for g, side in zip(gains, found.sides, strict=True) if g is not None and side != "train"]),
         findings,
     )
 
