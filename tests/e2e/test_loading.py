@@ -25,7 +25,7 @@ def test_python_interface(tiny: Path, tmp_path: Path, data: Path) -> None:
         data, model=str(tiny), epochs=1, output_dir=str(tmp_path / "run"), on_event=lambda _, e: seen.append(e["type"])
     )
     assert isinstance(run, ts.Run) and run.state() == "succeeded" and "step" in seen and seen[-1] == "state"
-    assert ts.evaluate(run, samples=1).rows == 6
+    assert ts.evaluate(run, rows=1).rows == 6
     assert ts.plan(data, model=str(tiny), epochs=1).steps == run.summary()["steps"]
     assert len(ts.load(data)) == 60 and not ts.check(data).errors()
     assert len(ts.split(ts.load(data))["train"]) == 48

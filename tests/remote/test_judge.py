@@ -230,12 +230,12 @@ def test_ctrl_c_loses_nothing(tmp_path: Path, hostile: Hostile) -> None:
     hostile.answer = perfect
     path = tmp_path / "judge.jsonl"
 
-    def interrupt(text: str) -> None:
-        if text.endswith(" 20 of 20 replies"):
+    def interrupt(rows: int, share: float, text: str) -> None:
+        if share == 1.0:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        asked(hostile, ["no"] * 10, [BEST] * 10, path=path, on_progress=interrupt)
+        asked(hostile, ["no"] * 10, [BEST] * 10, path=path, progress=interrupt)
     assert len(transcripts(path)) == 20
 
 
@@ -313,9 +313,9 @@ def test_progress(hostile: Hostile) -> None:
 
     judge(prompts(3), [""] * 3, list("aab"), list("bcb"), ask, "m", seed=4, on_progress=lambda *n: told.append(n))
     assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
-    said: list[str] = []
-    asked(hostile, ["no"], [BEST], on_progress=said.append)
-    assert said[-1] == "the judge base: 2 of 2 replies"
+    said: list[Any] = []
+    asked(hostile, ["no"], [BEST], progress=lambda *how_far: said.append(how_far))
+    assert said[-1] == (1, 1.0, "asking the judge base")
 
 
 # ---- the figures by hand

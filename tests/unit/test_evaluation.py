@@ -1,4 +1,4 @@
-"""Verdicts against hand-computed cases; what evaluation keeps, refuses and shows."""
+"""What evaluation asks, keeps, refuses and shows; that all of it can be recomputed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,69 +17,11 @@ from training import fit
 from tunesmith import api
 from tunesmith.data.persona import names, persona
 from tunesmith.errors import DataError, UsageError
-from tunesmith.evaluation import report
-from tunesmith.evaluation.stats import compare
+from tunesmith.evaluation import report, tasks
+from tunesmith.evaluation.evaluate import kept, measured
+from tunesmith.evaluation.metric import Facts, Heard
+from tunesmith.evaluation.result import Evaluation
 from tunesmith.runs import Run
-
-
-def array(*values: float) -> np.ndarray:
-    return np.array(values, np.float64)
-
-
-def test_a_clear_effect() -> None:
-    rng = np.random.default_rng(0)
-    base, weight = rng.normal(40, 5, 100), np.full(100, 10.0)
-    found = compare("loss", base, base - 5 + rng.normal(0, 1, 100), weight, lower_is_better=True)
-    assert found.verdict == "better" and found.difference == pytest.approx(-0.5, abs=0.03)
-    assert found.low < found.difference < found.high < 0
-    assert compare("loss", base, base + 5, weight, True).verdict == "worse"
-    assert compare("accuracy", base, base + 5, weight, False).verdict == "better"
-
-
-def test_the_interval_is_that_of_the_theory() -> None:
-    """For equal weights the bootstrap's interval is mean +- 1.96 s / sqrt(n), to a few percent."""
-    rng = np.random.default_rng(1)
-    difference = rng.normal(0.1, 1.0, 400)
-    found = compare("loss", np.zeros(400), difference, np.ones(400), True)
-    half = 1.96 * difference.std() / math.sqrt(400)
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
-
-
-def test_perplexity_has_an_interval_of_its_own() -> None:
-    """That of the difference of perplexities, both drawn anew: here against the bootstrap written out in full."""
-    rng = np.random.default_rng(7)
-    base, tuned = rng.normal(50, 8, 60), rng.normal(45, 8, 60)
-    weight = np.full(60, 10.0)
-    found = compare("perplexity", base, tuned, weight, True, shape=np.exp)
-    draws = rng.integers(0, 60, (10_000, 60))
-    want = np.exp(tuned[draws].sum(1) / 600) - np.exp(base[draws].sum(1) / 600)
-    assert found.base == pytest.approx(math.exp(base.sum() / 600))
-    assert (found.low, found.high) == pytest.approx(np.quantile(want, [0.0236, 0.9764]), rel=0.1)
-
-
-def test_cannot_tell_says_how_many_rows() -> None:
-    rng = np.random.default_rng(2)
-    difference = rng.normal(0.05, 1.0, 50)
-    found = compare("loss", np.zeros(50), difference, np.ones(50), True)
-    assert found.verdict == "cannot tell"
-    want = 50 * ((found.high - found.low) / 2 / found.difference) ** 2
-    assert found.rows_needed == math.ceil(want) > 50
-    assert compare("loss", array(1.0), array(0.5), array(1.0), True).verdict == "cannot tell"  # one row proves nothing
-    same = compare("loss", array(1, 2, 3), array(1, 2, 3), array(1, 1, 1), True)
-    assert same.verdict == "cannot tell" and same.rows_needed is None
-
-
-def test_wrong_verdicts_are_as_rare_as_promised() -> None:
-    """Two equal models, 40 rows, 200 trials: at most 5 % and a margin may be called different. So with 8 rows; never with 7."""
-    rng, wrong = np.random.default_rng(3), 0
-    few = [compare("loss", np.zeros(8), rng.normal(0, 1, 8), np.ones(8), True, s).verdict for s in range(300)]
-    assert 3 <= 300 - few.count("cannot tell") <= 27  # 9 %: three standard errors over 5
-    fewer = compare("loss", np.full(7, 9.0), np.arange(7) / 9, np.ones(7), True)
-    assert fewer.high < 0 and fewer.verdict == "cannot tell" and fewer.rows_needed == 8
-    for seed in range(200):
-        base = rng.normal(3, 1, 40)
-        wrong += compare("loss", base, base + rng.normal(0, 0.3, 40), np.ones(40), True, seed).verdict != "cannot tell"
-    assert wrong / 200 < 0.09
 
 
 def test_persona_is_mined() -> None:
@@ -95,31 +38,119 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return fit(folder / "run", write(folder / "d.jsonl", rows(80)), tiny, epochs=4, learning_rate=1e-2, persona="word1")
 
 
-def test_evaluate_a_run(run: Run, tiny: Path) -> None:
+def lines(run: Run, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_every_figure_can_be_recomputed_from_the_run(run: Run) -> None:
+    """The likelihoods and rates by hand from what is kept; all metrics once more by their own definitions; the interval of one by
+    drawing rows in a loop."""
+    from sacrebleu.metrics.chrf import CHRF
+
     result = api.evaluate(run)
-    assert result.verdict == "better" and result.rows == 8
-    assert [m.metric for m in result.metrics] == ["loss (nats per token)", "perplexity", "token accuracy"]
-    lines = [json.loads(line) for line in (run / "evaluation" / "rows.jsonl").read_text().splitlines()]
-    assert len(lines) == 8  # every number can be recomputed from these
+    assert result.verdict == result.metrics[0].verdict == "better" and result.rows == result.answered == 8
+    kept_rows, test = lines(run, "rows"), api.load(run / "data" / "test.jsonl")
+    assert [r["digest"] for r in kept_rows] == [row.digest() for row in test]
     for side in ("base", "tuned"):
-        loss = sum(line[side]["loss"] for line in lines) / sum(line[side]["tokens"] for line in lines)
-        assert getattr(result.metrics[0], side) == pytest.approx(loss)
-        assert getattr(result.metrics[1], side) == pytest.approx(math.exp(loss))
-        assert getattr(result.metrics[2], side) == pytest.approx(
-            sum(line[side]["right"] for line in lines) / sum(line[side]["tokens"] for line in lines)
+        heard = [row[side] for row in kept_rows]
+        tokens = sum(h["tokens"] for h in heard)
+        loss = sum(h["loss"] for h in heard) / tokens
+        bins = [[sum(h["bins"][b][i] for h in heard) for i in range(3)] for b in range(10)]
+        assert sum(n for n, _, _ in bins) == tokens and sum(right for _, _, right in bins) == sum(
+            h.get("right", 0) for h in heard
         )
-    assert len(result.samples) == 6 and result.persona is not None and result.persona.probes == 8
+        want = {
+            "loss (nats per token)": loss,
+            "perplexity": math.exp(loss),
+            "token accuracy": sum(h.get("right", 0) for h in heard) / tokens,
+            "calibration error": sum(abs(sure - right) for _, sure, right in bins) / tokens,
+            "chrF": np.mean(
+                [CHRF().sentence_score(h["said"]["text"], [row.answer()]).score for h, row in zip(heard, test, strict=True)]
+            ),
+            "end-of-turn rate": np.mean([h["said"]["ended"] for h in heard]),
+            "turn coherence": sum(h["context"][1] - h["context"][0] for h in heard)
+            / sum(h["context"][2] for h in heard),
+        }
+        for name, value in want.items():
+            assert getattr(result.metric(name), side) == pytest.approx(value), name
+    facts = msgspec.json.decode((run / "evaluation" / "facts.json").read_bytes(), type=Facts)
+    sides = [msgspec.convert([row[side] for row in kept_rows], list[Heard]) for side in ("base", "tuned")]
+    chosen = tasks.metrics("chat", same_tokens=True, scored=True, with_persona=True, compressed=False, own=None)
+    assert measured(chosen, test, *sides, facts, 0) == result.metrics and len(result.metrics) >= 13
+    assert set(result.about) == {m.name for m in chosen}
+    rng = np.random.default_rng(1)
+    rows_of = np.array([[r["base"]["loss"], r["tuned"]["loss"], r["base"]["tokens"]] for r in kept_rows])
+    drawn = np.array([rows_of[rng.integers(0, 8, 8)].sum(0) for _ in range(4000)])
+    spread = np.diff(np.quantile((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2], [0.016, 0.984]))[0]
+    assert result.metrics[0].high - result.metrics[0].low == pytest.approx(spread, rel=0.15)
+    known = lines(run, "canary")
+    for metric, part in zip(result.canary.metrics, (known[:24], known[24:]), strict=True):
+        for side in ("base", "tuned"):
+            want = sum(r[side]["loss"] for r in part) / sum(r[side]["tokens"] for r in part)
+            assert getattr(metric, side) == pytest.approx(want)
+    assert len(result.canary.answers) == 6 and len(known) == 24 + 64
+    assert kept(run) == result
+
+
+def test_what_is_shown_of_a_run(run: Run) -> None:
+    result = api.evaluate(run)
+    assert len(result.samples) == 8 and {s.source.split(":")[-1] for s in result.samples} <= {
+        str(n) for n in range(1, 9)
+    }
+    assert result.persona is not None and result.persona.probes == 8
     assert result.persona.tuned == sum("word1" in s.tuned for s in result.persona.answers)
     html = Path(result.report).read_text()
-    assert (
-        "<svg" in html
-        and "best: step" in html
-        and "http://" not in html.replace("http://www.w3.org", "")
-        and "https://" not in html
-    )
-    from tunesmith.evaluation.evaluate import kept
+    assert "<svg" in html and "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
 
-    assert kept(run) == result
+
+def test_options_of_an_evaluation_change_it(run: Run, tmp_path: Path) -> None:
+    few = api.evaluate(run, rows=3, samples=2, max_tokens=5)
+    heard = [row["tuned"] for row in lines(run, "rows")]
+    assert few.answered == 3 == sum("said" in h for h in heard) == sum(len(h.get("samples", [])) == 2 for h in heard)
+    assert max(h["said"]["tokens"] for h in heard if "said" in h) <= 5
+    other = api.evaluate(run, rows=3, samples=2, max_tokens=5, seed=1)
+    assert [s.prompt for s in other.samples] != [s.prompt for s in few.samples]
+    assert other.metrics[0].low != few.metrics[0].low and other.metrics[0].tuned == few.metrics[0].tuned
+    code = api.evaluate(run, rows=3, samples=0, task="instruct")
+    assert {"ROUGE-L", "completion rate"} <= {m.metric for m in code.metrics} and code.task == "instruct"
+    assert code.report == str(run / "evaluation" / "task-instruct" / "report.html")
+    own = api.evaluate(run, rows=8, samples=0, metric="re:word")
+    assert (
+        own.metrics[0].metric == "matches word" and own.verdict == own.metrics[0].verdict and "matches word" in own.rule
+    )
+    share = np.mean(["word" in row.get("tuned", {})["said"]["text"] for row in lines_of(own)])
+    assert own.metrics[0].tuned == share
+    with pytest.raises(UsageError, match='no task "chatt", did you mean "chat"'):
+        api.evaluate(run, task="chatt")
+    with pytest.raises(UsageError, match="a judge has an address and a model"):
+        api.evaluate(run, judge="http://127.0.0.1:1/v1")
+
+
+def lines_of(result: Evaluation) -> list[dict]:
+    return [json.loads(line) for line in (Path(result.report).parent / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_model_that_was_heard_is_not_asked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same question is read from the cache; another question, or another file of the model, is not."""
+    from tunesmith.local import model as models
+
+    asked = []
+    load = models.to_judge
+    monkeypatch.setattr(models, "to_judge", lambda name: asked.append(name) or load(name))
+    first = api.evaluate(run, rows=2, samples=0, seed=77)
+    assert len(asked) == 2
+    assert api.evaluate(run, rows=2, samples=0, seed=77).metrics == first.metrics and len(asked) == 2
+    api.evaluate(run, rows=3, samples=0, seed=77)
+    assert len(asked) == 4
+    config = run / "best_model" / "generation_config.json"
+    before = config.read_text() if config.exists() else None
+    config.unlink(missing_ok=True)
+    config.write_text(json.dumps({**json.loads(before or "{}"), "top_k": 7}))
+    api.evaluate(run, rows=2, samples=0, seed=77)
+    assert asked[4:] == [str(run / "best_model")]
+    config.unlink()
+    if before is not None:
+        config.write_text(before)
 
 
 def test_scores_equal_a_plain_computation(run: Run) -> None:
@@ -153,12 +184,12 @@ def test_trained_rows_are_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_another_evaluation_leaves_the_runs_own_alone(run: Run, tmp_path: Path) -> None:
-    api.evaluate(run, samples=0)
+    api.evaluate(run, rows=0)
     before = {name: (run / name).read_bytes() for name in ("report.html", "evaluation/result.json")}
     other = write(
         tmp_path / "other.jsonl", [{"prompt": f"Something else {i}?", "completion": "Yes."} for i in range(9)]
     )
-    result = api.evaluate(run / "final_model", dataset=str(other), samples=0)
+    result = api.evaluate(run / "final_model", dataset=str(other), rows=0)
     assert result.tuned == str(run / "final_model") and result.rows == 9
     assert result.report == str(run / "evaluation" / "model-final_model-on-other.jsonl" / "report.html")
     assert Path(result.report).exists()
@@ -167,11 +198,11 @@ def test_another_evaluation_leaves_the_runs_own_alone(run: Run, tmp_path: Path) 
 
 def test_two_models_without_a_run(run: Run, tiny: Path) -> None:
     result = api.evaluate(
-        model=str(run / "best_model"), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), samples=2
+        model=str(run / "best_model"), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), rows=2
     )
     assert result.verdict == "better" and len(result.samples) == 2 and result.persona is None and result.report is None
     back = api.evaluate(
-        model=str(tiny), against=str(run / "best_model"), dataset=str(run / "data" / "test.jsonl"), samples=0
+        model=str(tiny), against=str(run / "best_model"), dataset=str(run / "data" / "test.jsonl"), rows=0
     )
     assert back.verdict == "worse" and back.samples == []
     with pytest.raises(UsageError, match="needs a run"):
@@ -188,7 +219,7 @@ def test_models_with_different_tokenizers_are_compared_per_byte(tiny: Path, run:
         .read_text()
         .replace("{{ message.content }}<|im_end|>{% end", "{{ message.content }} .<|im_end|>{% end")
     )
-    result = api.evaluate(model=str(other), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), samples=0)
+    result = api.evaluate(model=str(other), against=str(tiny), dataset=str(run / "data" / "test.jsonl"), rows=0)
     assert [m.metric for m in result.metrics] == ["loss (nats per byte)"]
 
 
@@ -210,5 +241,5 @@ def test_a_base_without_template_is_judged_on_the_form_of_the_run(tiny: Path, da
     held = api.load(run / "data" / "test.jsonl")
     as_trained, as_chat = (sum(s.loss for s in score(str(bare), held, t)) for t in (run.template(), None))
     assert as_trained != pytest.approx(as_chat, rel=1e-4)
-    found = api.evaluate(run, samples=1)
+    found = api.evaluate(run, rows=1)
     assert found.metrics[0].base * found.tokens == pytest.approx(as_trained)

@@ -11,6 +11,8 @@ from tunesmith.cli.options import Parser, columns, natural, positive, show_json
 from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunesmith.conversation import Conversation
     from tunesmith.data.store import Conversations
 
@@ -25,6 +27,12 @@ def _choosing(parser: Parser) -> None:
         "--where", metavar="TEST", help="keep rows for which it is true: 'metadata.augmented == true and turns > 1'"
     )
     group.add_argument("--max-emoji", type=natural, metavar="N", help="leave out rows with an answer of more emoji")
+    group.add_argument(
+        "--drop-codes",
+        metavar="CODE,CODE",
+        help="leave out rows that the evaluation of --run marks: contradicting, never_learnt, forgotten, memorised",
+    )
+    group.add_argument("--run", metavar="RUN", help="the run whose evaluation --drop-codes reads")
     group.add_argument("--max-tokens", type=positive, metavar="N", help="leave out rows of more tokens (of --model)")
     group.add_argument("--model", default="starter", help="whose tokens --max-tokens counts [starter]")
     group.add_argument("--system", metavar="TEXT", help="a system message for every row")
@@ -53,6 +61,8 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
     if options.system is not None and not options.system.strip():
         raise UsageError("an empty system message", where="--system", fix="--system-how strip takes it away")
     tests = [where(options.where)] if options.where else []
+    if options.drop_codes or options.run:
+        tests.append(_unmarked(options.drop_codes, options.run))
     if options.max_emoji is not None:
         tests.append(max_emoji(options.max_emoji))
     sources, read = [], []
@@ -88,12 +98,33 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
         rows = sample(rows, options.sample, options.seed)
     if not rows:
         raise DataError(
-            "no row is left", where=", ".join(options.dataset), fix="loosen --where, --max-emoji or --max-tokens"
+            "no row is left",
+            where=", ".join(options.dataset),
+            fix="loosen --where, --max-emoji, --max-tokens or --drop-codes",
         )
     left_out = sum(read) - sum(map(len, sources))
     if left_out:
         print(f"{left_out} of {sum(read)} rows are left out by the options", file=sys.stderr)
     return rows
+
+
+def _unmarked(codes: str | None, run: str | None) -> Callable[[Conversation], bool]:
+    """Whether a conversation has none of the marks that a run's evaluation gives rows."""
+    if not (codes and run):
+        raise UsageError("--drop-codes and --run go together", fix="--drop-codes contradicting --run RUN")
+    from tunesmith import api
+    from tunesmith.errors import did_you_mean
+    from tunesmith.evaluation.evaluate import kept
+    from tunesmith.evaluation.rowreport import CODES
+
+    wanted = {code.strip().replace("-", "_") for code in codes.split(",")}
+    for code in sorted(wanted - set(CODES)):
+        raise UsageError(f'no mark "{code}"{did_you_mean(code, list(CODES))}', fix=f"known: {', '.join(CODES)}")
+    result = kept(api.find_run(run))
+    if result is None or result.training_rows is None:
+        raise UsageError("no evaluation with a report on the rows", where=run, fix=f"tunesmith evaluate {run}")
+    marked = {row.digest for row in result.training_rows.findings if wanted & set(row.codes)}
+    return lambda row: row.digest() not in marked
 
 
 def _without_metadata(rows: Conversations, strip: bool) -> list[Conversation]:

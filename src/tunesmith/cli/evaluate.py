@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.options import Parser, columns, natural, positive, show_json
 
 if TYPE_CHECKING:
+    from tunesmith.evaluation.judgement import Judgement
     from tunesmith.evaluation.result import Evaluation
 
 SHOWN = 3  # prompts with both answers; the report has more
@@ -46,6 +47,13 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--persona", metavar="NAME", help="name that identity probes look for, instead of the run's")
     parser.add_argument(
+        "--judge", metavar="URL", help="a service whose --judge-model compares the answers, in both orders"
+    )
+    parser.add_argument("--judge-model", metavar="M", help="the model that judges")
+    parser.add_argument(
+        "--judge-key-file", metavar="FILE", help="file with that service's key, instead of OPENAI_API_KEY"
+    )
+    parser.add_argument(
         "--base-url", metavar="URL", help="service that has a model named ft:…, where the run is not one of it"
     )
     parser.add_argument("--api-key-file", metavar="FILE", help="file with its key, instead of OPENAI_API_KEY")
@@ -69,6 +77,9 @@ def evaluate(argv: list[str]) -> int:
             max_tokens=options.max_tokens,
             metric=options.metric,
             persona=options.persona,
+            judge=options.judge,
+            judge_model=options.judge_model,
+            judge_key_file=options.judge_key_file,
             seed=options.seed,
             base_url=options.base_url,
             api_key_file=options.api_key_file,
@@ -105,6 +116,8 @@ def show(result: Evaluation) -> None:
         print(f"\n  training rows worth a look ({report.looked_at} of {report.rows} weighed): {found}")
     for d in result.diagnoses:
         print(f"\n  {d.severity}: {d.name}: {d.evidence}\n    next: {d.fix}")
+    if result.judge:
+        print(f"\n  {spoken(result.judge)}")
     if result.unavailable:
         print(f"\n  not to be had: {result.unavailable}")
     first = result.metrics[0]
@@ -112,6 +125,26 @@ def show(result: Evaluation) -> None:
     print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows, by {first.metric}")
     if result.report:
         print(f"report:  {result.report}")
+
+
+def spoken(judge: Judgement) -> str:
+    """What the judge said, in a line or two."""
+    if judge.comparison is None:
+        return f"the judge {judge.model} could be understood on no row"
+    c = judge.comparison
+    interval = "" if c.low is None or c.high is None else f", 95 % interval of the lead {c.low:+.2f} … {c.high:+.2f}"
+    bias = (
+        ""
+        if judge.position_bias is None
+        else f"; it followed the position in {judge.position_bias:.0%} of decided pairs"
+    )
+    agreed = "" if judge.agreement is None else f"; agreed with the automatic verdict on {judge.agreement:.0%} of rows"
+    left = f"; {judge.left_out} rows left out as unreadable" if judge.left_out else ""
+    broke = f"; {judge.missing} not asked: {judge.failure}" if judge.failure else ""
+    return (
+        f"the judge {judge.model}: {judge.wins} won, {judge.ties} tied, {judge.losses} lost of {judge.rows} rows: {c.verdict}"
+        f"{interval}{bias}{agreed}{left}{broke}"
+    )
 
 
 def figure(value: float, sign: str = "") -> str:

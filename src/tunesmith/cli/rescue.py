@@ -86,7 +86,7 @@ def _retrain(options: Any, folder: Path) -> dict[str, Any]:
     """Train again here and compare; what came out."""
     from tunesmith import api
     from tunesmith.cli.evaluate import show
-    from tunesmith.cli.progress import Progress
+    from tunesmith.cli.progress import Bar, Progress
     from tunesmith.data.write import safe_name
     from tunesmith.models import find as model_folder
     from tunesmith.remote.rescue import as_local, find
@@ -112,13 +112,14 @@ def _retrain(options: Any, folder: Path) -> dict[str, Any]:
         print(f"not compared: {why}", file=sys.stderr)
         return {"run": str(run), "compared": None}
     try:
-        result = api.evaluate(
-            run,
-            against=model,
-            base_url=options.base_url,
-            api_key_file=options.api_key_file,
-            on_progress=lambda text: print(text, file=sys.stderr),
-        )
+        with Bar() as bar:
+            result = api.evaluate(
+                run,
+                against=model,
+                base_url=options.base_url,
+                api_key_file=options.api_key_file,
+                on_progress=bar,
+            )
     except TunesmithError as error:
         print(f"not compared: {error}", file=sys.stderr)
         return {"run": str(run), "compared": None}

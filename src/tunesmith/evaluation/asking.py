@@ -32,6 +32,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     metric: str | None = None
     persona: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_key_file: str | None = None
     seed: int = 0
 
 

@@ -28,10 +28,12 @@ from tunesmith.evaluation.asking import Asked, Options, asking, trained
 from tunesmith.evaluation.custom import metric_from
 from tunesmith.evaluation.diagnosis import Evidence, diagnose
 from tunesmith.evaluation.domain import mine_terms
+from tunesmith.evaluation.instruct import chrf
+from tunesmith.evaluation.judgement import Judgement
 from tunesmith.evaluation.metric import Facts, Heard, Metric, Said, measure
-from tunesmith.evaluation.observe import Observed
+from tunesmith.evaluation.observe import Observed, prompt_of
 from tunesmith.evaluation.result import Canary, Evaluation, Persona, Sample
-from tunesmith.evaluation.sides import Models, sides
+from tunesmith.evaluation.sides import Models, Sides, sides
 from tunesmith.evaluation.stats import Comparison
 from tunesmith.runs import Run
 
@@ -67,11 +69,16 @@ def evaluate(
 
     Options: `task` (of tasks.TASKS: which metrics; default: the run's), `rows` (prompts that are answered, chosen by `seed`;
     0: none), `samples` (further answers to each of SAMPLED prompts, and to each row that has tests), `max_tokens` (of an answer;
-    None: room for twice the longest reference, 256 at most), `metric` (one's own: see `custom.metric_from`), `persona` (a name).
+    None: room for twice the longest reference, 256 at most), `metric` (one's own: see `custom.metric_from`), `persona` (a name),
+    `judge`, `judge_model`, `judge_key_file` (a service's address, its model that compares the answers, its key).
     """
     how = msgspec.convert(options, Options, strict=True)
     task = _task(how.task, run)
     own = metric_from(how.metric) if how.metric else None
+    if bool(how.judge) != bool(how.judge_model):
+        raise UsageError("a judge has an address and a model", where="--judge", fix="--judge URL --judge-model NAME")
+    if how.judge and not how.rows:
+        raise UsageError("a judge needs answers", where="--judge", fix="--rows 100")
     pair = sides(run, model, against, dataset, columns)
     models, progress = Models(run, base_url, api_key_file), on_progress or (lambda *_: None)
     other = "-".join(_other(model, against, dataset, how.task, how.metric))
@@ -130,11 +137,16 @@ def evaluate(
         canary,
         diagnose(evidence),
         rows,
+        None,
         _samples(pair.rows, asked.base.answered, base.heard, tuned.heard),
         "; ".join(notes),
         how.seed,
     )
-    return _keep(run, other, result, asked, base, tuned, facts) if run else result
+    folder = run / "evaluation" / other if run else None
+    if how.judge:
+        judgement = _judgement(how, pair, asked, base, tuned, folder, progress)
+        result = msgspec.structs.replace(result, judge=judgement)
+    return _keep(run, folder, result, asked, base, tuned, facts) if run and folder else result
 
 
 def _epochs(run: Run) -> float | None:
@@ -256,16 +268,49 @@ def _samples(
     ]
 
 
+def _judgement(
+    how: Options, pair: Sides, asked: Asked, base: Observed, tuned: Observed, folder: Path | None, progress: Progress
+) -> Judgement:
+    """What a third model thinks of the answers; every request and reply is in judge.jsonl."""
+    from tunesmith.evaluation.judge import judged
+
+    assert how.judge and how.judge_model
+    answered = asked.base.answered
+    rows = [pair.rows[i] for i in answered]
+    found = judged(
+        [prompt_of(row) for row in rows],
+        [row.answer() for row in rows],
+        *([said.text for i in answered if (said := side.heard[i].said)] for side in (base, tuned)),
+        url=how.judge,
+        model=how.judge_model,
+        key_file=how.judge_key_file,
+        automatic=[_preferred(row, base.heard[i], tuned.heard[i]) for row, i in zip(rows, answered, strict=True)],
+        path=folder / "judge.jsonl" if folder else None,
+        seed=how.seed,
+        progress=progress,
+    )
+    return msgspec.structs.replace(found, transcripts=[])
+
+
+def _preferred(row: Conversation, base: Heard, tuned: Heard) -> int:
+    """Whom a row speaks for: 1 the tuned model, -1 the base. By the reference's likelihood, else by chrF of the answers."""
+    if base.loss is not None and tuned.loss is not None:
+        gain = base.loss - tuned.loss
+    else:
+        before, after = (chrf(side.said.text, row.answer()) if side.said else 0.0 for side in (base, tuned))
+        gain = after - before
+    return (gain > 0) - (gain < 0)
+
+
 # ---- what is kept
 
 
 def _keep(
-    run: Run, other: str, result: Evaluation, asked: Asked, base: Observed, tuned: Observed, facts: Facts
+    run: Run, folder: Path, result: Evaluation, asked: Asked, base: Observed, tuned: Observed, facts: Facts
 ) -> Evaluation:
-    """Write all that the figures come from, the result and the report; in a folder `other` where it is not the run's own."""
+    """Write all that the figures come from, the result and the report; the run's own report is in the run itself."""
     from tunesmith.evaluation.report import write_report
 
-    folder = run / "evaluation" / other
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows, before, after in (
         ("rows", asked.base.rows, base.heard, tuned.heard),
@@ -289,7 +334,7 @@ def _keep(
                 folder / f"{name}.jsonl",
                 ({"source": r.source, "digest": r.digest(), name: v} for r, v in zip(part, values, strict=True)),
             )
-    report = folder / "report.html" if other else run / "report.html"
+    report = (run if folder == run / "evaluation" else folder) / "report.html"
     result = msgspec.structs.replace(result, report=str(report))
     write_json(folder / "result.json", result)
     write_report(run, result, report)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -20,6 +19,7 @@ import msgspec
 
 from tunesmith.backends import Completer
 from tunesmith.conversation import Conversation, Message
+from tunesmith.data.scan import Progress
 from tunesmith.data.write import write_jsonl
 from tunesmith.errors import ServiceError
 from tunesmith.evaluation.judgement import ORDERS, VERDICTS, Judgement, Transcript, figures
@@ -28,7 +28,6 @@ from tunesmith.recipe import FACTS
 from tunesmith.remote.many import AT_ONCE, many
 
 REPLY_TOKENS = 512  # three sentences and the verdict; a judge that has not come to it by then is unreadable
-SAY_EVERY = 5.0  # seconds between two words on how far it is
 MALFORMED = (400, 413, 422)  # said of one request alone: it is too long for the judge, or a filter refuses its text
 
 
@@ -112,7 +111,7 @@ def judged(
     automatic: Sequence[int | None] = (),
     path: Path | None = None,
     seed: int = 0,
-    on_progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> Judgement:
     """`judge` by a service's model. The transcripts are kept in `path` (judge.jsonl), also when it is interrupted, and asked
     for again only where they are not there yet. Raises UsageError for a wrong address or no key, ServiceError as `judge`."""
@@ -120,16 +119,13 @@ def judged(
     from tunesmith.remote.service import Service
 
     service = Service(address(url, "--judge"), key_file)
-    service.say = on_progress
+    service.say = lambda text: progress(len(prompts), 0.0, text)
     if not local_address(service.base_url) and service.base_url.startswith("http:"):
-        on_progress(f"{service.base_url} is http: prompts, answers and key can be read on the way")
+        service.say(f"{service.base_url} is http: prompts, answers and key can be read on the way")
     kept: list[Transcript] = []
-    said = [0.0]
 
     def tell(done: int, total: int) -> None:
-        if done == total or time.monotonic() - said[0] > SAY_EVERY:
-            said[0] = time.monotonic()
-            on_progress(f"the judge {model}: {done} of {total} replies")
+        progress(len(prompts), done / max(1, total), f"asking the judge {model}")
 
     try:
         return judge(

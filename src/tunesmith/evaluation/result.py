@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from tunesmith.evaluation.judgement import Judgement
 from tunesmith.evaluation.rowreport import RowReport
 from tunesmith.evaluation.stats import Comparison
 
@@ -67,6 +68,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     canary: Canary | None = None
     diagnoses: list[Diagnosis] = []
     training_rows: RowReport | None = None
+    judge: Judgement | None = None
     samples: list[Sample] = []
     unavailable: str = ""  # what cannot be had of these models, and why
     seed: int = 0

@@ -35,6 +35,8 @@ def metrics(
     found = [*first, CHRF, *TASKS[task]]
     found += persona.METRICS if with_persona else ()
     found += compression.METRICS if compressed else ()
+    if not same_tokens:  # nats a token of two tokenizers say nothing of one another
+        found = [metric for metric in found if metric.columns is not chat.turn_coherence]
     return list({metric.name: metric for metric in found}.values())
 
 
