@@ -63,3 +63,7 @@ class Issue(msgspec.Struct, frozen=True):
 
 
 _VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # a row's text may not steer a terminal
+# For str.translate, of texts shown in lines: controls, the eighties' ones, and what turns the direction of writing
+STEERING = {code: 0x2400 + code for code in range(32) if code != 10} | dict.fromkeys(
+    (*range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
+)

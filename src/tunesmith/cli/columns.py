@@ -11,15 +11,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from tunesmith.conversation import STEERING
+
 LEAST = 80  # columns of a terminal in which two texts stand side by side
 GAP = " │ "
 _PIECES = re.compile(r"\n| +|[^\n ]+")
-# a model's answer may not steer the terminal: controls, the eighties' ones, and what turns the direction of writing
-_SHOWN = (
-    {code: 0x2400 + code for code in range(32) if code != 10}
-    | dict.fromkeys((*range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
-    | {9: "    ", 13: None}
-)
+_SHOWN = STEERING | {9: "    ", 13: None}  # a model's answer may not steer the terminal
 
 
 def wide(text: str) -> int:

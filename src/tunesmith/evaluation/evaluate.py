@@ -141,6 +141,7 @@ def evaluate(
         _samples(pair.rows, asked.base.answered, base.heard, tuned.heard),
         "; ".join(notes),
         how.seed,
+        better={m.name: m.better for m in chosen},
     )
     folder = run / "evaluation" / other if run else None
     if how.judge:

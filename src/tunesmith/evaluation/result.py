@@ -73,6 +73,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     unavailable: str = ""  # what cannot be had of these models, and why
     seed: int = 0
     report: str | None = None
+    better: dict[str, Literal["lower", "higher"]] = {}  # which way each metric is better
 
     def metric(self, name: str) -> Comparison | None:
         """The comparison of that name, where it was made."""
