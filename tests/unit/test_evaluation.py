@@ -65,7 +65,10 @@ def test_every_figure_can_be_recomputed_from_the_run(run: Run) -> None:
             "token accuracy": sum(h.get("right", 0) for h in heard) / tokens,
             "calibration error": sum(abs(sure - right) for _, sure, right in bins) / tokens,
             "chrF": np.mean(
-                [CHRF().sentence_score(h["said"]["text"], [row.answer()]).score for h, row in zip(heard, test, strict=True)]
+                [
+                    CHRF().sentence_score(h["said"]["text"], [row.answer()]).score
+                    for h, row in zip(heard, test, strict=True)
+                ]
             ),
             "end-of-turn rate": np.mean([h["said"]["ended"] for h in heard]),
             "turn coherence": sum(h["context"][1] - h["context"][0] for h in heard)
@@ -76,7 +79,7 @@ def test_every_figure_can_be_recomputed_from_the_run(run: Run) -> None:
     facts = msgspec.json.decode((run / "evaluation" / "facts.json").read_bytes(), type=Facts)
     sides = [msgspec.convert([row[side] for row in kept_rows], list[Heard]) for side in ("base", "tuned")]
     chosen = tasks.metrics("chat", same_tokens=True, scored=True, with_persona=True, compressed=False, own=None)
-    assert measured(chosen, test, *sides, facts, 0) == result.metrics and len(result.metrics) >= 13
+    assert measured(chosen, test, *sides, facts, 0) == result.metrics and len(result.metrics) >= 10
     assert set(result.about) == {m.name for m in chosen}
     rng = np.random.default_rng(1)
     rows_of = np.array([[r["base"]["loss"], r["tuned"]["loss"], r["base"]["tokens"]] for r in kept_rows])
@@ -120,7 +123,7 @@ def test_options_of_an_evaluation_change_it(run: Run, tmp_path: Path) -> None:
     )
     share = np.mean(["word" in row.get("tuned", {})["said"]["text"] for row in lines_of(own)])
     assert own.metrics[0].tuned == share
-    with pytest.raises(UsageError, match='no task "chatt", did you mean "chat"'):
+    with pytest.raises(UsageError, match='no task "chatt" .did you mean "chat"'):
         api.evaluate(run, task="chatt")
     with pytest.raises(UsageError, match="a judge has an address and a model"):
         api.evaluate(run, judge="http://127.0.0.1:1/v1")
