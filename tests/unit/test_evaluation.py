@@ -123,7 +123,7 @@ def test_options_of_an_evaluation_change_it(run: Run, tmp_path: Path) -> None:
     )
     share = np.mean(["word" in row.get("tuned", {})["said"]["text"] for row in lines_of(own)])
     assert own.metrics[0].tuned == share
-    with pytest.raises(UsageError, match='no task "chatt" .did you mean "chat"'):
+    with pytest.raises(UsageError, match=r'no task "chatt" \(did you mean "chat"'):
         api.evaluate(run, task="chatt")
     with pytest.raises(UsageError, match="a judge has an address and a model"):
         api.evaluate(run, judge="http://127.0.0.1:1/v1")

@@ -68,7 +68,7 @@ def evaluation(folder: Path, findings: int = 44, **changed: Any) -> Any:
         ),
         "samples": [sample],
         "unavailable": "calibration: a service tells 0 likelihoods",
-        "seed": 7,
+        "options": {"rows": 40, "seed": 7},
         "better": {"loss (nats per token)": "lower", "chrF": "higher"},
         "judge": Judgement(
             "judge-1", "http://x", 20, 11, 4, 5, 2, 1, 1, 1, 3, "", CHRF, 0.21, 0.55, 0.8, 0.44, None
@@ -227,10 +227,12 @@ def test_a_bare_evaluation(tmp_path: Path) -> None:
 def test_commands_can_be_typed(tmp_path: Path) -> None:
     run = run_at(tmp_path / "my run")
     own = report.commands(run, evaluation(run.path), run / "report.html", "my data.jsonl")
-    assert shlex.split(own["again"]) == ["tunesmith", "evaluate", str(run), "--seed", "7"]
+    assert shlex.split(own["again"]) == ["tunesmith", "evaluate", str(run), "--rows", "40", "--seed", "7"]
     convert = ["tunesmith", "data", "convert", "my data.jsonl", "-o", "clean.jsonl"]
     assert shlex.split(own["drop"]) == [*convert, "--drop-codes", "contradicting", "--run", str(run)]
-    other = report.commands(run, evaluation(run.path, seed=0), run / "evaluation" / "on-x" / "report.html", "d.jsonl")
+    other = report.commands(
+        run, evaluation(run.path, options={"task": "chat"}), run / "evaluation" / "on-x" / "report.html", "d.jsonl"
+    )
     assert shlex.split(other["again"])[3:] == (
         [
             "--model",

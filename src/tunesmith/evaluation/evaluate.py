@@ -41,7 +41,7 @@ SHOWN = 12  # prompts whose answers the report shows side by side
 LEARNT_FROM = 2000  # training answers that terms and words are mined from
 RULE = (
     "The verdict is that of {}: better or worse where the 95 % interval of the difference excludes zero and a paired permutation "
-    "test agrees; else it cannot be told."
+    "test agrees (p at most 0.03); else it cannot be told."
 )
 NEVER = "loss, perplexity, token accuracy: a service does not say how likely a reference is to its model"
 
@@ -140,7 +140,7 @@ def evaluate(
         None,
         _samples(pair.rows, asked.base.answered, base.heard, tuned.heard),
         "; ".join(notes),
-        how.seed,
+        {k: v for k, v in msgspec.to_builtins(how).items() if v != getattr(Options(), k)},
         better={m.name: m.better for m in chosen},
     )
     folder = run / "evaluation" / other if run else None

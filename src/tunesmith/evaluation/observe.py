@@ -115,7 +115,7 @@ def _asked(ask: Ask, chat: backends.Completer, scorer: Callable[..., Any], doing
             contexts[i] = (min(a.loss, WORST), min(b.loss, WORST), a.tokens)
     canary = [Heard(min(s.loss, WORST), s.tokens, s.right) for s in score(ask.canary)]
     gains = _gains(ask.suspects, score(mine), score(others))
-    said, samples, questions, recited = _written(ask, chat, lambda n: tally(4 * n))
+    said, samples, questions, recited = _written(ask, chat, lambda n: tally(2 * n))
     heard = [
         Heard(min(s.loss, WORST), s.tokens, s.right, s.bins, contexts[i], said.get(i), samples.get(i, []))
         for i, s in enumerate(losses)

@@ -96,8 +96,8 @@ def commands(run: Run, result: Evaluation, path: Path, dataset: str) -> dict[str
     again = f"tunesmith evaluate {run:q}"
     if path.parent != run.path:  # not the run's own evaluation: two models, or other rows
         sides = (("--model", result.tuned), ("--against", result.base), ("--dataset", result.dataset))
-        again += "".join(f" {flag} {shlex.quote(value)}" for flag, value in sides) + f" --task {result.task}"
-    again += f" --seed {result.seed}" if result.seed else ""
+        again += "".join(f" {flag} {shlex.quote(value)}" for flag, value in sides)
+    again += "".join(f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in result.options.items())
     code = "contradicting" if "contradicting" in found else max(found, key=lambda c: found[c], default="")
     drop = f"tunesmith data convert {shlex.quote(dataset)} -o clean.jsonl --drop-codes {code} --run {run:q}"
     return {"again": harmless(again), "drop": harmless(drop) if code else "", "code": code}

@@ -71,7 +71,7 @@ class Evaluation(msgspec.Struct, frozen=True):
     judge: Judgement | None = None
     samples: list[Sample] = []
     unavailable: str = ""  # what cannot be had of these models, and why
-    seed: int = 0
+    options: dict[str, str | int] = {}  # as they were given, where they are not the defaults
     report: str | None = None
     better: dict[str, Literal["lower", "higher"]] = {}  # which way each metric is better
 
