@@ -32,7 +32,7 @@ def weights(folder: Path) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def architecture(name: str, folder: Path) -> Path:
+def architecture(name: str, folder: Path, **changed: Any) -> Path:
     """A tiny model of another kind, whose random weights are large enough that a wrong path shows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -64,7 +64,9 @@ def architecture(name: str, folder: Path) -> Path:
         max_position_embeddings=128,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **shapes.get(name, llama_like)}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(name, **{**common, **shapes.get(name, llama_like), **changed})
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     model.save_pretrained(folder)

@@ -155,7 +155,7 @@ def test_the_command(account: Hostile, tmp_path: Path, tiny: Path, cli: Callable
     place = tmp_path / Path(compared["report"]).parent
     assert place.name == "against-ft-base-org-001"
     kept = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
-    assert len(kept) == compared["rows"] and kept[0]["base"]["answer"] == "word1 word1."
+    assert len(kept) == compared["rows"] and kept[0]["base"]["said"]["text"] == "word1 word1."
     bad = cli("rescue", "--base-url", account.url, "--model", tiny)
     assert bad.code == 2 and "--retrain" in bad.err
 

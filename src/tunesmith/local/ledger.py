@@ -8,6 +8,7 @@ The file is as large from the start as it will be. A killed run that is gone on 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.runs import ROW_LOSSES, Run
 
+LEAST = 1e-9  # nats: of a row that is known by heart, whose loss is 0 in fp32; 0 is a row that was not seen
 Seen = list[tuple[list[int], torch.Tensor]]  # rows, and their losses
 
 
@@ -30,7 +32,8 @@ def lay_out(run: Run, rows: int, epochs: int) -> None:
             if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk would end the process at a later write
                 os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
     except (OSError, ValueError) as error:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         run.append("warning", message=f"the rows' losses are not written down: {error}")
 
 
@@ -40,10 +43,14 @@ class Ledger:
     def __init__(self, run: Run, per_epoch: int) -> None:
         self._per_epoch = per_epoch
         path = run / ROW_LOSSES
-        self._file: NDArray[np.float32] | None = open_memmap(path, "r+") if path.exists() else None
+        self._file: NDArray[np.float32] | None = None
+        try:
+            self._file = open_memmap(path, "r+") if path.is_file() else None
+        except (OSError, ValueError) as error:
+            run.append("warning", message=f"the rows' losses are not written down: {error}")
 
     def write(self, step: int, seen: Seen) -> None:
         """Of the step, counted from 0."""
         if self._file is not None:
             for rows, losses in seen:
-                self._file[step // self._per_epoch, rows] = losses.float().cpu().numpy()
+                self._file[step // self._per_epoch, rows] = losses.float().clamp_min(LEAST).cpu().numpy()
