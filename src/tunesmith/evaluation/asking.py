@@ -80,10 +80,8 @@ def asking(run: Run | None, pair: Sides, how: Options, scored: bool, own: bool) 
         seed=how.seed,
     )
     taught = _taught(run, how.seed) if run and probes and answered else []
-    found = rowreport.candidates(run, how.seed) if run and own and scored else None
-    tuned = (
-        msgspec.structs.replace(base, suspects=found.rows, recited=found.recited if answered else []) if found else base
-    )
+    found = rowreport.candidates(run, how.seed, bool(answered)) if run and own and scored else None
+    tuned = msgspec.structs.replace(base, suspects=found.rows, recited=found.recited) if found else base
     return Asked(msgspec.structs.replace(base, recited=taught), tuned, who, probes, len(text), starter, taught, found)
 
 

@@ -343,9 +343,9 @@ def _keep(
 
 
 def kept(run: Run) -> Evaluation | None:
-    """The run's last evaluation, None when it has none, or one of an older form."""
+    """The run's last evaluation, None when it has none, or one of an older form, or damaged."""
     path = run / "evaluation" / "result.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
-    except msgspec.ValidationError:
+    except (OSError, msgspec.DecodeError):
         return None

@@ -13,6 +13,7 @@ import numpy as np
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import sample
+from tunesmith.data.language import words
 from tunesmith.data.scan import conversations
 from tunesmith.evaluation.metric import Said
 from tunesmith.evaluation.suspicion import belonging, suspicion
@@ -72,13 +73,16 @@ class Candidates(msgspec.Struct, frozen=True):
     total: int
 
 
-def candidates(run: Run, seed: int) -> Candidates:
-    """The rows of a run that the report is about. Read one at a time: there may be more than memory holds."""
+def candidates(run: Run, seed: int, answers: bool = True) -> Candidates:
+    """The rows of a run that the report is about. Read one at a time: there may be more than memory holds.
+
+    `answers`: whether the best-learnt rows' prompts can be answered.
+    """
     counts = {side: int(run.manifest()["plan"]["rows"].get(side, 0)) for side in ("train", "valid", "test")}
     total = sum(counts.values())
     taken = set(sample(range(total), MOST, seed)) if total > MOST else set(range(total))
-    best = {int(i) for i in _best_learnt(run)}
-    rows, sides, numbers, recited = [], [], [], []
+    ranks = {row: rank for rank, row in enumerate(_best_learnt(run))} if answers else {}
+    rows, sides, numbers, recited = [], [], [], {}
     at = 0
     for side, count in counts.items():
         path = run / "data" / f"{side}.jsonl"
@@ -87,10 +91,10 @@ def candidates(run: Run, seed: int) -> Candidates:
                 rows.append(row)
                 sides.append(side)
                 numbers.append(number if side == "train" else -1)
-            if side == "train" and number in best and row.prompt() and len(row.answer().split()) >= VERBATIM:
-                recited.append(row)
+            if side == "train" and number in ranks and row.prompt() and len(words(row.answer())) >= VERBATIM:
+                recited[ranks[number]] = row
             at += 1
-    return Candidates(rows, sides, numbers, recited, total)
+    return Candidates(rows, sides, numbers, [recited[rank] for rank in sorted(recited)[:RECITED]], total)
 
 
 def losses(run: Run) -> np.ndarray | None:
@@ -102,13 +106,14 @@ def losses(run: Run) -> np.ndarray | None:
         return None
 
 
-def _best_learnt(run: Run) -> Sequence[int]:
+def _best_learnt(run: Run) -> list[int]:
+    """The training rows with the lowest last losses, these first: more than are asked, as those with short answers are not."""
     table = losses(run)
     if table is None or not table.size:
         return []
     last = np.where(table > 0, table, np.nan)
     seen = last[~np.isnan(last).all(1)]
-    return [] if not len(seen) else [int(i) for i in np.argsort(seen[-1], kind="stable")[: 2 * RECITED]][:RECITED]
+    return [] if not len(seen) else [int(i) for i in np.argsort(seen[-1], kind="stable")[: 4 * RECITED]]
 
 
 def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Sequence[Said]) -> RowReport:
@@ -117,7 +122,8 @@ def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Seq
         "\n".join(m.content for m in row.prompt() if m.role not in ("system", "developer")) for row in found.rows
     ]
     answers = [row.answer() for row in found.rows]
-    scores = suspicion(prompts, answers, [gains] if any(g is not None for g in gains) else [])
+    helps = _mean([g for g in gains if g is not None])
+    scores = suspicion(prompts, answers, [gains] if helps and helps[0] > helps[1] else [])  # else they are noise
     verbatim = {
         row.digest()
         for row, s in zip(found.recited, said, strict=True)
