@@ -1,4 +1,4 @@
-"""Make docs/settings.md, docs/data-findings.md and the help pages of all commands from the code.
+"""Make docs/settings.md, docs/data-findings.md, docs/metrics.md and the help pages of all commands from the code.
 
 `--check` fails when one is not current.
 
@@ -13,20 +13,63 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
 from tunesmith.data.findings import table
+from tunesmith.evaluation import likelihood, rowreport, stats, tasks
+from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
+from tunesmith.evaluation.metric import Metric
 from tunesmith.recipe import fields
 
 SETTINGS = Path(__file__).parent.parent / "docs" / "settings.md"
 FINDINGS = SETTINGS.with_name("data-findings.md")
+METRICS = SETTINGS.with_name("metrics.md")
+VERDICTS = f"""
+# Metrics
+
+What `tunesmith evaluate` measures, by `--task`. Made from the tables in `src/tunesmith/evaluation/`. How to use it:
+[guides/evaluating.md](guides/evaluating.md).
+
+## Verdicts
+
+Both models are judged on the same held-out rows. A metric is computed from sums over rows, and the difference is tuned - base.
+
+- **Interval**: {100 * stats.LEVEL:.0f} %, by the expanded percentile bootstrap (Efron 1979; Hesterberg 2015): in each of
+  {stats.RESAMPLES:,} samples as many rows are drawn with replacement, the same for both models.
+- **Test**: paired permutation (Fisher 1935): in each of {stats.RESAMPLES:,} trials base and tuned change places in a row by the
+  throw of a coin.
+- **Verdict**: *better* or *worse* where the interval excludes zero, p is at most {1 - stats.LEVEL:.2f}, and there are
+  {stats.FEWEST} rows at least; else *cannot tell*.
+- **Rows needed** would settle it in {100 * stats.POWER:.0f} % of cases, if difference and spread are those seen.
+  **Detectable** is the difference that would be found in {100 * stats.POWER:.0f} % of cases on rows like these.
+
+The verdict of the whole is that of one metric, the first of these that there is: your own (`--metric`); the loss (per byte
+where the two models do not count tokens alike); chrF, where a service tells no likelihoods. The other metrics explain it. Each
+keeps its own {100 - 100 * stats.LEVEL:.0f} % of error: of twenty that measure nothing, one may look like something.
+
+Rows of which a metric says nothing are left out of it, for both models. What is marked *none* has no interval and no verdict.
+"""
+NOTES = {  # what is to be said of a task's metrics beside their table
+    "domain": "To be read beside the perplexity and chrF of every task.",
+    "persona": "Reported with any task where the run has a persona, mined from its training answers or given by `--persona`.",
+    "compression": f"Reported with any task where the references have {tasks.EMOJI} emoji each in the mean, or rows name "
+    "`original_tokens` in their metadata.",
+    "custom": "Only those of every task, and your own: `--metric` takes a function or a regular expression, whose mean over "
+    "answers decides.",
+}
+DIAGNOSES = (
+    "What went wrong, by name; a healthy run has none. Those about answers need "
+    f"{ANSWERS} of them, those about curves the run's own evaluation."
+)
 
 
 def pages() -> dict[Path, str]:
     """Every made file with its text."""
-    return {SETTINGS: settings(), FINDINGS: findings(), **{help_page(name): help_text(name) for name in COMMANDS}}
+    made = {SETTINGS: settings(), FINDINGS: findings(), METRICS: metrics()}
+    return {**made, **{help_page(name): help_text(name) for name in COMMANDS}}
 
 
 def help_text(name: str) -> str:
@@ -75,9 +118,31 @@ def findings() -> str:
     for code, known in table().items():
         others = [f"{value} for {key}" for key, value in known.items() if key not in ("severity", "meaning", "fix")]
         severity = "; ".join([known["severity"], *others])
-        cells = (f"`{code}`", severity, known["meaning"], known["fix"])
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_row(f"`{code}`", severity, known["meaning"], known["fix"]))
     return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def metrics() -> str:
+    every = (*likelihood.METRICS, likelihood.PER_BYTE, tasks.CHRF)
+    parts = [VERDICTS.strip(), "## Every task\n\n" + _measures(every)]
+    for name, own in tasks.TASKS.items():
+        shown = [m for m in own if m not in every]
+        note = [NOTES[name]] if name in NOTES else []
+        parts.append("\n\n".join([f"## {name}", *note, *([_measures(shown)] if shown else [])]))
+    head = f"## Diagnoses\n\n{DIAGNOSES}\n\n| name | said when |\n|---|---|\n"
+    parts.append(head + "\n".join(_row(*pair) for pair in PITFALLS.items()))
+    head = "## Codes of the row report\n\nFor `tunesmith data convert --drop-codes`.\n\n| code | meaning |\n|---|---|\n"
+    parts.append(head + "\n".join(_row(f"`{code}`", meaning) for code, meaning in rowreport.CODES.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _measures(chosen: Iterable[Metric]) -> str:
+    rows = [_row(m.name, "none" if m.whole else m.better, m.span, m.about, m.source) for m in chosen]
+    return "\n".join(["| name | better | range | definition | source |", "|---|---|---|---|---|", *rows])
 
 
 def main() -> None:

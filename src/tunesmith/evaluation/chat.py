@@ -100,7 +100,7 @@ METRICS = (
         "distinct-1",
         "higher",
         "0 to 1",
-        "Different words of all words in an answer, the mean over answers that have a word. "
+        "The share of an answer's words that are different ones, the mean over answers that have a word. "
         "It falls as answers grow longer, so read it beside the length imbalance.",
         'Li et al. 2016 (arXiv:1510.03055), within an answer as "intra-dist" of Gu et al. 2019 (arXiv:1805.12352)',
         per_answer(partial(distinct, n=1)),
@@ -109,7 +109,8 @@ METRICS = (
         "distinct-2",
         "higher",
         "0 to 1",
-        "Different pairs of neighbouring words of all pairs in an answer, the mean over answers that have two words. "
+        "The share of an answer's pairs of neighbouring words that are different ones, the mean over answers of two words and "
+        "more. "
         "It falls as answers grow longer, so read it beside the length imbalance.",
         'Li et al. 2016 (arXiv:1510.03055), within an answer as "intra-dist" of Gu et al. 2019 (arXiv:1805.12352)',
         per_answer(partial(distinct, n=2)),
@@ -118,8 +119,8 @@ METRICS = (
         "distinct-2 over all answers",
         "higher",
         "0 to 1",
-        "Different pairs of neighbouring words of all pairs in all answers together: low where a model says the same to "
-        "everything. It falls as answers grow longer or more, and has no interval, because it is no sum over rows.",
+        "The share of the pairs of neighbouring words in all answers together that are different ones: low where a model says "
+        "the same to everything. It falls as answers grow longer or more, and has no interval, because it is no sum over rows.",
         "Li et al. 2016 (arXiv:1510.03055)",
         whole=distinct_over_all,
     ),
@@ -127,7 +128,7 @@ METRICS = (
         "self-repetition",
         "lower",
         "0 to 1",
-        "Share of an answer's runs of four words that stood in the same answer before, the mean over answers. "
+        "The share of an answer's runs of four words that stood in the same answer before, the mean over answers. "
         "An answer of fewer than four words has 0.",
         "seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319), of words instead of tokens",
         per_answer(self_repetition),
@@ -135,37 +136,37 @@ METRICS = (
     Metric(
         "turn coherence",
         "higher",
-        "nats a token, without bounds; 0: the context is of no use",
+        "Without bounds, in nats per token; 0: the context is of no use",
         "How much likelier the last reference answers are after their own context than after another row's: the difference of "
-        "the two losses over the tokens of the answers. Compare only models of one tokenizer.",
-        "after Sankar et al. 2019 (arXiv:1906.01603), who measure by how much a shuffled history raises the loss",
+        "the two losses over the tokens of the answers. Only for models of one tokenizer.",
+        "After Sankar et al. 2019 (arXiv:1906.01603), who measure by how much a disturbed history raises the perplexity",
         turn_coherence,
     ),
     Metric(
         "length imbalance",
         "lower",
-        "0 and more; 0.69: twice or half as long",
-        "Distance of an answer's length from the reference's: |ln(words + 1) - ln(words of the reference + 1)|, the mean over "
-        "answers. An answer that was cut at the token limit counts as long as it got.",
-        "defined here",
+        "0 and up; 0.69: twice or half as long",
+        "The distance of an answer's length from the reference's: |ln(words + 1) - ln(words of the reference + 1)|, the mean "
+        "over answers. An answer that was cut at the token limit counts as long as it got.",
+        "Defined here",
         from_reference(length),
     ),
     Metric(
         "question imbalance",
         "lower",
         "0 to 1",
-        "Share of answers that ask a question where the reference asks none, or ask none where it does. "
+        "The share of answers that ask a question where the reference asks none, or ask none where it does. "
         "A question is a question mark outside of code and addresses.",
-        "defined here; that chat lives by how often it asks back: See et al. 2019 (arXiv:1902.08654)",
+        "Defined here; that a chat lives by how often it asks back: See et al. 2019 (arXiv:1902.08654)",
         from_reference(asks),
     ),
     Metric(
         "end-of-turn rate",
         "higher",
         "0 to 1",
-        "Share of answers that the model ended by itself before the token limit. "
+        "The share of answers that the model ended by itself before the token limit. "
         "Answers of which that is not known are left out.",
-        "defined here",
+        "Defined here",
         ended,
     ),
 )

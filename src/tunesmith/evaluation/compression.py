@@ -154,57 +154,58 @@ METRICS = (
     Metric(
         "token reduction",
         "higher",
-        "percent, up to 100; 0: as long as the references",
+        "Up to 100, in percent; 0: as long as the references",
         "Tokens saved against the reference answers: 100 * (their tokens - the answers' tokens) / their tokens, over the sums of "
         "all rows, in cl100k_base tokens. Where the references are compressed themselves, 0 is what was to be learnt. "
         "An empty answer saves 100: read it beside the technical terms kept.",
-        "defined here, as scripts for emoji compression compute it",
+        "Defined here",
         against_reference,
         reduction,
     ),
     Metric(
         "token reduction from originals",
         "higher",
-        "percent, up to 100; 0: as long as before compression",
+        "Up to 100, in percent; 0: as long as before compression",
         "Tokens saved against the answers before they were compressed: 100 * (original - answers' tokens) / original, over the "
         "sums of the rows of one answer whose metadata has the number original_tokens; the answers in cl100k_base tokens.",
-        "defined here",
+        "Defined here",
         against_original,
         reduction,
     ),
     Metric(
         "emoji distance",
         "lower",
-        "emoji, 0 and more",
-        "How many emoji an answer has more or fewer than its reference, the mean over answers: it grows with spam as with want.",
-        "defined here",
+        "0 and up, in emoji",
+        "How many emoji an answer has more or fewer than its reference, the mean over answers. It grows with too many as with "
+        "too few.",
+        "Defined here",
         from_reference(emoji_in),
     ),
     Metric(
         "emoji per answer",
         "higher",
-        "emoji, 0 and more",
-        "Emoji in an answer, the mean over answers. Neither more nor fewer is better by itself: it has no verdict, and is "
-        "there to be read with the emoji distance.",
-        "defined here",
+        "0 and up, in emoji",
+        "The number of emoji in an answer, the mean over answers. Neither more nor fewer is better by itself: it has no "
+        "verdict, and is there to be read with the emoji distance.",
+        "Defined here",
         whole=emoji_per_answer,
     ),
     Metric(
         "over 5 emoji",
         "lower",
         "0 to 1",
-        "Share of answers with more than 5 emoji.",
-        "defined here: the limit over which guides to emoji compression call it spam",
+        "The share of answers with more than five emoji.",
+        "Defined here",
         per_answer(spam),
     ),
     Metric(
         "technical terms kept",
         "higher",
         "0 to 1",
-        "Of the technical terms of the references, the share that is also in the answers, over all rows. Terms are told by their "
+        "The share of the references' technical terms that is also in the answers, over all rows. Terms are told by their "
         "look: code in backticks; names with an inner _ or capital, with dots, or of letters and digits; paths, flags, hosts; "
         "commands; acronyms. Case and a plural's s make no difference.",
-        "defined here",
+        "Defined here",
         terms_kept,
     ),
 )

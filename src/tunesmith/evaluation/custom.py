@@ -70,7 +70,9 @@ def _pattern(pattern: str, better: Literal["lower", "higher"]) -> Metric:
             message = f"re:{pattern} did not come to an end over one answer ({SECONDS:g} s at most)"
             raise UsageError(message, where=row.source, fix="make it unambiguous: no (a+)+ or (a|a)*") from None
 
-    return Metric(f"matches {pattern}", better, "0 to 1", "share of answers that match the pattern", "yours", columns)
+    return Metric(
+        f"matches {pattern}", better, "0 to 1", "The share of answers that match the pattern.", "Yours", columns
+    )
 
 
 def _function(spec: str, better: Literal["lower", "higher"]) -> Metric:
@@ -90,7 +92,9 @@ def _function(spec: str, better: Literal["lower", "higher"]) -> Metric:
             raise UsageError(f"{name} raised {_said(error, path)}", where=row.source, fix=f"correct {path}") from None
         return None if value is None else (_number(value, name, row.source), 1)
 
-    return Metric(name, better, "as the function has it", f"the mean of {name} in {path}", "yours", columns)
+    return Metric(
+        name, better, "As the function has it", f"The mean of {name} in {path} over answers.", "Yours", columns
+    )
 
 
 def _loaded(path: Path) -> dict[str, Any]:

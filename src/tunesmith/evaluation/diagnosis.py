@@ -29,6 +29,28 @@ REPEATS = 0.33  # of an answer's runs of four words
 ENDS = 0.7  # of the answers, and 0.2 fewer than of the base's
 ALIKE = 0.01  # ROUGE-L: no difference
 ANSWERS = 8  # fewer say nothing of habits
+PITFALLS = {  # every name that a diagnosis can have, and when it is said: for docs/metrics.md
+    "diverged": "The training loss of the last quarter is over 1.1 times the loss before training, and no validation was under "
+    "that.",
+    "worse than the base": "The verdict is worse.",
+    "shuffled answers": "Prompts and their own answers have no more in common than prompts and other rows' answers (within twice "
+    "the standard error, 16 rows at least), and the tuned model finds answers no likelier after their own prompt.",
+    "never stops": f"It ended under {100 * ENDS:.0f} % of its answers by itself, 20 points fewer than the base; or under 10 %.",
+    "overfitting": f"The last two validation losses are over {RISE} times the lowest, and the training loss went on falling. "
+    "Where early stopping ended the run: over the lowest at all, and more than twice as many epochs had been asked for.",
+    "memorisation": f"Asked the training rows that it knows best ({ANSWERS} at least), it repeats {100 * RECITED:.0f} % and more "
+    "of the answers word for word.",
+    "loss of general capability": "The loss on general text or on the starter's questions is worse, by over "
+    f"{100 * FORGOT:.0f} %.",
+    "repetition": f"Self-repetition is worse, over {REPEATS}, and 0.05 over the base's.",
+    "inconsistent outputs": f"Answers to one prompt are no more alike (ROUGE-L within {ALIKE}) than answers to different "
+    "prompts, and less so than the base's by over twice the standard error. Only of prompts that were answered several times.",
+    "style not learnt": "The style score is under 0.5 and not better than the base's.",
+    "emoji absent": "The references have half an emoji each and more, the answers under a fifth of that.",
+    "emoji spam": "A fifth of the answers and more have over five emoji, and over twice the share of the references.",
+    "underfitting": f"The validation loss changed by less than {100 * LEVEL:.0f} % over the run; or, as a note, it was still "
+    "falling by more than that at the end. Not of a run that early stopping ended.",
+}
 
 
 class Evidence(msgspec.Struct, frozen=True):

@@ -149,10 +149,10 @@ METRICS = (
         "term recall",
         "higher",
         "0 to 1",
-        "of the domain's terms in the references, the share that the answers have. Terms are mined from the training answers: "
-        "words and phrases far more frequent there than in general English. (Domain perplexity is the perplexity above: these "
-        "rows are the domain's.)",
-        "this project; terms by Dunning 1993",
+        "The share of the domain's terms in the references that the answers have too, over all rows. Terms are mined from the "
+        "training answers: words and phrases far more frequent there than in general English. Absent where the training answers "
+        "are not English.",
+        "Defined here; terms by the log-likelihood ratio of Dunning 1993, for two corpora as Rayson and Garside 2000",
         _recalled,
     ),
 )

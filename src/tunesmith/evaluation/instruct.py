@@ -104,33 +104,35 @@ METRICS = (
         "constraints kept",
         "higher",
         "0 to 1",
-        "of the verifiable constraints in the instructions (counts, format, language, words to use or avoid), the share that the "
-        "answers keep; constraints that the reference breaks are not counted",
-        "Zhou et al. 2023, IFEval (accuracy by instruction, strict)",
+        "The share of the verifiable constraints in the instructions (counts, format, language, words to use or avoid) that the "
+        "answers keep, over all rows. Constraints that the reference breaks are not counted. English instructions only.",
+        "After Zhou et al. 2023, IFEval (arXiv:2311.07911): strict accuracy by instruction, on constraints that are found",
         _constraints,
     ),
     Metric(
         "ROUGE-L",
         "higher",
         "0 to 1",
-        "words in common with the reference, in the same order (F1), a mean over rows",
-        "Lin 2004",
+        "Words in common with the reference in the same order: F1 by the longest common subsequence, the mean over answers.",
+        "Lin 2004, ROUGE",
         _rouge_l,
     ),
     Metric(
         "chrF",
         "higher",
         "0 to 100",
-        "runs of characters in common with the reference (F-score, recall weighing twice), a mean over rows",
-        "Popović 2015, by sacrebleu",
+        "Runs of one to six characters in common with the reference: F-score in which recall weighs twice, the mean over "
+        "answers. It rewards the reference's wording and says nothing of truth.",
+        "Popović 2015, by sacrebleu (Post 2018, arXiv:1804.08771)",
         _chrf_of,
     ),
     Metric(
         "completion rate",
         "higher",
         "0 to 1",
-        "share of answers that are not empty, were not cut off, do not just repeat the instruction and do not refuse",
-        "this project",
+        "The share of answers that are not empty, were not cut off, do not just repeat the instruction and do not refuse (unless "
+        "the reference does).",
+        "Defined here",
         _completed,
     ),
 )

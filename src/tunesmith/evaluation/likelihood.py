@@ -44,17 +44,18 @@ def _exp(sums: Array) -> Array:
 LOSS = Metric(
     "loss (nats per token)",
     "lower",
-    "0 and up, nats",
+    "0 and up, in nats per token",
     "The mean of -ln p over the tokens of the reference answers, each given all that stands before it.",
-    "cross-entropy (Shannon 1948)",
+    "Cross-entropy, Shannon 1948",
     _per_token,
 )
 PER_BYTE = Metric(
     "loss (nats per byte)",
     "lower",
-    "0 and up, nats",
-    "As the loss, over the bytes of the answers: for two models that do not count tokens alike.",
-    "bits per byte (Gao et al. 2020, The Pile), in nats",
+    "0 and up, in nats per byte",
+    "The sum of -ln p over the tokens of the reference answers, divided by their UTF-8 bytes: for two models that do not count "
+    "tokens alike.",
+    "Bits per byte of Gao et al. 2020, The Pile (arXiv:2101.00027), in nats",
     _per_byte,
 )
 METRICS = (
@@ -63,9 +64,9 @@ METRICS = (
         "perplexity",
         "lower",
         "1 and up",
-        "e to the loss: among so many equally likely tokens the model hesitates. On rows of one domain this is the domain "
-        "perplexity.",
-        "Jelinek et al. 1977",
+        "The exponential of the loss: among so many equally likely tokens the model hesitates. On the held-out rows of a domain "
+        "this is the domain perplexity.",
+        "Jelinek, Mercer, Bahl and Baker 1977",
         _per_token,
         _exp,
     ),
@@ -73,17 +74,18 @@ METRICS = (
         "token accuracy",
         "higher",
         "0 to 1",
-        "The share of the references' tokens that were the likeliest to the model.",
-        "teacher-forced top-1 accuracy",
+        "The share of the tokens of the reference answers that were the likeliest to the model, each given all that stands "
+        "before it.",
+        "Top-1 accuracy under teacher forcing, as usual",
         _right,
     ),
     Metric(
         "calibration error",
         "lower",
         "0 to 1",
-        "The mean over tokens of |how sure the model was of its likeliest token - how often those were right|, in ten bins of "
-        "sureness.",
-        "expected calibration error (Guo et al. 2017)",
+        "How far the probability of the likeliest token is from how often it is right: the absolute difference in each of ten "
+        "bins of equal width, the mean over tokens.",
+        "Expected calibration error of Naeini et al. 2015, as Guo et al. 2017 (arXiv:1706.04599) measure it",
         _bins,
         calibration_error,
     ),

@@ -56,7 +56,8 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """A metric. `better`: which way; `span`: its range, with the unit; `source`: who defined it.
+    """A metric. `better`: which way; `span`: its range, with the unit; `about`: its definition, in whole sentences; `source`: who
+    defined it. All of it is in docs/metrics.md.
 
     `columns(row, heard, facts)`: what is summed over the rows, None where the row has nothing to say of it. `whole`: instead,
     for figures that are no sum over rows: of all rows at once; they get no interval and no verdict.

@@ -186,20 +186,21 @@ METRICS = (
         "style",
         "higher",
         "0 to 1",
-        "Probability that an answer is in the style of the training answers and not of the base model's, the mean over answers. "
-        "By logistic regression on the rates of frequent words, pairs of words and marks, of emoji and capitals, and on the "
-        "length of words and sentences, all in the first 400 characters; learnt from answers to prompts that are not evaluated. "
+        "The probability that an answer is in the style of the training answers and not of the base model's, the mean over "
+        "answers. By logistic regression on the rates of frequent words, pairs of words and marks, of emoji and capitals, and on "
+        "the length of words and sentences, all in the first 400 characters; learnt from answers to prompts that are not "
+        "evaluated. "
         "Not reported where that classifier tells fewer than 70 % of answers apart that it has not seen. A blank answer has 0.",
-        "defined here; style by frequent words: Mosteller and Wallace 1964, Burrows 2002",
+        "Defined here; style by frequent words: Mosteller and Wallace 1964, Burrows 2002",
         style,
     ),
     Metric(
         "vocabulary kept",
         "higher",
         "0 to 1",
-        "Of the persona's words that the references have, the share that is also in the answers. The persona's words are the 50 "
-        "at most that more training answers than answers of the base model have, with a z-score of 2 at least.",
-        "words by log odds with an informative Dirichlet prior: Monroe et al. 2008 (Political Analysis 16:372)",
+        "The share of the persona's words in the references that is also in the answers, over all rows. The persona's words are "
+        "50 at most, those that more training answers than answers of the base model have, with a z-score of 2 at least.",
+        "Defined here; words by log odds with an informative Dirichlet prior: Monroe et al. 2008 (Political Analysis 16:372)",
         vocabulary_kept,
     ),
 )
