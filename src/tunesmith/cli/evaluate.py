@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.options import Parser, columns, natural, positive, show_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tunesmith.evaluation.judgement import Judgement
-    from tunesmith.evaluation.result import Evaluation
+    from tunesmith.evaluation.result import Diagnosis, Evaluation
 
 SHOWN = 3  # prompts with both answers; the report has more
 
@@ -114,8 +116,7 @@ def show(result: Evaluation) -> None:
             ", ".join(f"{count} {code.replace('_', ' ')}" for code, count in counts.most_common()) or "nothing to say"
         )
         print(f"\n  training rows worth a look ({report.looked_at} of {report.rows} weighed): {found}")
-    for d in result.diagnoses:
-        print(f"\n  {d.severity}: {d.name}: {d.evidence}\n    next: {d.fix}")
+    diagnosed(result.diagnoses)
     if result.judge:
         print(f"\n  {spoken(result.judge)}")
     if result.unavailable:
@@ -125,6 +126,12 @@ def show(result: Evaluation) -> None:
     print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows, by {first.metric}")
     if result.report:
         print(f"report:  {result.report}")
+
+
+def diagnosed(found: Sequence[Diagnosis]) -> None:
+    """What went wrong, and what to do next, on stdout."""
+    for d in found:
+        print(f"\n  {d.severity}: {d.name}: {d.evidence}\n    next: {d.fix}")
 
 
 def spoken(judge: Judgement) -> str:

@@ -56,10 +56,13 @@ def show(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.cli.curves import of_run
+    from tunesmith.cli.evaluate import diagnosed
     from tunesmith.cli.progress import table
+    from tunesmith.evaluation.diagnosis import curves
 
     run = api.find_run(options.run)
     manifest, summary = run.manifest(), run.summary()
+    found = curves(run.metrics("step"), run.metrics("eval"))
     if options.json:
         show_json(
             {
@@ -68,6 +71,7 @@ def show(argv: list[str]) -> int:
                 "recipe": manifest["recipe"],
                 "origin": manifest["origin"],
                 "versions": manifest["versions"],
+                "diagnoses": found,
             }
         )
         return 0
@@ -84,6 +88,7 @@ def show(argv: list[str]) -> int:
     for event in run.events():
         if event["type"] in ("warning", "error", "overfitting"):
             print(f"{event['type']}: {event['message']}")
+    diagnosed(found)
     return 0
 
 

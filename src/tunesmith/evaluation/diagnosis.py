@@ -225,8 +225,15 @@ def repetition(e: Evidence) -> Iterator[Diagnosis]:
 
 
 def endless(e: Evidence) -> Iterator[Diagnosis]:
-    """Answers that no longer end, though the references, twice over, would have had room."""
+    """Answers that no longer end, though the references would have had room (which a small --max-tokens does not leave)."""
     m = e.metrics.get("end-of-turn rate")
+    cut = [
+        h.said.tokens < h.tokens / max(1, sum(x.role == "assistant" for x in row.messages))
+        for row, h in zip(e.rows, e.tuned, strict=True)
+        if h.said and not h.said.ended
+    ]
+    if cut and fmean(cut) > 0.5:
+        return
     if m and m.rows >= ANSWERS and m.tuned < ENDS and (m.tuned < m.base - 0.2 or m.tuned < 0.1):
         yield Diagnosis(
             "never stops",
@@ -258,7 +265,8 @@ def emoji(e: Evidence) -> Iterator[Diagnosis]:
             "emoji absent",
             "warning",
             f"{had:.2f} emoji an answer where the references have {wanted:.2f}",
-            "more --epochs (3 to 5), a higher --lora-rank (16); keep only rows that have them (--where on the metadata)",
+            "more --epochs (3 to 5), a higher --lora-rank (16); keep only rows that have them "
+            "(tunesmith data convert DATASET -o OUT.jsonl --where on their metadata)",
         )
     over, over_wanted = (
         fmean(side > 5 for side in column) for column in ([b for _, b in pairs], [a for a, _ in pairs])
