@@ -5,7 +5,9 @@
     data/          the splits as used, their token ids, the chat template that is not the model's own
     remote.json    of a run at a service: its address, and the ids of files and job; upload/, results/ the files themselves
     row_losses.npy each training row's loss in each epoch
-    checkpoints/  logs/  evaluation/
+    evaluation/    result.json, and what its figures come from (evaluation/evaluate.py); other evaluations in folders of their own
+    report.html    the evaluation, to be read
+    checkpoints/  logs/
     best_model/    weights at the lowest validation loss;  final_model/  after the last step
 
 Whoever wants to know how a run is doing reads this directory; nothing asks a process.

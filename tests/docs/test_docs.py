@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, rows, write
+from tunesmith import cli
+from tunesmith.conversation import Conversation, Message
 from tunesmith.data.findings import table
 from tunesmith.recipe import fields
 
@@ -30,7 +34,7 @@ def commands() -> list[str]:
 
 
 def test_the_readme_has_what_these_tests_look_for() -> None:
-    assert len(commands()) >= 12
+    assert len(commands()) >= 19
     assert [kind for kind, _ in BLOCKS].count("python") >= 1
 
 
@@ -69,6 +73,12 @@ def test_readme_command(line: str, trained: Path) -> None:
         words = [words[0], "--help"]
     elif words[0] == "lr-find":
         words += ["--trial-steps", "1"]
+    elif words[0] == "evaluate":
+        words += ["--rows", "4", "--samples", "0", "--max-tokens", "16"]
+    elif "--drop-codes" in words:
+        assert cli.main(["evaluate", str(trained / "my_run"), "--rows", "0"]) == 0
+    elif "wider_run" in words:
+        shutil.copytree(trained / "my_run", trained / "wider_run")
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
         if "my_run" in words:
@@ -96,11 +106,91 @@ def test_every_finding_code_is_documented_and_used() -> None:
 
 
 def test_settings_reference_is_current() -> None:
-    """docs/settings.md and the help pages are made from the code: `python tools/pages.py`."""
+    """docs/settings.md, docs/metrics.md and the help pages are made from the code: `python tools/pages.py`."""
     done = subprocess.run([sys.executable, ROOT / "tools/pages.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs/settings.md").read_text()
     assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())
+
+
+def test_every_metric_is_defined_in_whole_sentences() -> None:
+    """The report says "{about} Range: {span}. Source: {source}."; names are told apart over all tasks."""
+    from tunesmith.evaluation import likelihood, tasks
+
+    every = {m for found in tasks.TASKS.values() for m in found} | {*likelihood.METRICS, likelihood.PER_BYTE}
+    assert len({m.name for m in every}) == len(every) >= 30
+    assert not [m.name for m in every if not re.fullmatch(r"[A-Z\d].*[^.]\.", m.about) or "  " in m.about]
+    assert not [m.name for m in every if m.span[0].islower() or m.span.strip().rstrip(".") != m.span]
+    assert not [m.name for m in every if not m.source or m.source.strip().rstrip(".") != m.source]
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert all(page.count(f"\n| {m.name} | ") == 1 for m in every)
+
+
+def test_every_diagnosis_is_documented() -> None:
+    """Those that the rules make, those of the table, those of the guide: the same names."""
+    from tunesmith.evaluation.diagnosis import PITFALLS
+
+    source = (ROOT / "src/tunesmith/evaluation/diagnosis.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'Diagnosis\(\s*"([a-z ]+)"', source)) == set(PITFALLS) and len(PITFALLS) >= 13
+    guide = (ROOT / "docs/guides/evaluating.md").read_text(encoding="utf-8")
+    part = guide.partition("## Diagnoses")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| ([a-z ]+) \|", part, re.M)[1:] == list(PITFALLS)
+
+
+def test_the_guide_to_evaluating(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands run as written but for fewer and shorter answers, its metric measures, its program finds the same figures."""
+    from hostile import KEY, Hostile
+    from training import fit
+    from tunesmith.evaluation import code, tasks
+    from tunesmith.evaluation.rowreport import CODES
+
+    guide = (ROOT / "docs/guides/evaluating.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", guide, re.S)
+    assert [kind for kind, _ in blocks if kind != "sh"] == ["python", "json", "python"]
+    lines = [line.split("  #")[0].strip() for kind, text in blocks if kind == "sh" for line in text.splitlines()]
+    assert len(lines) == 15 and all(line.startswith("tunesmith ") for line in lines)
+    metric, row, program = (text for kind, text in blocks if kind != "sh")
+
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((ROOT / "src/tunesmith/assets/data/chat.jsonl").read_bytes())
+    for name, rate in (("my_run", 1e-2), ("other_run", 1e-3)):
+        fit(tmp_path / name, data, tiny, test_fraction=0.25, learning_rate=rate, epochs=2)
+    write(tmp_path / "held_out.jsonl", rows(9))
+    (tmp_path / "metrics.py").write_text(metric)
+    service = Hostile()
+    service.models, service.answer = {"judge": {}}, lambda body: '{"verdict": "A"}'
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = {}
+    for line in lines:
+        words = shlex.split(line.replace("http://127.0.0.1:8000/v1", service.url))[1:]
+        if words[0] == "evaluate":
+            rows_asked = ["--rows", "12"] if "metrics.py:hours" in words or "--judge" in words else ["--rows", "2"]
+            words += [*rows_asked, "--samples", "0", "--max-tokens", "8"]
+        assert cli.main(words) == 0, (line, capsys.readouterr().err)
+        said[line] = capsys.readouterr().out
+    service.close()
+
+    own, judged = (
+        next(out for line, out in said.items() if word in line) for word in ("metrics.py:hours", "--judge-model")
+    )
+    assert re.search(r"^verdict: .*, by hours$", own, re.M)
+    assert "the judge judge: 0 won" in judged and "it followed the position in 100%" in judged
+    assert "cannot be paired" not in said[next(line for line in lines if "compare" in line)]
+    assert all((tmp_path / name).exists() for name in ("clean.jsonl", "compare.html", "my_run/evaluation/judge.jsonl"))
+    message = Message("user", "?"), Message("assistant", json.loads(row)["completion"])
+    assert code.test_of(Conversation(message, metadata={"test": json.loads(row)["test"], "language": "python"}))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[0] in ("better", "worse", "cannot"), done.stderr
+
+    kept = re.findall(r"`(\w+\.jsonl?)`", guide.partition("## Recomputing")[2].partition("```python")[0])
+    made = {path.name for path in (tmp_path / "my_run/evaluation").iterdir() if path.is_file()}
+    assert made <= set(kept) and set(kept) - made <= {"recited.jsonl", "taught.jsonl"}  # no row was learnt by heart
+    table_of_tasks = guide.partition("## Which metrics")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \|", table_of_tasks, re.M)[1:] == ["every", *tasks.TASKS]
+    assert all(f"**{code.replace('_', ' ')}**" in guide for code in CODES)
 
 
 def test_tree_is_free_of_machine_paths() -> None:
