@@ -41,14 +41,14 @@ Both models are judged on the same held-out rows. A metric is computed from sums
   {stats.RESAMPLES:,} samples as many rows are drawn with replacement, the same for both models.
 - **Test**: paired permutation (Fisher 1935): in each of {stats.RESAMPLES:,} trials base and tuned change places in a row by the
   throw of a coin.
-- **Verdict**: *better* or *worse* where the interval excludes zero, p is at most {1 - stats.LEVEL:.2f}, and there are
-  {stats.FEWEST} rows at least; else *cannot tell*.
+- **Verdict**: *better* or *worse* where the interval excludes zero, p is at most {stats.SURE}, and there are {stats.FEWEST} rows
+  at least; else *cannot tell*. Of two models that are equally good, about {100 * stats.SURE:.0f} % of test sets say so.
 - **Rows needed** would settle it in {100 * stats.POWER:.0f} % of cases, if difference and spread are those seen.
   **Detectable** is the difference that would be found in {100 * stats.POWER:.0f} % of cases on rows like these.
 
 The verdict of the whole is that of one metric, the first of these that there is: your own (`--metric`); the loss (per byte
 where the two models do not count tokens alike); chrF, where a service tells no likelihoods. The other metrics explain it. Each
-keeps its own {100 - 100 * stats.LEVEL:.0f} % of error: of twenty that measure nothing, one may look like something.
+has its own error: of thirty that measure nothing, one looks like something.
 
 Rows of which a metric says nothing are left out of it, for both models. What is marked *none* has no interval and no verdict.
 """
