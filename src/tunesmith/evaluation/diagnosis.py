@@ -35,7 +35,8 @@ PITFALLS = {  # every name that a diagnosis can have, and when it is said: for d
     "worse than the base": "The verdict is worse.",
     "shuffled answers": "Prompts and their own answers have no more in common than prompts and other rows' answers (within twice "
     "the standard error, 16 rows at least), and the tuned model finds answers no likelier after their own prompt.",
-    "never stops": f"It ended under {100 * ENDS:.0f} % of its answers by itself, 20 points fewer than the base; or under 10 %.",
+    "never stops": f"It ended under {100 * ENDS:.0f} % of its answers by itself, 20 points fewer than the base; or under 10 %. "
+    "Not where most answers that were cut had less room than their references.",
     "overfitting": f"The last two validation losses are over {RISE} times the lowest, and the training loss went on falling. "
     "Where early stopping ended the run: over the lowest at all, and more than twice as many epochs had been asked for.",
     "memorisation": f"Asked the training rows that it knows best ({ANSWERS} at least), it repeats {100 * RECITED:.0f} % and more "
