@@ -19,7 +19,7 @@ def test_quickstart(tmp_path: Path, cli: Callable[..., Result]) -> None:
     persona = found["evaluation"]["persona"]
     assert persona["name"] == "Deep Tree Echo" and persona["tuned"] >= persona["probes"] // 2 > 0 == persona["base"]
     assert (tmp_path / found["evaluation"]["report"]).exists()
-    assert len(found["evaluation"]["samples"]) == 6
+    assert len(found["evaluation"]["samples"]) == 12
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KB: under 2 GB for every process so far
 
     again = cli("quickstart", "--output-dir", "quick")  # the second time it shows what is there
