@@ -155,8 +155,14 @@ def spoken(judge: Judgement) -> str:
 
 
 def figure(value: float, sign: str = "") -> str:
-    """Four decimals, without them where a number is large."""
-    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.0f}"
+    """Four decimals, without them where a number is large, and no more than three digits of one that is huge."""
+    return (
+        f"{value:{sign}.4f}"
+        if abs(value) < 1000
+        else f"{value:{sign}.0f}"
+        if abs(value) < 1e7
+        else f"{value:{sign}.3g}"
+    )
 
 
 def _short(text: str, limit: int = 150) -> str:

@@ -91,6 +91,7 @@ def evaluate(
         _tested(pair.rows, models.observe(name, ask, progress), progress, notes)
         for name, ask in ((pair.base, asked.base), (pair.tuned, asked.tuned))
     )
+    base, tuned = _comparable(base, tuned, notes)
     facts = _facts(run, task, asked, base, how.seed)
     chosen = tasks.metrics(
         task,
@@ -103,7 +104,9 @@ def evaluate(
     metrics = measured(chosen, pair.rows, base.heard, tuned.heard, facts, how.seed)
     if not metrics or metrics[0].metric != chosen[0].name:
         raise DataError(
-            f"nothing to compare by {chosen[0].name}", where=pair.dataset, fix="evaluate on rows with answers"
+            f"nothing to compare by {chosen[0].name}{''.join(f' ({note})' for note in notes)}",
+            where=pair.dataset,
+            fix="evaluate on rows with answers that both models have room for",
         )
     canary = _canary(asked, base, tuned, how.seed) if scored else None
     rows = rowreport.report(run, asked.candidates, tuned.gains, tuned.recited) if run and asked.candidates else None
@@ -219,6 +222,28 @@ def _tested(rows: Sequence[Conversation], heard: Observed, progress: Progress, n
     if judged.note and judged.note not in notes:
         notes.append(judged.note)
     return msgspec.structs.replace(heard, heard=judged.heard)
+
+
+def _comparable(base: Observed, tuned: Observed, notes: list[str]) -> tuple[Observed, Observed]:
+    """Both without the likelihoods of rows that one model could not read to the end while the other read more."""
+    unlike = [
+        {i for i, (b, t) in enumerate(zip(*pair, strict=True)) if b.tokens != t.tokens and (b.cut or t.cut)}
+        for pair in ((base.heard, tuned.heard), (base.canary, tuned.canary))
+    ]
+    if not any(unlike):
+        return base, tuned
+    if unlike[0]:
+        notes.append(f"the loss on {len(unlike[0])} rows: they are longer than the context of one of the models")
+
+    def without(heard: list[Heard], rows: set[int]) -> list[Heard]:
+        nothing: dict[str, Any] = {"loss": None, "tokens": 0, "right": 0, "bins": [], "context": None}
+        return [msgspec.structs.replace(h, **nothing) if i in rows else h for i, h in enumerate(heard)]
+
+    first, second = (
+        msgspec.structs.replace(side, heard=without(side.heard, unlike[0]), canary=without(side.canary, unlike[1]))
+        for side in (base, tuned)
+    )
+    return first, second
 
 
 def _canary(asked: Asked, base: Observed, tuned: Observed, seed: int) -> Canary:

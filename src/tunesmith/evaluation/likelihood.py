@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
-from tunesmith.conversation import Conversation
+from tunesmith.conversation import Conversation, Message
 from tunesmith.evaluation.metric import Facts, Heard, Metric
 from tunesmith.evaluation.stats import Array, ratio
 
+MOST = 100.0  # nats, of a perplexity: of a model that gives no numbers it would be infinite, which JSON cannot say
 BINS = 10  # tenths of sureness, as of local.score
 
 
@@ -17,8 +19,13 @@ def _per_token(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ..
 
 def _per_byte(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ...] | None:
     """Over the UTF-8 bytes of all that a model is scored on in this row."""
-    size = sum(len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.weight != 0)
+    scored = [m for m in row.messages if m.role in ("assistant", "text") and m.weight != 0]
+    size = sum(len(m.content.encode(errors="replace")) + len(_calls(m)) for m in scored)
     return None if heard.loss is None or not size else (heard.loss, size)
+
+
+def _calls(message: Message) -> bytes:
+    return msgspec.json.encode(message.tool_calls) if message.tool_calls else b""
 
 
 def _right(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ...] | None:
@@ -37,8 +44,7 @@ def calibration_error(sums: Array) -> Array:
 
 
 def _exp(sums: Array) -> Array:
-    with np.errstate(over="ignore"):
-        return np.asarray(np.exp(ratio(sums)), np.float64)
+    return np.asarray(np.exp(np.minimum(ratio(sums), MOST)), np.float64)
 
 
 LOSS = Metric(

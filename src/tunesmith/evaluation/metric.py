@@ -32,6 +32,7 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     likeliest tokens, by how sure the model was (tenths): their number, the sum of their probabilities, how many were right.
     `context`: of the last answer, its loss, its loss after another row's context, its tokens. `said`: the greedy answer to the
     row's prompt; `samples`: further ones, drawn at temperature 0.8. `passed`: whether each of these passed the row's tests.
+    `cut`: some of the answers' tokens stood beyond the model's context and are not among `tokens`.
     """
 
     loss: float | None = None
@@ -42,6 +43,7 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     said: Said | None = None
     samples: list[Said] = []
     passed: list[bool] = []
+    cut: bool = False
 
 
 class Facts(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -11,7 +11,9 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -23,7 +25,7 @@ from tunesmith.data.write import tidy, write_json
 from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.models import find
 
-FORM = 1  # of what is kept: another number, and nothing kept before is used
+FORM = 2  # of what is kept: another number, and nothing kept before is used
 HEAT = 0.8  # temperature of further answers
 WORST = 1e9  # nats: of a row that a model gives no number for (JSON has no infinity)
 CONTEXTS = 4  # other rows' contexts that each suspect's answer is tried with
@@ -73,12 +75,9 @@ class Tally:
 def observe(name: str, ask: Ask, template: str | None, doing: str, progress: Progress) -> Observed:
     """Ask a model on this machine. What was heard before of the same model and the same question is read from the cache."""
     path = _cache() / f"{_key(name, ask, template)}.json"
-    tidy(path.parent)
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Observed)
-        os.utime(path)
-        return found
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(path.read_bytes(), type=Observed)
+    except (OSError, msgspec.MsgspecError):  # not asked before; or a damaged file, which is written anew
         pass
     from tunesmith.local.generate import Chat
     from tunesmith.local.score import Scorer
@@ -86,8 +85,10 @@ def observe(name: str, ask: Ask, template: str | None, doing: str, progress: Pro
     chat = Chat(name, template)
     scorer = Scorer(chat.renderer, chat.decoder.model)
     observed = _asked(ask, chat, scorer, doing, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, observed)
+    with suppress(OSError):  # a cache that nobody may write, or a full disk: all is asked anew the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tidy(path.parent)
+        write_json(path, observed)
     return observed
 
 
@@ -112,12 +113,13 @@ def _asked(ask: Ask, chat: backends.Completer, scorer: Callable[..., Any], doing
     if ask.shuffled:
         places = [i for i, row in enumerate(ask.rows) if _turn(row)]
         for i, a, b in zip(places, score(own), score(other), strict=True):
-            contexts[i] = (min(a.loss, WORST), min(b.loss, WORST), a.tokens)
-    canary = [Heard(min(s.loss, WORST), s.tokens, s.right) for s in score(ask.canary)]
+            if a.tokens == b.tokens:  # else one of them was cut at the end of the context
+                contexts[i] = (min(a.loss, WORST), min(b.loss, WORST), a.tokens)
+    canary = [Heard(min(s.loss, WORST), s.tokens, s.right, cut=s.cut) for s in score(ask.canary)]
     gains = _gains(ask.suspects, score(mine), score(others))
     said, samples, questions, recited = _written(ask, chat, lambda n: tally(2 * n))
     heard = [
-        Heard(min(s.loss, WORST), s.tokens, s.right, s.bins, contexts[i], said.get(i), samples.get(i, []))
+        Heard(min(s.loss, WORST), s.tokens, s.right, s.bins, contexts[i], said.get(i), samples.get(i, []), cut=s.cut)
         for i, s in enumerate(losses)
     ]
     return Observed(heard, questions, canary, recited, gains)
@@ -193,10 +195,9 @@ def _gains(rows: Sequence[Conversation], own: Sequence[Any], others: Sequence[An
             found.append(None)
             continue
         mine, count = own[place], CONTEXTS
-        theirs = others[place * count : (place + 1) * count]
-        gain = (sum(min(s.loss, WORST) for s in theirs) / count - min(mine.loss, WORST)) / max(1, mine.tokens)
-        found.append(gain)
+        theirs = [min(s.loss, WORST) for s in others[place * count : (place + 1) * count] if s.tokens == mine.tokens]
         place += 1
+        found.append((fmean(theirs) - min(mine.loss, WORST)) / max(1, mine.tokens) if theirs else None)
     return found
 
 

@@ -21,12 +21,14 @@ BINS = 10  # of how sure a model is: tenths of the likeliest token's probability
 
 class RowScore(msgspec.Struct, frozen=True):
     """A row's sum of -log p over its answer's tokens (nats; inf where it is no number), how many tokens that is, and how
-    many were the likeliest. `bins`: of each tenth of sureness how many tokens, their summed probability, how many right."""
+    many were the likeliest. `bins`: of each tenth of sureness how many tokens, their summed probability, how many right.
+    `cut`: some of the answer stood beyond the model's context, and is in none of these."""
 
     loss: float
     tokens: int
     right: int
     bins: list[tuple[int, float, int]] = []
+    cut: bool = False
 
 
 def score(name: str, rows: list[Conversation], template: str | None = None) -> list[RowScore]:
@@ -47,9 +49,13 @@ class Scorer:
 
     def __call__(self, rows: list[Conversation], told: Callable[[int], object] = lambda _: None) -> list[RowScore]:
         """In order; `told` hears now and then how many tokens more are done."""
-        every = self._renderer.render_all(rows)
+        every = list(self._renderer.render_all(rows))
         cut = [Rendered(r.ids[: self._limit], r.mask[: self._limit], "", r.source) for r in every]
-        return row_scores(self._module, flatten(cut), told)
+        scores = row_scores(self._module, flatten(cut), told)
+        return [
+            msgspec.structs.replace(s, cut=True) if self._limit and any(r.mask[self._limit :]) else s
+            for s, r in zip(scores, every, strict=True)
+        ]
 
 
 def row_scores(module: LossModule, rows: Tokens, told: Callable[[int], object] = lambda _: None) -> list[RowScore]:
