@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -332,6 +333,8 @@ def test_a_damaged_cache_is_asked_anew(damage: bytes, tiny: Path, data: Path, ca
     first = again()
     (path,) = kept(cache)
     whole = path.read_bytes()
+    os.utime(path, (1e9, 1e9))
+    assert again() == first and path.stat().st_mtime > 1.5e9  # used now: it is not tidied away
     path.write_bytes(damage)
     assert again() == first and path.read_bytes() == whole
 

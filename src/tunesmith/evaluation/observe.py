@@ -76,7 +76,10 @@ def observe(name: str, ask: Ask, template: str | None, doing: str, progress: Pro
     """Ask a model on this machine. What was heard before of the same model and the same question is read from the cache."""
     path = _cache() / f"{_key(name, ask, template)}.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Observed)
+        found = msgspec.json.decode(path.read_bytes(), type=Observed)
+        with suppress(OSError):  # its time of change is that of its last use: a cache that is only read has none
+            os.utime(path)
+        return found
     except (OSError, msgspec.MsgspecError):  # not asked before; or a damaged file, which is written anew
         pass
     from tunesmith.local.generate import Chat
