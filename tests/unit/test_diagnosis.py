@@ -257,11 +257,6 @@ def test_what_follows_from_a_divergence_is_left_out_and_errors_come_first() -> N
     assert [d.severity for d in diagnose(mixed)] == ["error", "warning", "info"]
 
 
-def test_losses_that_are_no_numbers() -> None:
-    odd = [{"step": i, "loss": loss} for i, loss in enumerate((5.0, float("nan"), None, float("inf"), 4.0))]
-    assert isinstance(curves([s for s in odd if s["loss"] is not None], evals(float("nan"), 3.0, 4.0)), list)
-
-
 # ---- what is advised can be done
 
 
