@@ -30,7 +30,7 @@ def _choosing(parser: Parser) -> None:
     group.add_argument(
         "--drop-codes",
         metavar="CODE,CODE",
-        help="leave out rows that the evaluation of --run marks: contradicting, never_learnt, forgotten, memorised",
+        help="leave out rows that the evaluation of --run marks: contradicting, doubtful, never_learnt, forgotten, memorised",
     )
     group.add_argument("--run", metavar="RUN", help="the run whose evaluation --drop-codes reads")
     group.add_argument("--max-tokens", type=positive, metavar="N", help="leave out rows of more tokens (of --model)")

@@ -21,12 +21,15 @@ from tunesmith.runs import ROW_LOSSES, Run
 
 CODES = {
     "contradicting": "the answer belongs to its prompt less than those of similar rows do: is it another row's?",
+    "doubtful": "among the forty that come nearest to contradicting",
     "never_learnt": "its loss fell by less than a twentieth while that of most rows fell",
     "forgotten": "its loss rose again by more than 0.3 nats a token after it had been learnt",
     "memorised": "the tuned model repeats its answer word for word",
 }
 MOST = 1000  # rows that are looked at, chosen by the seed: each is scored five times
 SUSPICIOUS = 2.5  # of 236 sound rows, 5 to 10 % are over it, of rows with another's answer 80 to 90 %
+FIRST = 40  # rows that are shown at once
+DOUBTFUL = 1.0  # suspicion from which on a row may be among them
 ROSE = 0.3  # nats a token
 FELL = 0.05  # of the loss in the first epoch
 RECITED = 24  # training rows with the lowest losses whose prompts are answered
@@ -132,8 +135,9 @@ def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Seq
     table = losses(run)
     marks = _marks(table) if table is not None else {}
     findings = []
+    least = max(DOUBTFUL, sorted(scores, reverse=True)[:FIRST][-1]) if scores else DOUBTFUL
     for row, side, number, prompt, score in zip(found.rows, found.sides, found.numbers, prompts, scores, strict=True):
-        codes = ["contradicting"] if score >= SUSPICIOUS else []
+        codes = ["contradicting"] if score >= SUSPICIOUS else ["doubtful"] if score >= least else []
         codes += marks.get(number, [])
         codes += ["memorised"] if side == "train" and row.digest() in verbatim else []
         if codes:

@@ -6,7 +6,8 @@ what similar prompts are answered (kernel ridge regression from prompts to answe
 little likelier the answer gets by its own context than by others', for models that were asked. Their sum is the suspicion: where
 evidence says nothing of a data set (all rows alike), it is small for all.
 
-Of 20 rows with another row's answer among 256, 20 were within the first 40 of gsm8k's questions, 17 of the persona sample's.
+Of 20 rows with another row's answer among 256, 20 were within the first 40 of gsm8k's questions, 18 of the persona
+sample's (by their texts alone 20 and 10).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ BLOCK = 2000  # rows that are compared with one another: 2000 x 2000 similaritie
 RIDGE = 0.3
 LEAST, MOST = -1.0, 6.0  # of one piece of evidence: none may outweigh all others
 RELATIONS = 3  # kinds of evidence from the texts
+GAIN = 1.5  # weight of a model's evidence: the others are three views of the same words
 
 
 def suspicion(
@@ -32,7 +34,7 @@ def suspicion(
 ) -> list[float]:
     """A number for each row, 0 and less for most. `gains`: of each model, nats a token by which a row's own context helps."""
     n = len(prompts)
-    evidence = [np.zeros(n) for _ in range(RELATIONS)]
+    evidence, weights = [np.zeros(n) for _ in range(RELATIONS)], [1.0] * RELATIONS
     order = np.random.default_rng(0).permutation(n)
     for start in range(0, n, BLOCK):
         block = order[start : start + BLOCK]
@@ -43,8 +45,9 @@ def suspicion(
                 all_rows[block] = values
     for each in gains:
         evidence.append(-np.array([np.nan if gain is None else gain for gain in each], np.float64))
-    total: NDArray[np.float64] = np.sum([np.clip(_robust(values), LEAST, MOST) for values in evidence], axis=0)
-    return [float(x) for x in total]
+        weights.append(GAIN)
+    parts = [weight * np.clip(_robust(values), LEAST, MOST) for weight, values in zip(weights, evidence, strict=True)]
+    return [float(x) for x in np.sum(parts, axis=0)]
 
 
 def belonging(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
