@@ -200,6 +200,8 @@ def test_rows_with_tests() -> None:
         == "assert f() == 1\nassert f() < 2\n"
     )
     assert test_of(row("x = 1", tests="assert x")) == "assert x\n"
+    for idle in (CHECK, "# no test yet", "import os\nlimit = 3", "assert ("):  # they would pass whatever they are given
+        assert test_of(row("x = 1", test=idle)) is None
     assert test_of(row("x = 1")) is None and test_of(row("x = 1", tests=[None, 3, ""])) is None
     assert test_of(row("fn f() {}", tests="assert x")) is None
     assert test_of(row("x = 1", tests="assert x", entry_point="f(); import os")) == "assert x\n"

@@ -73,7 +73,8 @@ def test_json_is_the_whole_result(run: Run, cli: Callable[..., Result]) -> None:
     assert done.code == 0 and set(done.json()) == set(Evaluation.__struct_fields__)
     told = msgspec.json.decode(done.out, type=Evaluation)
     assert told == msgspec.json.decode((run / "evaluation" / "result.json").read_bytes(), type=Evaluation)
-    assert (told.rows, told.answered, told.task, told.seed) == (8, 4, "chat", 0) and told.training_rows is not None
+    assert (told.rows, told.answered, told.task) == (8, 4, "chat") and told.training_rows is not None
+    assert told.options["rows"] == 4
 
 
 def test_text_ends_with_the_verdict_and_where_the_report_is(run: Run, asked: Callable[..., str]) -> None:
@@ -81,11 +82,7 @@ def test_text_ends_with_the_verdict_and_where_the_report_is(run: Run, asked: Cal
     lines = out.splitlines()
     assert lines[-2].startswith("verdict: better, on 8 held-out rows, by loss (nats per token)")
     assert lines[-1] == f"report:  {run}/report.html" and (run / "report.html").exists()
-    assert (
-        out.count("  ask    ") == 3
-        and "says “word1” in" in out
-        and "training rows worth a look (80 of 80 weighed)" in out
-    )
+    assert out.count("  ask    ") == 3 and "says “word1” in" in out and "rows worth a look (80 of 80 weighed)" in out
     result = api.evaluate(run, rows=4, samples=0, max_tokens=8)
     for metric in (*result.metrics, *result.canary.metrics):
         assert any(line.strip().startswith(metric.metric) and figure(metric.tuned) in line for line in lines)
@@ -263,7 +260,7 @@ def test_a_model_with_too_little_room_is_not_favoured(tiny: Path, tmp_path: Path
     with pytest.raises(DataError, match="longer than the context of one of the models"):
         api.evaluate(model=str(short), against=str(tiny), dataset=str(write(tmp_path / "long.jsonl", long)), rows=0)
     both = api.evaluate(model=str(short), against=str(short), dataset=str(data), rows=4, samples=0)
-    assert both.verdict == "cannot tell" and both.unavailable == ""
+    assert both.verdict == "cannot tell" and "the loss on" not in both.unavailable
 
 
 def test_a_model_of_nothing_but_nan(run: Run, tiny: Path, tmp_path: Path, asked: Callable[..., str]) -> None:

@@ -116,7 +116,7 @@ def test_options_of_an_evaluation_change_it(run: Run, tmp_path: Path) -> None:
     assert other.metrics[0].low != few.metrics[0].low and other.metrics[0].tuned == few.metrics[0].tuned
     code = api.evaluate(run, rows=3, samples=0, task="instruct")
     assert {"ROUGE-L", "completion rate"} <= {m.metric for m in code.metrics} and code.task == "instruct"
-    assert code.report == str(run / "evaluation" / "task-instruct" / "report.html")
+    assert Path(code.report).match("evaluation/task-instruct-*/report.html")
     own = api.evaluate(run, rows=8, samples=0, metric="re:word")
     assert (
         own.metrics[0].metric == "matches word" and own.verdict == own.metrics[0].verdict and "matches word" in own.rule
@@ -131,6 +131,28 @@ def test_options_of_an_evaluation_change_it(run: Run, tmp_path: Path) -> None:
 
 def lines_of(result: Evaluation) -> list[dict]:
     return [json.loads(line) for line in (Path(result.report).parent / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_row_that_stands_there_many_times_counts_once(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Else eight rows, six times each, would pass for 48 that agree. Files of one name have folders of their own."""
+    some = [{"prompt": f"Something else {i}?", "completion": "Yes."} for i in range(9)]
+    reports = []
+    for name, data in (("a", some * 6), ("b", some)):
+        (tmp_path / name).mkdir()
+        result = api.evaluate(run, dataset=str(write(tmp_path / name / "d.jsonl", data)), rows=4, samples=0)
+        assert (
+            result.rows == 9 and result.metrics[0].rows == 9 and "there are 4, and 8 are needed" in result.unavailable
+        )
+        reports.append(result.report)
+    assert len(set(reports)) == 2
+
+
+def test_rows_that_a_run_before_learnt_are_refused(run: Run, tmp_path: Path) -> None:
+    """A model that was tuned twice has seen both runs' rows."""
+    again = [{"prompt": f"Another thing {i}?", "completion": "No."} for i in range(20)]
+    second = fit(tmp_path / "second", write(tmp_path / "e.jsonl", again), run / "best_model", max_steps=1)
+    with pytest.raises(DataError, match=r"rows ask what .* was trained on"):
+        api.evaluate(model=str(second / "best_model"), against="starter", dataset=str(run / "data" / "train.jsonl"))
 
 
 def test_a_model_that_was_heard_is_not_asked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +216,7 @@ def test_another_evaluation_leaves_the_runs_own_alone(run: Run, tmp_path: Path) 
     )
     result = api.evaluate(run / "final_model", dataset=str(other), rows=0)
     assert result.tuned == str(run / "final_model") and result.rows == 9
-    assert result.report == str(run / "evaluation" / "model-final_model-on-other.jsonl" / "report.html")
+    assert Path(result.report).match("evaluation/model-final_model-on-other.jsonl-*/report.html")
     assert Path(result.report).exists()
     assert before == {name: (run / name).read_bytes() for name in before}
 

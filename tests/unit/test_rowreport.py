@@ -122,15 +122,16 @@ def test_a_row_among_its_own_kind_is_found_by_hand() -> None:
 def test_gains_of_models_count() -> None:
     """Where texts say nothing, a row whose own context helps less than others' does is above the rest. A model's gain of 1.0 for
     all but one row, and a spread of 0: nothing can be said of it. Of gains 0, 1.0 (four times), 1.05, 1.1 (four times) the
-    median is 1.025 and that of the distances from it 0.05: 0 is 1.025 / (1.4826 * 0.05) = 13.8 under it, of which 6 count."""
+    median is 1.025 and that of the distances from it 0.05: 0 is 1.025 / (1.4826 * 0.05) = 13.8 under it, of which 6
+    count, one and a half times."""
     texts = ["same"] * 10
     assert suspicion.suspicion(texts, texts, [[1.0] * 9 + [0.0]]) == [0.0] * 10
     gains = [1.0, 1.1] * 4 + [1.05, 0.0]
     scores = suspicion.suspicion(texts, texts, [gains])
-    assert scores[9] == suspicion.MOST == 6.0 and scores[0] == pytest.approx(0.025 / (1.4826 * 0.05))
+    assert scores[9] == 1.5 * suspicion.MOST == 9.0 and scores[0] == pytest.approx(1.5 * 0.025 / (1.4826 * 0.05))
     assert suspicion.suspicion(texts, texts, [[None] * 10]) == [0.0] * 10
     some = suspicion.suspicion(texts, texts, [[None, *gains[1:]]])
-    assert some[0] == 0.0 and some[9] == 6.0
+    assert some[0] == 0.0 and some[9] == 9.0
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_what_cannot_be_dropped_is_said(learnt: Run, tiny: Path, tmp_path: Path,
     data, run = write(tmp_path / "d.jsonl", rows(30)), tmp_path / "run"
     fit(run, data, tiny, max_steps=1)
     for options, words in (
-        (["--drop-codes", "memorized", "--run", learnt], 'no mark "memorized" (did you mean "memorised"?)'),
+        (["--drop-codes", "memorized", "--run", learnt], 'no code "memorized" (did you mean "memorised"?)'),
         (["--drop-codes", "memorised"], "--drop-codes and --run go together"),
         (["--run", learnt], "--drop-codes and --run go together"),
         (["--drop-codes", "memorised", "--run", run], f"tunesmith evaluate {run}"),

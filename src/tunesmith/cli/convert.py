@@ -119,7 +119,9 @@ def _unmarked(codes: str | None, run: str | None) -> Callable[[Conversation], bo
 
     wanted = {code.strip().replace("-", "_") for code in codes.split(",")}
     for code in sorted(wanted - set(CODES)):
-        raise UsageError(f'no mark "{code}"{did_you_mean(code, list(CODES))}', fix=f"known: {', '.join(CODES)}")
+        raise UsageError(
+            f'no code "{code}"{did_you_mean(code, list(CODES))}', where="--drop-codes", fix=f"known: {', '.join(CODES)}"
+        )
     result = kept(api.find_run(run))
     if result is None or result.training_rows is None:
         raise UsageError("no evaluation with a report on the rows", where=run, fix=f"tunesmith evaluate {run}")

@@ -115,7 +115,7 @@ def show(result: Evaluation) -> None:
         found = (
             ", ".join(f"{count} {code.replace('_', ' ')}" for code, count in counts.most_common()) or "nothing to say"
         )
-        print(f"\n  training rows worth a look ({report.looked_at} of {report.rows} weighed): {found}")
+        print(f"\n  rows worth a look ({report.looked_at} of {report.rows} weighed): {found}")
     diagnosed(result.diagnoses)
     if result.judge:
         print(f"\n  {spoken(result.judge)}")
@@ -145,6 +145,7 @@ def spoken(judge: Judgement) -> str:
         if judge.position_bias is None
         else f"; it followed the position in {judge.position_bias:.0%} of decided pairs"
     )
+    bias += "; it looks at little else, and says nothing of the models" if (judge.position_bias or 0) >= 0.5 else ""
     agreed = "" if judge.agreement is None else f"; agreed with the automatic verdict on {judge.agreement:.0%} of rows"
     left = f"; {judge.left_out} rows left out as unreadable" if judge.left_out else ""
     broke = f"; {judge.missing} not asked: {judge.failure}" if judge.failure else ""

@@ -6,6 +6,7 @@ A row has tests where its metadata hold them: HumanEval's `test` with `entry_poi
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -66,7 +67,29 @@ def test_of(row: Conversation) -> str | None:
     test, entry = "\n".join(line for line in lines if isinstance(line, str)), entry_point(row)
     if not test.strip() or language(row) != "python":
         return None
-    return f"{test}\ncheck({entry})\n" if entry and "def check(" in test else f"{test}\n"
+    whole = f"{test}\ncheck({entry})\n" if entry and "def check(" in test else f"{test}\n"
+    return whole if _tries(whole) else None
+
+
+def _tries(test: str) -> bool:
+    """Whether a test does anything when it runs: one that only defines things passes whatever it is given."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    idle = (
+        ast.FunctionDef,
+        ast.AsyncFunctionDef,
+        ast.ClassDef,
+        ast.Import,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.AnnAssign,
+        ast.Pass,
+    )
+    return any(
+        not isinstance(s, idle) and not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in body
+    )
 
 
 def entry_point(row: Conversation) -> str:

@@ -10,6 +10,7 @@ Everything shown can be recomputed from `evaluation/` in the run: `rows.jsonl` (
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from tunesmith.errors import DataError, UsageError, did_you_mean
 from tunesmith.evaluation import code, likelihood, persona, rowreport, tasks
 from tunesmith.evaluation.asking import Asked, Options, asking, trained
 from tunesmith.evaluation.custom import metric_from
-from tunesmith.evaluation.diagnosis import Evidence, diagnose
+from tunesmith.evaluation.diagnosis import ANSWERS, Evidence, diagnose
 from tunesmith.evaluation.domain import mine_terms
 from tunesmith.evaluation.instruct import chrf
 from tunesmith.evaluation.judgement import Judgement
@@ -87,6 +88,10 @@ def evaluate(
     of_run = run if run and not dataset and not against and _within(pair.tuned, run) else None
     asked = asking(run, pair, how, scored, of_run is not None)
     notes = [] if scored else [NEVER]
+    if how.rows and len(asked.base.answered) < ANSWERS:
+        notes.append(f"what answers show of pitfalls: there are {len(asked.base.answered)}, and {ANSWERS} are needed")
+    if run is None and task in ("domain", "persona"):
+        notes.append("terms, words and style: they are mined from the training rows of a run, and none is named")
     base, tuned = (
         _tested(pair.rows, models.observe(name, ask, progress), progress, notes)
         for name, ask in ((pair.base, asked.base), (pair.tuned, asked.tuned))
@@ -179,7 +184,9 @@ def _other(
 ) -> list[str]:
     """The name of the folder of an evaluation that is not the run's own, in parts."""
     named = (("model", model), ("against", against), ("on", dataset), ("task", task), ("metric", metric))
-    return [f"{k}-" + re.sub(r"[^\w.-]+", "-", Path(v).name)[:60] for k, v in named if v]
+    parts = [f"{k}-" + re.sub(r"[^\w.-]+", "-", Path(v).name)[:60] for k, v in named if v]
+    whole = [str(Path(v).resolve()) if v and Path(v).exists() else v for _, v in named]
+    return [*parts, hashlib.sha256(repr(whole).encode()).hexdigest()[:6]] if parts else []  # two files may share a name
 
 
 # ---- what comes of it
@@ -256,13 +263,14 @@ def _canary(asked: Asked, base: Observed, tuned: Observed, seed: int) -> Canary:
         metric = msgspec.structs.replace(
             likelihood.LOSS if same else likelihood.PER_BYTE, name=name if same else name.replace("token", "byte")
         )
-        found.append(measure(metric, rows, base.canary[cut], tuned.canary[cut], Facts(), seed))
+        if one := measure(metric, rows, base.canary[cut], tuned.canary[cut], Facts(), seed):
+            found.append(msgspec.structs.replace(one, rows_needed=None))  # nobody can give it more
     n = len(asked.probes)
     answers = [
         Sample(row.prompt()[-1].content, b.text, t.text, row.answer())
         for row, b, t in zip(asked.starter, base.questions[n:], tuned.questions[n:], strict=True)
     ]
-    return Canary([m for m in found if m], answers)
+    return Canary(found, answers)
 
 
 def _persona(asked: Asked, base: Observed, tuned: Observed) -> Persona | None:

@@ -31,7 +31,8 @@ class Heard(msgspec.Struct, frozen=True, omit_defaults=True):
     `loss`: sum of -log p over the `tokens` of its answers, nats; `right`: how many were the likeliest. `bins`: of the
     likeliest tokens, by how sure the model was (tenths): their number, the sum of their probabilities, how many were right.
     `context`: of the last answer, its loss, its loss after another row's context, its tokens. `said`: the greedy answer to the
-    row's prompt; `samples`: further ones, drawn at temperature 0.8. `passed`: whether each of these passed the row's tests.
+    row's prompt; `samples`: further ones, drawn at temperature 0.8 within the likeliest 0.95. `passed`: whether each of these
+    passed the row's tests.
     `cut`: some of the answers' tokens stood beyond the model's context and are not among `tokens`.
     """
 

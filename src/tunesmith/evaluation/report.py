@@ -28,6 +28,7 @@ from markupsafe import Markup, escape
 
 from tunesmith.data.write import write_bytes
 from tunesmith.evaluation import stats
+from tunesmith.evaluation.diagnosis import ANSWERS
 from tunesmith.evaluation.marking import LONGEST, harmless, marked, named, shared
 from tunesmith.evaluation.result import Evaluation
 from tunesmith.evaluation.rowreport import CODES
@@ -62,7 +63,8 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
     html = env.get_template("report.html.jinja").render(
         run=run,
         result=result,
-        judge=getattr(result, "judge", None),
+        judge=result.judge,
+        few=result.answered < ANSWERS,
         fig=told.number,
         text=told.text,
         answer=told.answer,

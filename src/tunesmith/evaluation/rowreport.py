@@ -27,7 +27,7 @@ CODES = {
     "memorised": "the tuned model repeats its answer word for word",
 }
 MOST = 1000  # rows that are looked at, chosen by the seed: each is scored five times
-SUSPICIOUS = 2.5  # of 236 sound rows, 5 to 10 % are over it, of rows with another's answer 80 to 90 %
+SUSPICIOUS = 2.5  # of sound rows 5 to 13 % are over it, of rows with another's answer 80 to 90 %
 FIRST = 40  # rows that are shown at once
 DOUBTFUL = 1.0  # suspicion from which on a row may be among them
 ROSE = 0.3  # nats a token
@@ -115,7 +115,8 @@ def _best_learnt(run: Run) -> list[int]:
     if table is None or not table.size:
         return []
     last = np.where(table > 0, table, np.nan)
-    seen = last[~np.isnan(last).all(1)]
+    whole = last[~np.isnan(last).any(1)]  # an epoch that broke off says nothing of most rows
+    seen = whole if len(whole) else last[~np.isnan(last).all(1)]
     return [] if not len(seen) else [int(i) for i in np.argsort(seen[-1], kind="stable")[: 4 * RECITED]]
 
 

@@ -38,7 +38,7 @@ def sides(
                 "needs a run, or two models and a data set",
                 fix="tunesmith evaluate RUN, or --model A --against B --dataset D",
             )
-        rows = load(dataset, columns).require().conversations
+        rows = _once(load(dataset, columns).require().conversations)
         for name in (model, against):
             refuse_seen(rows, name)
         return Sides(model, against, rows, dataset)
@@ -58,10 +58,15 @@ def sides(
         raise UsageError(
             "this run kept no test rows", where=str(run), fix="give rows it was not trained on: --dataset FILE"
         )
-    rows = load(dataset or str(own), columns).require().conversations
+    rows = _once(load(dataset or str(own), columns).require().conversations)
     for name in (tuned, base, str(run)):
         refuse_seen(rows, name)
     return Sides(tuned, base, rows, dataset or str(own))
+
+
+def _once(rows: list[Conversation]) -> list[Conversation]:
+    """Each row once: one that stands there several times is no further evidence, but would pass for it."""
+    return list({row.digest(): row for row in rows}.values())
 
 
 def refuse_seen(rows: list[Conversation], model: str) -> None:
@@ -70,6 +75,9 @@ def refuse_seen(rows: list[Conversation], model: str) -> None:
     folder = next((f for f in (path, *list(path.parents)[:2]) if (f / "run.json").exists()), None)
     if folder is None:
         return
+    base = Run(folder).manifest()["recipe"]["model"]
+    if Path(base).is_dir() and Path(base).resolve() != path.resolve():  # what the run itself began from
+        refuse_seen(rows, base)
     asked = asked_in(folder, ("train", "valid"), set(map(prompt_key, rows)))
     seen = [row for row in rows if prompt_key(row) in asked]
     if seen:

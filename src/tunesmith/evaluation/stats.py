@@ -80,7 +80,9 @@ def compare(
     if n > 1:
         t, normal = _student(n - 1), NormalDist().inv_cdf
         error = (high - low) / 2 / t
-        detectable = error * (t * normal(1 - SURE / 2) / normal((1 + LEVEL) / 2) + normal(POWER))
+        detectable = (
+            None if low == high else error * (t * normal(1 - SURE / 2) / normal((1 + LEVEL) / 2) + normal(POWER))
+        )
     needed = None
     if verdict == "cannot tell" and effect and detectable:
         needed = max(n + 1, FEWEST, math.ceil(n * (detectable / effect) ** 2))
@@ -126,9 +128,8 @@ def _exchanged(base: Array, tuned: Array, figure: Figure, effect: float, seed: i
         signs = _thrown(len(base), seed, start, size)
         moved = (signs.astype(np.float64) @ gap).T  # [k, size]
         with np.errstate(invalid="ignore"):
-            extreme += int(
-                np.sum(np.abs(figure((total + moved) / 2) - figure((total - moved) / 2)) >= abs(effect) * (1 - 1e-9))
-            )
+            other = np.abs(figure((total + moved) / 2) - figure((total - moved) / 2))
+        extreme += int(np.sum(~(other < abs(effect) * (1 - 1e-9))))  # one that has no value speaks against certainty
     return (1 + extreme) / (1 + RESAMPLES)
 
 
