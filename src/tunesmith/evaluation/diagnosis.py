@@ -46,7 +46,7 @@ PITFALLS = {  # every name that a diagnosis can have, and when it is said: for d
     "repetition": f"Self-repetition is worse, over {REPEATS}, and 0.05 over the base's.",
     "inconsistent outputs": f"Answers to one prompt are no more alike (ROUGE-L within {ALIKE}) than answers to different "
     "prompts, and less so than the base's by over twice the standard error. Only of prompts that were answered several times.",
-    "style not learnt": "The style score is under 0.5 and not better than the base's.",
+    "style not learnt": "The style score is under 0.5, less than 0.2 over the base's, and not better than that.",
     "emoji absent": "The references have half an emoji each and more, the answers under a fifth of that.",
     "emoji spam": "A fifth of the answers and more have over five emoji, and over twice the share of the references.",
     "underfitting": f"The validation loss changed by less than {100 * LEVEL:.0f} % over the run; or, as a note, it was still "
@@ -246,7 +246,7 @@ def endless(e: Evidence) -> Iterator[Diagnosis]:
 
 def style(e: Evidence) -> Iterator[Diagnosis]:
     m = e.metrics.get("style")
-    if m and m.rows >= ANSWERS and m.verdict != "better" and m.tuned < 0.5:
+    if m and m.rows >= ANSWERS and m.verdict != "better" and m.tuned < min(0.5, m.base + 0.2):
         yield Diagnosis(
             "style not learnt",
             "warning",
