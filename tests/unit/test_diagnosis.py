@@ -220,7 +220,8 @@ def test_every_rule_has_a_case() -> None:
 @pytest.mark.parametrize("name", ["self-repetition", "end-of-turn rate", "style"])
 def test_few_answers_say_nothing_of_habits(name: str) -> None:
     for count, expected in ((8, 1), (7, 0)):
-        metrics = LOSS | metric(name, 0.1, 0.05 if name == "end-of-turn rate" else 0.4, "worse", count)
+        after = {"self-repetition": 0.4, "end-of-turn rate": 0.05, "style": 0.2}[name]
+        metrics = LOSS | metric(name, 0.1, after, "worse", count)
         assert len(diagnose(Evidence("better", metrics))) == expected
 
 

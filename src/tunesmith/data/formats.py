@@ -275,6 +275,7 @@ def plain_chat(line: bytes) -> tuple[Chat, Collection[str]] | None:
         chat, more = found, found.metadata
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    chat.tools = chat.tools or None  # as `convert` has it
     for m in chat.messages:
         if m.weight is not None or not m.content.strip():
             return None

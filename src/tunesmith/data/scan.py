@@ -138,7 +138,7 @@ def converted(part: Block | Rows, columns: dict[str, str], spare: Spare | None) 
             (chat, more), where = found, f"{part.path}:{number}"
             if more:
                 spare.see(more, where)
-            batch.append((Conversation(chat.messages, chat.metadata, where, chat.tools or None), "messages", True))
+            batch.append((Conversation(chat.messages, chat.metadata, where, chat.tools), "messages", True))
         elif line and not line.isspace():
             batch.append(_converted(record(line, f"{part.path}:{number}"), {}, spare))
     return batch, plain
