@@ -391,7 +391,7 @@ def test_rows_beyond_the_first_are_folded(page: tuple[Path, str]) -> None:
     tables = [e for e in Page(page[1]).all("table") if e.get("class") == "rows"]
     assert ["details" in e["inside"] for e in tables] == [False, True]
     assert (
-        tables[0]["text"].count("train.jsonl:") == report.SHOWN == 40 and tables[1]["text"].count("train.jsonl:") == 4
+        tables[0]["text"].count("train.jsonl:") == report.FIRST == 40 and tables[1]["text"].count("train.jsonl:") == 4
     )
 
 

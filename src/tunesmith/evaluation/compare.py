@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from tunesmith.conversation import Conversation
 from tunesmith.data.scan import conversations
 from tunesmith.errors import RunError, TunesmithError, UsageError
+from tunesmith.evaluation.likelihood import learnt_bytes
 from tunesmith.evaluation.stats import Comparison, compare
 from tunesmith.runs import Run
 
@@ -245,8 +245,3 @@ def _pair(runs: Sequence[Run], entries: Sequence[Entry], judged: Sequence[list[_
 def _bytes(run: Run) -> dict[str, int]:
     """UTF-8 bytes that a model is scored on in each of the run's test rows, by the row's digest."""
     return {row.digest(): learnt_bytes(row) for row in conversations(str(run / "data" / "test.jsonl"))}
-
-
-def learnt_bytes(row: Conversation) -> int:
-    """UTF-8 bytes of all that a model is scored on in this row."""
-    return sum(len(m.content.encode()) for m in row.messages if m.role in ("assistant", "text") and m.weight != 0)

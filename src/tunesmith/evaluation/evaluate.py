@@ -208,7 +208,7 @@ def measured(
 def _facts(run: Run | None, task: str, asked: Asked, base: Observed, seed: int) -> Facts:
     """What is learnt from the training rows: the terms of a domain; the words and the style of a persona."""
     if run is None or not (task == "domain" or asked.taught):
-        return Facts(persona=asked.name)
+        return Facts()
     rows = trained(run)
     answers = [row.answer() for row in (sample(rows, LEARNT_FROM, seed) if len(rows) > LEARNT_FROM else rows)]
     terms = mine_terms(answers) if task == "domain" else []
@@ -216,7 +216,7 @@ def _facts(run: Run | None, task: str, asked: Asked, base: Observed, seed: int) 
         return Facts(terms=terms)
     said = [s.text for s in base.recited]
     weights, _ = persona.learn_style([row.answer() for row in asked.taught], said, seed)
-    return Facts(terms, persona.mine_vocabulary(answers, said), weights, asked.name)
+    return Facts(terms, persona.mine_vocabulary(answers, said), weights)
 
 
 def _tested(rows: Sequence[Conversation], heard: Observed, progress: Progress, notes: list[str]) -> Observed:

@@ -18,10 +18,14 @@ def _per_token(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ..
 
 
 def _per_byte(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ...] | None:
-    """Over the UTF-8 bytes of all that a model is scored on in this row."""
-    scored = [m for m in row.messages if m.role in ("assistant", "text") and m.weight != 0]
-    size = sum(len(m.content.encode(errors="replace")) + len(_calls(m)) for m in scored)
+    size = learnt_bytes(row)
     return None if heard.loss is None or not size else (heard.loss, size)
+
+
+def learnt_bytes(row: Conversation) -> int:
+    """UTF-8 bytes of all that a model is scored on in a row."""
+    scored = [m for m in row.messages if m.role in ("assistant", "text") and m.weight != 0]
+    return sum(len(m.content.encode(errors="replace")) + len(_calls(m)) for m in scored)
 
 
 def _calls(message: Message) -> bytes:

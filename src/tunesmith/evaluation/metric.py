@@ -55,7 +55,6 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
     style: dict[
         str, float
     ] = {}  # weight of each feature of the classifier between the base's style and the training rows'
-    persona: str = ""
 
 
 class Metric(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ from tunesmith.evaluation import stats
 from tunesmith.evaluation.diagnosis import ANSWERS
 from tunesmith.evaluation.marking import LONGEST, harmless, marked, named, shared
 from tunesmith.evaluation.result import Evaluation
-from tunesmith.evaluation.rowreport import CODES
+from tunesmith.evaluation.rowreport import CODES, FIRST
 from tunesmith.evaluation.stats import Comparison
 from tunesmith.models import STARTER
 from tunesmith.recipe import fields
@@ -42,7 +42,6 @@ WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 320, 56, 14, 46, 24  # of the cha
 RATES = 96  # pixels, of the chart of learning rates
 DRAWN = 400  # points of a line: half of the chart's pixels
 STOPS = 30  # validations that the keyboard stops at; the table has all
-SHOWN = 40  # rows of the row report that are not folded away
 SCROLLS = 700  # characters of an answer, from which on its box may scroll and has to be reached by keyboard
 ISSUES = 50  # findings about the data that are listed
 ORDER = {"worse": 0, "cannot tell": 1, "better": 2}  # in which verdicts are sorted
@@ -75,7 +74,7 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
         better=lambda m: direction(result, m),
         order=ORDER,
         fewest=stats.FEWEST,
-        shown=SHOWN,
+        shown=FIRST,
         issues=issues[:ISSUES] if issues is not None else None,
         codes=Counter(code for row in result.training_rows.findings for code in row.codes)
         if result.training_rows
