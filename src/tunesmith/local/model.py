@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
 transformers.utils.logging.set_verbosity_error()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that it would fetch from the network
 warnings.filterwarnings(
     "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
 )  # peft's, not the user's
@@ -72,7 +74,16 @@ def load(
             where=str(folder),
             fix="does it load with plain transformers?",
         ) from None
-    return model if quantisation else model.to(place or device())
+    return _unpacked(model) if quantisation else model.to(place or device())
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Have 4-bit weights stay as they are. On a CPU with AVX512-BF16 bitsandbytes packs them anew at the first validation, with
+    scales of 16 bits: what is trained from then on is another model, and rows that are no multiple of its block end in an error."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def for_training(recipe: Recipe, longest: int, folder: Path | None = None) -> tuple[LossModule, str]:
