@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, load, plan, prepare, rescue, resume, train
+    from tunesmith.api import check, evaluate, export, load, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
     from tunesmith.recipe import Recipe
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "check": "api",
     "evaluate": "api",
+    "export": "api",
     "load": "api",
     "plan": "api",
     "prepare": "api",
@@ -43,6 +44,7 @@ __all__ = [
     "Run",
     "check",
     "evaluate",
+    "export",
     "load",
     "plan",
     "prepare",

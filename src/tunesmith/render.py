@@ -32,6 +32,7 @@ from tunesmith.models import read_json
 from tunesmith.recipe import FACTS
 from tunesmith.words import Words, border
 
+TEMPERATURE, TOP_P = 0.7, 0.95  # of answers that are drawn, unless told otherwise
 TEMPLATES = {path.stem: path for path in sorted((FACTS / "templates").glob("*.jinja"))}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -118,6 +119,7 @@ class Renderer:
         self.template: str = next(t for t in (own, template, TEMPLATES["chat"].read_text("utf-8")) if t is not None)
         self._compiled = _environment().from_string(self.template)
         prefix = self.tokenizer.encode("").ids  # what the tokenizer itself puts before a text (a Llama's BOS)
+        self.adds_bos = bool(prefix)
         # Templates write the special tokens; a post-processor would only trim spaces off the offsets (GPT-2's does)
         self.tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
         if not self.is_own or not self.special["bos_token"]:
@@ -162,7 +164,8 @@ class Renderer:
                 fix="change the roles' order, or the model",
             ) from None
 
-    def _unmarked(self, messages: Iterable[Message], tools: Any, prompt: bool) -> str:
+    def text(self, messages: Iterable[Message], prompt: bool, tools: Any = None) -> str:
+        """What the template writes; with `prompt` up to where the model speaks. Raises DataError where it refuses."""
         return self._render(messages, tools, prompt).replace(_MARK, "")
 
     def text_and_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
@@ -190,8 +193,8 @@ class Renderer:
         spans = []
         for i, message in enumerate(conversation.messages):
             if message.role == "assistant":
-                before = self._unmarked(conversation.messages[:i], conversation.tools, prompt=True)
-                after = self._unmarked(conversation.messages[: i + 1], conversation.tools, prompt=False)
+                before = self.text(conversation.messages[:i], True, conversation.tools)
+                after = self.text(conversation.messages[: i + 1], False, conversation.tools)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise DataError(
                         "the chat template renders an answer differently from its own generation prompt",

@@ -202,6 +202,10 @@ class Run:
 
     # ---- summary
 
+    def lineage(self):
+        known = self.summary()
+        return [{key: known[key] for key in ("run", "model", "dataset", "method", "best_valid_loss")}]
+
     def summary(self) -> dict[str, Any]:
         """The run in one object: state, steps, losses, seconds, the best step."""
         manifest = self.manifest()
@@ -296,3 +300,10 @@ def listing(folder: Path) -> list[Run]:
     """Runs in a folder, newest first."""
     runs = [Run(p.parent) for p in folder.glob("*/run.json")] if folder.is_dir() else []
     return sorted(runs, key=lambda r: (r / "run.json").stat().st_mtime, reverse=True)
+
+
+def run_of(path: str | os.PathLike[str]) -> Run | None:
+    """The run that a folder is or belongs to: a checkpoint, a model folder. None where there is none."""
+    here = Path(path)
+    near = (here, *list(here.parents)[:2], *list(here.resolve().parents)[:2])  # "." has no parents
+    return next((Run(folder) for folder in near if (folder / "run.json").exists()), None)

@@ -37,6 +37,8 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "runs pause": ("runs:pause", "pause a job at a service"),
     "runs resume": ("runs:resume", "have a service go on with a paused job"),
     "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
+    "export": ("export:export", "write a model for llama.cpp, Ollama, vLLM or transformers, with a certificate"),
+    "parity": ("export:parity", "certify an export again"),
     "rescue": ("rescue:rescue", "bring everything an account holds at a service here, before it is gone"),
     "serve": ("serve:serve", "offer files, jobs and models to any OpenAI client"),
     "keys add": ("serve:add", "make a key for a server"),

@@ -122,7 +122,7 @@ class Bar:
             return
         self._last, took = now, now - self._began
         eta = took / share * (1 - share) if share else 0.0
-        words = [doing, f"{rows:,} rows", f"ETA {clock(eta)}"]
+        words = [doing, *([f"{rows:,} rows"] if rows else []), f"ETA {clock(eta)}"]
         if self._live:
             text = fit(share, f"{share:4.0%}", "", words)
             _write(f"\r{text}{' ' * max(0, self._shown - len(text))}")

@@ -74,6 +74,19 @@ def _host() -> str:
     return platform.node().partition(".")[0]
 
 
+def publish(building: Path, target: Path) -> None:
+    """Give a finished folder its name, after every file in it has reached the disk. `target` is absent or empty."""
+    for path in sorted(building.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(building)
+    building.rename(target)
+    sync_folder(target.parent)
+
+
 def tidy(folder: Path, unused: float = UNUSED) -> None:
     """Delete from a folder what processes that were killed on this machine had begun, and, as befits a cache, what nobody has
     used for so many seconds (its time of change is that of its last use)."""

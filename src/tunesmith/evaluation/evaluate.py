@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from tunesmith.card import write_card
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress
@@ -372,6 +373,8 @@ def _keep(
     result = msgspec.structs.replace(result, report=str(report))
     write_json(folder / "result.json", result)
     write_report(run, result, report)
+    if folder == run / "evaluation" and run.manifest()["provider"] != "openai":  # a service's run has a card of its own kind
+        write_card(run)
     return result
 
 

@@ -10,9 +10,8 @@ from tunesmith.local import model as models
 from tunesmith.local.decode import Decoder
 from tunesmith.local.sampling import Answer, Sampling
 from tunesmith.models import find
-from tunesmith.render import Renderer
+from tunesmith.render import TOP_P, Renderer
 
-TOP_P = 0.95  # of sampled answers
 HALF_SIGN = "\ufffd"  # what a part of a character's bytes is decoded to
 
 

@@ -126,6 +126,8 @@ def _pretrained(folder: Path, quantisation: Any, dtype: torch.dtype, longest: in
     }
     if quantisation:
         arguments |= {"quantization_config": quantisation, "device_map": {"": device()}}
+    if config.get("attn_logit_softcapping"):  # the fused kernel has no soft cap
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **arguments)
     if not window or (longest is not None and longest <= window):
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME, **arguments)

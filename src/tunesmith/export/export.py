@@ -1,0 +1,363 @@
+"""tunesmith export: a run's model in the form that another program runs, with a certificate that it is still the same model.
+
+Everything is built in a folder beside the target, checked there through the program itself, and then renamed: what has the
+target's name is whole, and says in parity.json whether it may be deployed.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from tunesmith import card
+from tunesmith.conversation import Message
+from tunesmith.data.convert import sample
+from tunesmith.data.scan import Progress, conversations
+from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
+from tunesmith.errors import ModelError, UsageError, did_you_mean
+from tunesmith.export import gguf_file, inspect, merged, ollama, parity, runtime
+from tunesmith.export.parity import Certificate, Check
+from tunesmith.export.weights import Weights
+from tunesmith.models import facts, find
+from tunesmith.render import Renderer
+from tunesmith.runs import Run, run_of
+
+FORMS = ("merged", "adapter", "gguf", "ollama", "vllm")
+PARITY = "parity.json"
+REFUSED = "NOT-DEPLOYABLE.txt"
+CONTEXT = 8192  # tokens for which a runtime reserves memory by itself
+SYSTEM_ROWS = 2000  # training rows that are looked at for a common system prompt
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What is exported: the folder of a model, and the run that made it."""
+
+    name: str
+    folder: Path
+    run: Run | None
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """An export. `model`: the file or folder that is run; `command`: what runs it."""
+
+    path: str
+    model: str
+    command: str
+    bytes: int
+    certificate: Certificate
+
+
+def export(
+    model: str,
+    output: str | Path,
+    form: str = "merged",
+    quantize: str | None = None,
+    *,
+    unmerged: bool = False,
+    prompts: int = parity.PROMPTS,
+    license: str = "",
+    data_license: str = "",
+    on_progress: Progress = lambda *_: None,
+) -> Exported:
+    """Write a run's best model (or a checkpoint, or any model) as `form` into a new folder, and certify it.
+
+    `quantize`: bf16 or f16 of a model folder; a type of facts/gguf.toml, or a k-quant, of a GGUF file [f16]. `unmerged`: of
+    vllm, the adapter beside its base. `prompts`: how many held-out prompts both models answer. `license`, `data_license`: for the card.
+    The export is there even where a check has failed: `certificate.deployable` tells, and so do the files in it.
+    Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
+    """
+    _refuse_form(form, quantize, unmerged)
+    source = find_source(model)
+    target = Path(output).expanduser().absolute()
+    refuse_target(target)
+    weights, renderer = Weights(source.folder), Renderer(source.folder)
+    adapter = form == "adapter" or unmerged
+    if adapter and not weights.changed():
+        raise UsageError("the model has no adapter: all its weights were trained", where=source.name, fix="--format merged")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tidy(target.parent, math.inf)  # what an export that was killed has left
+    building = begun(target)
+    building.mkdir()
+    try:
+        _refuse_disk(weights, target.parent, 1 if adapter else 2)
+        maker = _Maker(source, weights, renderer, building, quantize, on_progress)
+        maker.adapter() if adapter else maker.model() if form in ("merged", "vllm") else maker.gguf()
+        if form == "ollama":
+            maker.modelfile()
+        command = maker.command(form, target, adapter)
+        form = "adapter" if adapter and form != "vllm" else form
+        certificate = certify(building, source, form, maker.quantize, prompts=prompts, on_progress=on_progress)
+        mark(building, certificate)
+        said = card.Export(
+            form=form,
+            quantize=maker.quantize,
+            weights=maker.file,
+            command=command,
+            runtime=certificate.runtime,
+            deployable=certificate.deployable,
+            failed=[f"{c.name} ({c.cause or c.found})" for c in certificate.failed()],
+            license=license,
+            data_license=data_license,
+        )
+        card.write_card(source.run, said, building) if source.run else card.write_plain(source.name, said, building)
+        size = sum(f.stat().st_size for f in building.rglob("*") if f.is_file())
+        publish(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if source.run:
+        source.run.append("export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable)
+    return Exported(str(target), str(target / maker.file), command, size, certificate)
+
+
+def find_source(model: str) -> Source:
+    """A run (its best model), a folder in one, a model folder or a name. Raises ModelError."""
+    path = Path(model)
+    best = path / "best_model"
+    folder = find(str(best) if best.is_dir() else model)
+    return Source(model, folder, run_of(folder))
+
+
+def refuse_target(target: Path) -> None:
+    """UsageError unless the target is free."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        fix = "choose another -o, or delete it" if (target / PARITY).exists() else "choose another -o"
+        raise UsageError("the output directory is not empty", where=str(target), fix=fix)
+
+
+def _refuse_form(form: str, quantize: str | None, unmerged: bool) -> None:
+    if form not in FORMS:
+        raise UsageError(f'no format "{form}"{did_you_mean(form, list(FORMS))}', where="--format", fix=f"one of {', '.join(FORMS)}")
+    if unmerged and form != "vllm":
+        raise UsageError("only vLLM serves an adapter beside its base", where="--unmerged", fix="--format vllm, or adapter")
+    if quantize and (form == "adapter" or unmerged):
+        raise UsageError("an adapter is exported as it is", where="--quantize", fix="leave it out")
+    if form in ("merged", "vllm") and quantize and quantize not in merged.TYPES:
+        fix = f"{' or '.join(merged.TYPES)}; other types: --format gguf"
+        raise UsageError(f'a model folder is not written as "{quantize}"', where="--quantize", fix=fix)
+    if form in ("gguf", "ollama") and quantize and not gguf_file.is_k_quant(quantize):
+        gguf_file.quantisation(quantize)
+
+
+def _refuse_disk(weights: Weights, folder: Path, models: int) -> None:
+    need, free = models * merged.size(weights), shutil.disk_usage(folder).free
+    if need > free:
+        raise UsageError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), fix="choose another -o")
+
+
+class _Maker:
+    """Writes the files of one export. `file`: what is run of them."""
+
+    def __init__(
+        self, source: Source, weights: Weights, renderer: Renderer, folder: Path, quantize: str | None, told: Progress
+    ) -> None:
+        self._source, self._weights, self._renderer, self._folder = source, weights, renderer, folder
+        self._told = told
+        self._done = 0
+        self.quantize = quantize or ""
+        self.file = ""
+
+    def _wrote(self, count: int) -> None:
+        self._done += count
+        self._told(0, min(1.0, self._done / merged.size(self._weights)), "writing the weights")
+
+    def model(self) -> None:
+        kind = merged.dtype(self._weights, self.quantize)
+        self.quantize = next(name for name, one in merged.TYPES.items() if one == kind)
+        merged.write_merged(self._weights, self._renderer, self._folder, kind, self._wrote)
+
+    def adapter(self) -> None:
+        """The adapter's own files, with tokenizer and template."""
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(self._source.folder / name, self._folder / name)
+        self._renderer.save(self._folder)
+        self.quantize = "f32"
+
+    def gguf(self) -> None:
+        name = self._called()
+        self.quantize = self.quantize or "f16"
+        k_quant = gguf_file.is_k_quant(self.quantize)
+        self.file = f"{name}-{self.quantize}.gguf"
+        first = "f16" if k_quant else self.quantize
+        path = self._folder / (f"{name}-f16.gguf" if k_quant else self.file)
+        gguf_file.write_gguf(self._weights, self._renderer, path, first, name, self._wrote)
+        if k_quant:
+            self._told(0, 0.0, f"quantising to {self.quantize}")
+            gguf_file.requantise(path, self._folder / self.file, self.quantize)
+            path.unlink()
+
+    def modelfile(self) -> None:
+        text = ollama.modelfile(self.file, self._renderer, system_of(self._source.run), _context(self._weights))
+        write_bytes(self._folder / "Modelfile", text.encode())
+
+    def _called(self) -> str:
+        run = self._source.run
+        return (run.path.resolve() if run else self._source.folder.resolve()).name
+
+    def command(self, form: str, target: Path, adapter: bool) -> str:
+        """What runs the export, as a shell takes it."""
+        where, name = shlex.quote(str(target)), self._called()
+        if form == "ollama":
+            return f"ollama create {name} -f {shlex.quote(str(target / 'Modelfile'))} && ollama run {name}"
+        if form == "gguf":
+            return f"llama-server -m {shlex.quote(str(target / self.file))} --jinja"
+        if form == "vllm" and adapter:
+            config = msgspec.json.decode((self._folder / "adapter_config.json").read_bytes())
+            base = shlex.quote(str(config["base_model_name_or_path"]))
+            lora = f"--enable-lora --max-lora-rank {_rank(config['r'])} --lora-modules {name}={where}"
+            return f"vllm serve {base} {lora} --chat-template {shlex.quote(str(target / 'chat_template.jinja'))}"
+        if form == "vllm":
+            return f"vllm serve {where} --served-model-name {name}"
+        return f"tunesmith chat {where}"
+
+
+def _rank(rank: int) -> int:
+    """The least of the ranks that vLLM has memory for."""
+    return next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, rank) if r >= rank)
+
+
+def _context(weights: Weights) -> int:
+    return min(CONTEXT, facts(weights.folder).context)
+
+
+def system_of(run: Run | None) -> str | None:
+    """The system prompt that a run's training rows share."""
+    path = run / "data" / "train.jsonl" if run else None
+    if path is None or not path.exists():
+        return None
+    rows = [row for row, _ in zip(conversations(str(path)), range(SYSTEM_ROWS), strict=False)]
+    return ollama.own_system(rows)
+
+
+# ---- the certificate
+
+
+def certify(
+    folder: Path,
+    source: Source,
+    form: str,
+    quantize: str,
+    *,
+    prompts: int = parity.PROMPTS,
+    on_progress: Progress = lambda *_: None,
+) -> Certificate:
+    """Compare an export with the model that it was made of, in the program that will run it."""
+    weights, renderer = Weights(source.folder), Renderer(source.folder)
+    asked = [renderer.prompt_ids(p) for p in held_out(source.run, prompts)]
+    room = facts(weights.folder).context - parity.ANSWER - 1
+    asked = [ids for ids in asked if len(ids) <= room] or [ids[-room:] for ids in asked[:1]]
+    total, done = 2 * (len(asked) + 1), 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(0, min(1.0, done / total), "asking both models")
+
+    checks = list(_files(folder, source, weights, renderer, form, quantize))
+    name = "none"
+    try:
+        own = _observed(source, renderer, asked, told)
+        checks += _trained_on_4_bits(source, renderer, own)
+        program = _program(folder, form, weights, renderer)
+        name = program.name
+        try:
+            checks += parity.behaviour(program, renderer, own, quantize, told)
+        finally:
+            program.close()
+    except ModelError as error:  # the export cannot be run at all: that is a finding about it
+        checks.append(Check("runs", False, str(error), "loads and answers", error.message))
+    return Certificate(
+        deployable=all(check.passed for check in checks),
+        model=str(source.folder),
+        run=str(source.run) if source.run else None,
+        form=form,
+        quantize=quantize,
+        runtime=name,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        checks=checks,
+        prompts=len(asked),
+        probes=len(parity.probes()[0]),
+        tunesmith=version("tunesmith"),
+    )
+
+
+def _files(
+    folder: Path, source: Source, weights: Weights, renderer: Renderer, form: str, quantize: str
+) -> Iterator[Check]:
+    if form in ("gguf", "ollama"):
+        file = next(folder.glob("*.gguf"))
+        yield from inspect.gguf_checks(file, weights, renderer, quantize)
+        if form == "ollama":
+            text = (folder / "Modelfile").read_text(encoding="utf-8")
+            yield ollama.modelfile_check(text, renderer, system_of(source.run), file.name, _context(weights))
+    elif (folder / "adapter_config.json").exists():
+        yield from inspect.adapter_checks(folder, source.folder, renderer)
+    else:
+        yield from inspect.folder_checks(folder, weights, renderer)
+
+
+def _observed(source: Source, renderer: Renderer, asked: list[list[int]], told: Callable[[int], object]) -> parity.Own:
+    model = runtime.own(source.folder, renderer)
+    try:
+        return parity.observe(model, asked, renderer.stop_ids[0], told)
+    finally:
+        model.close()
+
+
+def _trained_on_4_bits(source: Source, renderer: Renderer, own: parity.Own) -> list[Check]:
+    """How far the model moves because its adapter, trained on 4-bit weights, now stands on those of 16."""
+    if not source.run or source.run.recipe().method != "qlora":
+        return []
+    model = runtime.as_trained(source.folder, renderer)
+    found = [model.next_tokens(text, own.places(row)) for row, text in enumerate(own.texts)]
+    model.close()
+    drift = next(parity.probabilities(own, found, parity.limits("trained_on_4_bits")))
+    return [msgspec.structs.replace(drift, name="trained on 4-bit weights", cause=drift.cause and "the adapter needs its 4-bit base")]
+
+
+def _program(folder: Path, form: str, weights: Weights, renderer: Renderer) -> runtime.Runtime:
+    if form in ("gguf", "ollama"):
+        return runtime.LlamaCpp(next(folder.glob("*.gguf")), min(CONTEXT, facts(weights.folder).context), renderer.stop_ids)
+    return runtime.Transformers(folder)
+
+
+def held_out(run: Run | None, count: int) -> list[tuple[Message, ...]]:
+    """Prompts for both models: of the run's test rows, then its validation rows, then general ones."""
+    found: list[tuple[Message, ...]] = []
+    for side in ("test", "valid") if run else ():
+        path = run / "data" / f"{side}.jsonl" if run else Path()
+        rows = [row for row in conversations(str(path)) if row.prompt()] if path.exists() else []
+        want = count - len(found)
+        found += [row.prompt() for row in (sample(rows, want, 0) if len(rows) > want > 0 else rows[:want])]
+    general = [(Message("user", text),) for text in parity.probes()[1]]
+    return (found + general)[:count]
+
+
+def recheck(folder: str | Path, model: str | None = None, prompts: int = parity.PROMPTS, on_progress: Progress = lambda *_: None) -> Certificate:
+    """Certify an export again: after it was copied, or changed by hand. `model`: what it was made of, where that has moved."""
+    path = Path(folder)
+    try:
+        before = msgspec.json.decode((path / PARITY).read_bytes(), type=Certificate)
+    except (OSError, msgspec.MsgspecError):
+        raise UsageError("not an export (no whole parity.json)", where=str(folder), fix="tunesmith export makes one") from None
+    source = find_source(model or before.model)
+    found = certify(path, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
+    mark(path, found)
+    return found
+
+
+def mark(folder: Path, certificate: Certificate) -> None:
+    """parity.json, and of a failed export a file that nobody overlooks."""
+    write_json(folder / PARITY, certificate)
+    if certificate.deployable:
+        (folder / REFUSED).unlink(missing_ok=True)
+        return
+    lines = [f"{c.name}: {c.cause or c.found} (found: {c.found}; wanted: {c.limit})" for c in certificate.failed()]
+    text = "This export is not the model that was trained. Do not deploy it.\n\n" + "\n".join(lines) + "\n"
+    write_bytes(folder / REFUSED, text.encode())

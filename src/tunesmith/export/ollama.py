@@ -1,0 +1,154 @@
+"""An Ollama Modelfile: the template, stop strings, system prompt and sampling of training.
+
+Ollama renders prompts by a Go template, not by the model's Jinja. Ours is made from what the Jinja template writes around each
+role's text, and is checked against it on whole conversations; a template that does more than that has no Go counterpart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import Conversation, Message
+from tunesmith.errors import DataError, ModelError
+from tunesmith.export.parity import Check, probes
+from tunesmith.models import read_json
+from tunesmith.render import Renderer
+
+ROLES = ("system", "user", "assistant")
+TEXTS = ("\u2460", "\u2461", "\u2462")  # stand for what is said, one for each role: no template has them
+PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+MANY = 0.9  # share of the rows with one system prompt from which it is the model's own
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What a template writes: `before` and `after` the text of each role, `start` at the beginning, `unsaid` instead of a system
+    prompt where there is none, `opening` before an answer."""
+
+    start: str
+    unsaid: str
+    before: dict[str, str]
+    after: dict[str, str]
+    opening: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """What the Go template below renders."""
+        said = "".join(self.before[m.role] + m.content + self.after[m.role] for m in messages)
+        return self.start + ("" if messages[0].role == "system" else self.unsaid) + said + self.opening
+
+
+def parts(renderer: Renderer) -> Parts:
+    """Take a chat template apart. ModelError where it does more than writing something around each text."""
+    refused = ModelError(
+        "the chat template cannot be written as one of Ollama's: it does more than put words around each role's text",
+        where=str(renderer.folder),
+        fix="export --format gguf, and serve it with llama.cpp",
+    )
+    system, user, answer = (Message(role, text) for role, text in zip(ROLES, TEXTS, strict=True))  # type: ignore[arg-type]
+
+    def text(*messages: Message, prompt: bool = False) -> str:
+        return renderer.text(messages, prompt)
+
+    try:
+        one, two = text(user, answer), text(user, answer, user, answer)
+        asked, opened = text(user), text(user, prompt=True)
+        instructed = text(system, user)
+    except DataError:
+        raise refused from None
+    between = two.removeprefix(one)
+    if not (two.startswith(one) and opened.startswith(asked) and TEXTS[1] in between and TEXTS[2] in between):
+        raise refused
+    before_user, rest = between.split(TEXTS[1], 1)
+    after_user, after_answer = _around(rest, TEXTS[2], opened.removeprefix(asked), refused)
+    start = one.split(TEXTS[1], 1)[0].removesuffix(before_user)
+    head, _, tail = instructed.partition(TEXTS[0])
+    after_system = tail.partition(TEXTS[1])[0].removesuffix(before_user)
+    common = _common(start, head)
+    found = Parts(
+        common,
+        start.removeprefix(common),
+        {"system": head.removeprefix(common), "user": before_user, "assistant": rest.split(TEXTS[2], 1)[0].removeprefix(after_user)},
+        {"system": after_system, "user": after_user, "assistant": after_answer},
+        opened.removeprefix(asked),
+    )
+    if any(found.render(c) != renderer.text(c, True) for c in _tries()):
+        raise refused
+    return found
+
+
+def _around(rest: str, text: str, opening: str, refused: ModelError) -> tuple[str, str]:
+    """(what follows the user's text, what follows the answer)."""
+    middle, _, after = rest.partition(text)
+    if not middle.endswith(opening):
+        raise refused
+    return middle.removesuffix(opening), after
+
+
+def _common(a: str, b: str) -> str:
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:size]
+
+
+def _tries() -> list[tuple[Message, ...]]:
+    """Conversations on which both templates must agree: with and without a system prompt, of one turn and of several."""
+    texts = [text.strip() for text in probes()[0]]  # many templates strip what is said
+    found = []
+    for i in range(0, len(texts) - 4, 4):
+        turns = [Message(role, text) for role, text in zip(("user", "assistant", "user"), texts[i:], strict=False)]  # type: ignore[arg-type]
+        found += [tuple(turns[:1]), tuple(turns), (Message("system", texts[i + 3]), *turns)]
+    return found
+
+
+def go_template(known: Parts, adds_bos: str) -> str:
+    """The parts in Go's template language. `adds_bos`: what the runtime itself puts at the start, which is left out."""
+    start = known.start.removeprefix(adds_bos)
+    roles = "".join(
+        f'{{{{ {"else if" if i else "if"} eq .Role "{role}" }}}}{_go(known.before[role])}{{{{ .Content }}}}{_go(known.after[role])}'
+        for i, role in enumerate(ROLES)
+    )
+    unsaid = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(known.unsaid)}{{{{ end }}}}' if known.unsaid else ""
+    return f"{_go(start)}{unsaid}{{{{ range .Messages }}}}{roles}{{{{ end }}}}{{{{ end }}}}{_go(known.opening)}"
+
+
+def _go(text: str) -> str:
+    """A text as it stands in a Go template: actions of its own are written as strings."""
+    return text if "{{" not in text and "}}" not in text else "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+
+def modelfile(file: str, renderer: Renderer, system: str | None, context: int) -> str:
+    """The Modelfile for a GGUF file that lies beside it."""
+    known = parts(renderer)
+    bos = renderer.special["bos_token"] if renderer.adds_bos else ""
+    generation = read_json(renderer.folder / "generation_config.json")
+    lines = [f"FROM ./{file}", f"TEMPLATE {_quoted(go_template(known, bos))}"]
+    lines += [f"PARAMETER stop {json.dumps(renderer.tokenizer.id_to_token(i), ensure_ascii=False)}" for i in renderer.stop_ids]
+    lines += [f"PARAMETER {name} {generation[key]}" for key, name in PARAMETERS.items() if generation.get(key) is not None]
+    lines += [f"PARAMETER num_ctx {context}"]
+    lines += [f"SYSTEM {_quoted(system)}"] if system else []
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    if '"""' in text:
+        raise ModelError('three quotation marks in a row end a text in a Modelfile', fix="take them out of the template or the system prompt")
+    return f'"""{text}"""'
+
+
+def own_system(rows: Sequence[Conversation]) -> str | None:
+    """The system prompt that nearly all training rows share: the model expects it."""
+    said = [row.messages[0].content if row.messages[0].role == "system" else "" for row in rows]
+    most = max(set(said), key=said.count, default="")
+    return most if most and said.count(most) >= MANY * len(said) else None
+
+
+def modelfile_check(text: str, renderer: Renderer, system: str | None, file: str, context: int) -> Check:
+    """Whether a Modelfile is the one of the run."""
+    wanted = modelfile(file, renderer, system, context).splitlines()
+    there = text.splitlines()
+    wrong = [line for line in wanted if line not in there] + [line for line in there if line not in wanted]
+    found = f"{len(wanted)} lines: template, stops, sampling, system prompt"
+    cause = f"the Modelfile is not the one of training, first: {wrong[0]}" if wrong else ""
+    return Check("Modelfile", not wrong, found, "as in training", cause)

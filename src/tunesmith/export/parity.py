@@ -1,0 +1,198 @@
+"""The certificate of an export: is it still the model that was trained, in the program that will run it?
+
+Checks, each with a name, a figure and a limit (facts/parity.toml): what the files say (template, stop tokens, settings, every
+weight), and what the runtime does (token ids, log-probabilities, greedy answers) beside the run's own model.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from tunesmith.conversation import Message
+from tunesmith.export.runtime import Answer, Runtime
+from tunesmith.recipe import FACTS
+from tunesmith.render import Renderer
+
+ANSWER = 64  # tokens of a greedy answer
+PLACES = 8  # at which a prompt's answer is looked into
+PROMPTS = 16
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One check. `found` and `limit`: what was measured, and what was allowed; `cause`: of a failure, by name, with the fix."""
+
+    name: str
+    passed: bool
+    found: str
+    limit: str = ""
+    cause: str = ""
+
+
+class Own(msgspec.Struct, frozen=True):
+    """What the run's own model does: its greedy answers to the prompts, `texts` of both with the `stop` that ended them, and the
+    likeliest tokens at each place of each answer."""
+
+    prompts: list[list[int]]
+    answers: list[Answer]
+    stop: int
+    texts: list[list[int]]
+    likeliest: list[list[dict[int, float]]]
+
+    def places(self, row: int) -> list[int]:
+        """Some places in a text, from the first of its answer to the last: after so many tokens comes one that is compared."""
+        first, last = len(self.prompts[row]), len(self.texts[row]) - 1
+        return sorted({first + round(i * (last - first) / (PLACES - 1)) for i in range(PLACES)})
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True):
+    """parity.json. `deployable`: every check has passed."""
+
+    deployable: bool
+    model: str
+    run: str | None
+    form: str
+    quantize: str
+    runtime: str
+    created: str
+    checks: list[Check]
+    prompts: int
+    probes: int
+    tunesmith: str
+
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+
+@cache
+def facts() -> dict[str, Any]:
+    """facts/parity.toml."""
+    with (FACTS / "parity.toml").open("rb") as stream:
+        return tomllib.load(stream)
+
+
+@cache
+def probes() -> tuple[list[str], list[str]]:
+    """(texts whose tokens are compared, prompts for models without held-out rows)."""
+    with (FACTS / "parity_probes.toml").open("rb") as stream:
+        known = tomllib.load(stream)
+    return known["texts"], known["prompts"]
+
+
+def limits(quantize: str) -> dict[str, float]:
+    """What is allowed of a way to store weights."""
+    known: dict[str, dict[str, float]] = facts()["limits"]
+    return known.get(quantize, known["k_quant"])
+
+
+def observe(model: Any, prompts: list[list[int]], stop: int, told: Callable[[int], object]) -> Own:
+    """Ask the run's own model: greedy answers of up to ANSWER tokens, and the likeliest tokens along them."""
+    answers = model.answers(prompts, ANSWER)
+    told(1)
+    texts = [p + a.ids + [stop] * a.ended for p, a in zip(prompts, answers, strict=True)]
+    likeliest = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        likeliest.append(model.next_tokens(text, range(len(prompt), len(text))))
+        told(1)
+    return Own(prompts, answers, stop, texts, likeliest)
+
+
+# ---- what the runtime does
+
+
+def behaviour(runtime: Runtime, renderer: Renderer, own: Own, quantize: str, told: Callable[[int], object]) -> Iterator[Check]:
+    """All that the runtime is asked, beside what the run's own model did."""
+    yield tokens(runtime, renderer)
+    answers = runtime.answers(own.prompts, ANSWER)
+    told(1)
+    found = []
+    for row, text in enumerate(own.texts):
+        found.append(runtime.next_tokens(text, own.places(row)))
+        told(1)
+    yield stopping(runtime, own, found)
+    yield from probabilities(own, found, limits(quantize))
+    yield greedy(own, answers, limits(quantize))
+
+
+def tokens(runtime: Runtime, renderer: Renderer) -> Check:
+    """Whether a prompt becomes the same tokens as in training, for every probe."""
+    wrong = []
+    for text in probes()[0]:
+        message = (Message("user", text),)
+        if runtime.prompt(message) != renderer.prompt_ids(message):
+            wrong.append(text)
+    count = len(probes()[0])
+    found = f"{count - len(wrong)} of {count} probes give the same token ids"
+    cause = f"the runtime cuts text otherwise than in training, first {wrong[0]!r}" if wrong else ""
+    return Check("token ids", not wrong, found, f"{count} of {count}", cause)
+
+
+def stopping(runtime: Runtime, own: Own, found: Sequence[Sequence[dict[int, float]]]) -> Check:
+    """Whether the runtime ends an answer where it finds the end-of-turn token likeliest: a lost stop token is written as text."""
+    ends = [
+        text[:-1]
+        for text, answer, theirs in zip(own.texts, own.answers, found, strict=True)
+        if answer.ended and max(theirs[-1], key=theirs[-1].__getitem__) == own.stop
+    ]
+    over = sum(answer != Answer([], True) for answer in runtime.answers(ends, 4)) if ends else 0
+    said = f"{len(ends) - over} of {len(ends)} answers end at the end-of-turn token"
+    cause = "the runtime goes on after the end-of-turn token: it is no stop token there" if over else ""
+    return Check("stopping", not over, said if ends else "no answer ended within the limit: not tried", "all", cause)
+
+
+def probabilities(own: Own, found: Sequence[Sequence[dict[int, float]]], limit: dict[str, float]) -> Iterator[Check]:
+    """How far the log-probabilities are apart, and how often another token is the likeliest."""
+    drifts, same = [], []
+    for row, theirs in enumerate(found):
+        for place, there in zip(own.places(row), theirs, strict=True):
+            here = own.likeliest[row][place - len(own.prompts[row])]
+            best = max(here, key=here.__getitem__)
+            drifts.append(abs(here[best] - there.get(best, min(there.values()))))
+            same.append(_tied(here, max(there, key=there.__getitem__)))
+    drift, share = fmean(drifts), fmean(same)
+    yield Check(
+        "log-probabilities",
+        drift <= limit["drift"],
+        f"{drift:.4f} nats apart on average, {max(drifts):.4f} at most, at {len(drifts)} places",
+        f"{limit['drift']} nats on average",
+        "" if drift <= limit["drift"] else "the runtime computes another model: see the other checks for what differs",
+    )
+    yield Check(
+        "likeliest token",
+        share >= limit["same"],
+        f"the same at {share:.1%} of {len(same)} places",
+        f"{limit['same']:.0%}",
+        "" if share >= limit["same"] else "too much was lost: choose a finer --quantize, or see the other checks",
+    )
+
+
+def greedy(own: Own, answers: Sequence[Answer], limit: dict[str, float]) -> Check:
+    """How many greedy answers are the same to their end; how many part only where two tokens are about equally likely."""
+    exact = [a == b for a, b in zip(own.answers, answers, strict=True)]
+    near = [e or _parts_at_tie(own, row, answers[row]) for row, e in enumerate(exact)]
+    share = fmean(near)
+    return Check(
+        "greedy answers",
+        share >= limit["answers"],
+        f"{sum(exact)} of {len(exact)} the same for up to {ANSWER} tokens, {sum(near) - sum(exact)} more part at a tie",
+        f"{limit['answers']:.0%}",
+        "" if share >= limit["answers"] else "answers part from those of the run's own model: see the other checks",
+    )
+
+
+def _parts_at_tie(own: Own, row: int, answer: Answer) -> bool:
+    """Whether another answer first differs where the run's own model finds its token about as likely."""
+    mine, theirs = (a.ids + [own.stop] * a.ended for a in (own.answers[row], answer))
+    at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    return at is not None and _tied(own.likeliest[row][at], theirs[at])
+
+
+def _tied(here: dict[int, float], token: int) -> bool:
+    """Whether a token is the likeliest, or as likely within `tie`."""
+    return here.get(token, float("-inf")) >= max(here.values()) - facts()["tie"]
