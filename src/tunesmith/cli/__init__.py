@@ -30,6 +30,8 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "train": ("train:train", "fine-tune a model"),
     "runs list": ("runs:list_runs", "runs and how they stand"),
     "runs show": ("runs:show", "one run: settings, losses, checkpoints"),
+    "runs tag": ("runs:tag", "name a run, for runs list --tag"),
+    "runs rm": ("runs:rm", "delete a run's weights, keep its record"),
     "runs compare": ("compare:compare", "runs against one another: settings, curves, metrics"),
     "runs watch": ("runs:watch", "follow a run that another process, or a service, trains"),
     "runs events": ("runs:events", "what a run has told"),
