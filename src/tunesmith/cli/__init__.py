@@ -39,6 +39,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "runs pause": ("runs:pause", "pause a job at a service"),
     "runs resume": ("runs:resume", "have a service go on with a paused job"),
     "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
+    "test": ("test:smoke_test", "try a model before it is deployed: answers beside the base's, and sanity checks"),
     "rescue": ("rescue:rescue", "bring everything an account holds at a service here, before it is gone"),
     "serve": ("serve:serve", "offer files, jobs and models to any OpenAI client"),
     "keys add": ("serve:add", "make a key for a server"),
