@@ -9,7 +9,8 @@ from typing import Any
 from tunesmith import api
 from tunesmith.local.backend import lay_out
 from tunesmith.local.loop import train
-from tunesmith.runs import Run
+from tunesmith.recipe import Recipe
+from tunesmith.runs import Run, create
 
 
 def fit(path: Path, dataset: Path | str, model: Path | str, **settings: Any) -> Run:
@@ -18,6 +19,16 @@ def fit(path: Path, dataset: Path | str, model: Path | str, **settings: Any) -> 
     prepared = api.prepare(str(dataset), model=str(model), **{**defaults, **settings})
     run = lay_out(prepared, path)
     train(run, lambda: False)
+    return run
+
+
+def made(path: Path, model: Path | str = "starter", provider: str = "huggingface") -> Run:
+    """A run as its record tells it, without a model."""
+    recipe = Recipe(model=str(model), dataset="rows.jsonl", method="lora")
+    known = {"provider": provider, "recipe": recipe, "plan": {"steps": 2}, "created": "", "origin": {}, "versions": {}}
+    with create(path, {**known, "data_hashes": {"train": "a1" * 32}}) as run:
+        pass
+    run.append("eval", step=2, loss=0.5, best=True)
     return run
 
 

@@ -22,7 +22,7 @@ from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
 from tunesmith.render import own_template
-from tunesmith.runs import Event, Run, listing, open_run, refuse_taken
+from tunesmith.runs import Event, Run, listing, open_run, refuse_removed, refuse_taken, run_of
 from tunesmith.settings import changes, resolve
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def prepare(
         settings["dataset"] = str(dataset)
     recipe, origin = resolve({k: str(v) if isinstance(v, os.PathLike) else v for k, v in settings.items()}, config)
     backends.get(recipe.provider)
+    refuse_removed(recipe.model)
     if recipe.output_dir:
         refuse_taken(Path(recipe.output_dir).expanduser())  # before the work of reading
     road = hosted.prepare if recipe.provider == "openai" else planning.prepare
@@ -193,6 +194,7 @@ def resume(
     """
     path = _checkpoint(path, settings)
     run, step = find_run(path), None
+    refuse_removed(run)
     changed = changes(run.recipe(), settings, config)
     name = Path(path).name
     if Path(path).resolve() != run.path.resolve():
@@ -245,15 +247,12 @@ def _checkpoint(path: str | os.PathLike[str], settings: dict[str, Any]) -> str |
 
 def find_run(path: str | os.PathLike[str]) -> Run:
     """The run at a path, also from the path of one of its checkpoints or model folders. RunError where there is none."""
-    here = Path(path)
-    for folder in (here, *list(here.parents)[:2]) if here.is_dir() else ():
-        if (folder / "run.json").exists():
-            return Run(folder)
-    owner = here.parent.parent
-    if re.fullmatch(r"checkpoint-step-\d+", here.name) and (owner / "run.json").exists():
-        found = sorted((p.name for p in here.parent.glob("checkpoint-step-*")), key=len)
+    here, run = Path(path), run_of(path)
+    if run and not here.is_dir():
+        refuse_removed(run)
+        found = sorted((p.name for p in (run / "checkpoints").glob("checkpoint-step-*")), key=len)
         raise RunError("no such checkpoint", where=str(here), fix=f"there are: {', '.join(found) or 'none'}")
-    return open_run(here)
+    return run or open_run(here)
 
 
 def watch(
@@ -342,6 +341,7 @@ def completer(model: str, beside: str | None = None) -> backends.Completer:
     `beside`: a run with which the model is compared. Where that is a service's, a name that is no folder here is a model of the
     same service; a base without a chat template answers in the form in which the run was trained.
     """
+    refuse_removed(model)
     folder = Path(model).is_dir() or model == "starter"
     if (Path(model) / "remote.json").exists() or model.startswith("ft:") and not folder:
         return backends.get("openai").completer(model)

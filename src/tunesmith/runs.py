@@ -1,7 +1,7 @@
 """Run: a directory that is the whole truth about one training run.
 
     run.json       manifest: recipe with the origin of each value, plan, data hashes, versions (written once)
-    events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error
+    events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error, tagged, removed
     data/          the splits as used, their token ids, the chat template that is not the model's own
     remote.json    of a run at a service: its address, and the ids of files and job; upload/, results/ the files themselves
     row_losses.npy each training row's loss in each epoch
@@ -17,22 +17,24 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tunesmith.data.write import write_bytes, write_json
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.recipe import Recipe
 
 Event = dict[str, Any]
 TEMPLATE = "data/chat_template.jinja"
 ROW_LOSSES = "row_losses.npy"
+_MODEL = re.compile(r"best_model|final_model|checkpoint-step-\d+")  # folders of a run that hold one
 
 
 class Run:
@@ -200,11 +202,64 @@ class Run:
                     ) from None
                 time.sleep(0.1)
 
+    def tags(self) -> list[str]:
+        """What the user calls the run, in the order of giving."""
+        found: dict[str, None] = {}
+        for event in self.events():
+            if event["type"] == "tagged":
+                found |= dict.fromkeys(event["tags"])
+            elif event["type"] == "untagged":
+                found = {tag: None for tag in found if tag not in event["tags"]}
+        return list(found)
+
+    def tag(self, *tags: str) -> None:
+        """Give tags; one that it has already is no error."""
+        if wrong := [tag for tag in tags if not re.fullmatch(r"[\w.-]{1,64}", tag)]:
+            raise UsageError(f"{wrong[0]!r} is no tag", where=str(self), fix="letters, digits, . _ and -, 64 at most")
+        if new := [tag for tag in dict.fromkeys(tags) if tag not in self.tags()]:
+            self.append("tagged", tags=new)
+
+    def untag(self, *tags: str) -> None:
+        """Take tags back. Raises RunError where it lacks one."""
+        had = self.tags()
+        if missing := [tag for tag in tags if tag not in had]:
+            raise RunError(f'no tag "{missing[0]}"', where=str(self), fix=f"it has: {', '.join(had) or 'none'}")
+        self.append("untagged", tags=list(dict.fromkeys(tags)))
+
+    def removed(self) -> bool:
+        """Whether its weights are gone, or about to go (removal.py)."""
+        return bool(self.last("removed"))
+
     # ---- summary
 
-    def lineage(self):
-        known = self.summary()
-        return [{key: known[key] for key in ("run", "model", "dataset", "method", "best_valid_loss")}]
+    def parent(self) -> Run | None:
+        """The run whose model this one began from. A folder in a recipe is absolute; any other name is the Hub's."""
+        model = self.manifest()["recipe"]["model"]
+        return run_of(model) if os.path.isabs(model) else None
+
+    def forebears(self) -> list[Run]:
+        """Its parent, the parent's, and so on: up to one that began from no run, is damaged, or stands in the line already."""
+        line = [self]
+        with suppress(RunError):
+            while (run := line[-1].parent()) and run.path.resolve() not in {r.path.resolve() for r in line}:
+                run.manifest()
+                line.append(run)
+        return line[1:]
+
+    def version(self) -> int:
+        """1, and 1 for each run that it descends from."""
+        return 1 + len(self.forebears())
+
+    def lineage(self) -> list[dict[str, Any]]:
+        """This run and its forebears, each with the model that it began from, its data, method, best loss and version."""
+        line = [self, *self.forebears()]
+        found = []
+        for i, run in enumerate(line):
+            known = run.summary()
+            shown = {key: known[key] for key in ("run", "model", "dataset", "method", "best_valid_loss")}
+            data_hash = (run.manifest().get("data_hashes") or {}).get("train")
+            found.append({"version": len(line) - i, "data_hash": data_hash, **shown})
+        return found
 
     def summary(self) -> dict[str, Any]:
         """The run in one object: state, steps, losses, seconds, the best step."""
@@ -303,7 +358,18 @@ def listing(folder: Path) -> list[Run]:
 
 
 def run_of(path: str | os.PathLike[str]) -> Run | None:
-    """The run that a folder is or belongs to: a checkpoint, a model folder. None where there is none."""
+    """The run that a folder is or belongs to: a checkpoint, a model folder (also one that is gone). None where there is none."""
     here = Path(path)
+    if not here.is_dir() and not _MODEL.fullmatch(here.name):
+        return None
     near = (here, *list(here.parents)[:2], *list(here.resolve().parents)[:2])  # "." has no parents
     return next((Run(folder) for folder in near if (folder / "run.json").exists()), None)
+
+
+def refuse_removed(*paths: str | os.PathLike[str]) -> None:
+    """RunError where one of the paths is of a run whose weights have been removed."""
+    for path in paths:
+        if (run := run_of(path)) and run.removed():
+            when = time.strftime("%Y-%m-%d", time.localtime(run.last("removed")["time"]))
+            fix = f"train anew; its settings and rows are kept: tunesmith runs show {run:q}"
+            raise RunError(f"its weights were removed on {when}", where=str(run), fix=fix)

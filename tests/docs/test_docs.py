@@ -79,6 +79,8 @@ def test_readme_command(line: str, trained: Path) -> None:
         assert cli.main(["evaluate", str(trained / "my_run"), "--rows", "0"]) == 0
     elif "wider_run" in words:
         shutil.copytree(trained / "my_run", trained / "wider_run")
+    elif "old_run" in words:
+        shutil.copytree(trained / "my_run", trained / "old_run")
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
         if "my_run" in words:

@@ -25,6 +25,7 @@ LAYERS = [
     {"planning"},
     {"hosted"},
     {"runs"},
+    {"removal"},
     {"backends"},
     {"local"},
     {"remote"},

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from training import fit
+from training import fit, made
 from tunesmith import api
+from tunesmith.cli import main
 from tunesmith.errors import RunError, TunesmithError, UsageError
 from tunesmith.local import backend
 from tunesmith.local.loop import train
-from tunesmith.runs import Run, create
+from tunesmith.runs import Run, create, run_of
 
 
 def test_an_event_after_a_half_line_is_read_and_the_half_line_is_not(tmp_path: Path) -> None:
@@ -118,3 +121,93 @@ def test_commands_in_messages_can_be_pasted(tmp_path: Path) -> None:
     run = Run("a folder/it's")
     assert f"{run}" == "a folder/it's" and f"{run:>15}" == "  a folder/it's"
     assert shlex.split(f"tunesmith runs watch {run:q}") == ["tunesmith", "runs", "watch", "a folder/it's"]
+
+
+# ---- tags and lineage
+
+
+def test_tags_are_events_and_the_log_is_only_added_to(tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    before = (run / "events.jsonl").read_bytes()
+    run.tag("good", "v1.0_a-b", "good")
+    run.tag("good")  # again: no error, and no event
+    assert run.tags() == ["good", "v1.0_a-b"]
+    run.untag("good")
+    assert Run(run).tags() == ["v1.0_a-b"] and (run / "events.jsonl").read_bytes().startswith(before)
+    assert [e["type"] for e in run.events()][-2:] == ["tagged", "untagged"]
+    for wrong in ("two words", "", "a/b", "x" * 65):
+        with pytest.raises(UsageError, match="is no tag -- letters, digits"):
+            run.tag("fine", wrong)
+    with pytest.raises(RunError, match=r'no tag "good" -- it has: v1\.0_a-b'):
+        run.untag("v1.0_a-b", "good")
+    assert run.tags() == ["v1.0_a-b"]  # all or nothing
+
+
+@pytest.mark.parametrize("part", [".", "best_model", "final_model", "checkpoints/checkpoint-step-2"])
+def test_a_run_descends_from_the_one_whose_folder_it_began_from(part: str, tmp_path: Path) -> None:
+    first = made(tmp_path / "first")
+    (first / part).mkdir(parents=True, exist_ok=True)
+    second = made(tmp_path / "second", (first / part).resolve())
+    third = made(tmp_path / "third", tmp_path / "second" / "best_model")  # a folder that is gone
+    assert [r.version() for r in (first, second, third)] == [1, 2, 3]
+    assert [Path(step["run"]).name for step in third.lineage()] == ["third", "second", "first"]
+    last = third.lineage()[-1]
+    assert last == {
+        "version": 1,
+        "run": str(first),
+        "model": "starter",
+        "dataset": "rows.jsonl",
+        "data_hash": "a1" * 32,
+        "method": "lora",
+        "best_valid_loss": 0.5,
+    }
+
+
+def test_lineage_ends_where_a_forebear_is_damaged_or_was_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = made(tmp_path / "first")
+    second = made(tmp_path / "second", first.path)
+    (first / "run.json").write_text("{")
+    assert second.version() == 1 == len(second.lineage())
+    shutil.rmtree(first)
+    again = made(tmp_path / "first", second.path)  # each seems to have begun from the other
+    assert (again.version(), second.version()) == (2, 2)
+    monkeypatch.chdir(tmp_path)
+    assert made(tmp_path / "hub", "first").version() == 1  # a Hub model that is called as a folder here
+
+
+def test_the_run_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path / "run")
+    (run / "best_model").mkdir()
+    for inside in ("", "best_model", "data", "final_model", "checkpoints/checkpoint-step-9"):
+        assert str(run_of(tmp_path / "run" / inside)) == str(run)
+    assert run_of(tmp_path) is None and run_of(tmp_path / "run" / "nothing") is None
+    monkeypatch.chdir(run / "best_model")
+    assert run_of(".") is not None and run_of("some/model") is None
+
+
+def test_the_commands_show_tags_versions_and_lineage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: object) -> str:
+        assert main([*map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    first = made(tmp_path / "first")
+    plain = said("runs", "list", "--runs-dir", tmp_path)
+    assert plain.splitlines()[0].endswith("best valid loss") and "\nlineage\n" not in said("runs", "show", first)
+    second = made(tmp_path / "second", first.path)
+    assert said("runs", "tag", second, "good", "for-web") == f"{second}  good for-web\n"
+    assert json.loads(said("runs", "tag", first, "old", "--json")) == {"run": str(first), "tags": ["old"]}
+    header, *lines = said("runs", "list", "--runs-dir", tmp_path).splitlines()
+    assert header.endswith("version  tags") and {line.split("  ", 1)[0] for line in lines} == {str(first), str(second)}
+    assert any(re.search(r" 2  good for-web$", line) for line in lines)
+    found = json.loads(said("runs", "list", "--runs-dir", tmp_path, "--tag", "good", "--json"))
+    assert [(r["run"], r["tags"], r["version"], r["removed"]) for r in found] == [
+        (str(second), ["good", "for-web"], 2, False)
+    ]
+    assert said("runs", "list", "--runs-dir", tmp_path, "--tag", "bad") == ""
+    shown = said("runs", "show", second)
+    assert "tags" in shown and re.search(rf"lineage\n  version .*\n +2  {second} .*\n +1  {first} +starter ", shown)
+    told = json.loads(said("runs", "show", second, "--json"))
+    assert (told["version"], told["tags"], told["lineage"]) == (2, ["good", "for-web"], second.lineage())
+    assert said("runs", "tag", second, "good", "for-web", "--remove") == f"{second}  (no tags)\n"

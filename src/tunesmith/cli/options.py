@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any, NoReturn
 
 from tunesmith.errors import UsageError, did_you_mean
@@ -85,6 +86,14 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
     known = {*fields(), *SWITCHES}
     return {k: v for k, v in vars(options).items() if k in known}
+
+
+def confirm(question: str, reason: str, where: str) -> bool:
+    """Whether the user says yes. Raises UsageError with the reason for asking where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise UsageError(f"{reason}, and nobody can be asked here", where=where, fix="add --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def coloured(stream: Any) -> bool:

@@ -1,13 +1,13 @@
-"""tunesmith runs list | show | watch | events | cancel | pause | resume."""
+"""tunesmith runs list | show | tag | rm | watch | events | cancel | pause | resume."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import Parser, show_json
-from tunesmith.errors import RunError
+from tunesmith.cli.options import Parser, confirm, show_json
+from tunesmith.errors import Interrupted, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,35 +19,49 @@ if TYPE_CHECKING:
 def list_runs(argv: list[str]) -> int:
     parser = Parser("runs list", "Runs in a folder, newest first.").with_json()
     parser.add_argument("--runs-dir", default="fine_tuned_models", help="where they are [fine_tuned_models]")
+    parser.add_argument("--tag", metavar="NAME", help="only runs that have this tag")
     options = parser.parse_args(argv)
-    from tunesmith.cli.progress import table
     from tunesmith.runs import listing
 
     runs = []
     for run in listing(Path(options.runs_dir)):
         try:
-            runs.append(run.summary())
+            if options.tag is None or options.tag in run.tags():
+                runs.append(_told(run))
         except RunError as error:  # one damaged run must not hide the others
             print(f"warning: {error}", file=sys.stderr)
     if options.json:
         show_json(runs)
     elif not runs:
-        print(f"no runs in {options.runs_dir}", file=sys.stderr)
+        tagged = "" if options.tag is None else f" with the tag {options.tag}"
+        print(f"no runs in {options.runs_dir}{tagged}", file=sys.stderr)
     else:
-        rows = [("run", "status", "step", "model", "method", "best valid loss")]
-        rows += [
-            (
-                r["run"],
-                r["status"],
-                f"{r['steps']}/{r['planned_steps']}",
-                r["model"],
-                r["method"],
-                _number(r["best_valid_loss"]),
-            )
-            for r in runs
-        ]
-        print(table(rows, ""))
+        _list(runs)
     return 0
+
+
+def _told(run: Run) -> dict[str, Any]:
+    """A run's summary, and what the user has made of it."""
+    return {**run.summary(), "tags": run.tags(), "version": run.version(), "removed": run.removed()}
+
+
+def _list(runs: list[dict[str, Any]]) -> None:
+    """A table on stdout; a column for tags and one for versions where any run has some."""
+    from tunesmith.cli.progress import table
+
+    columns = {
+        "run": [r["run"] for r in runs],
+        "status": [r["status"] + (", weights removed" if r["removed"] else "") for r in runs],
+        "step": [f"{r['steps']}/{r['planned_steps']}" for r in runs],
+        "model": [r["model"] for r in runs],
+        "method": [r["method"] for r in runs],
+        "best valid loss": [_number(r["best_valid_loss"]) for r in runs],
+    }
+    if any(r["version"] > 1 for r in runs):
+        columns["version"] = [r["version"] for r in runs]
+    if any(r["tags"] for r in runs):
+        columns["tags"] = [" ".join(r["tags"]) for r in runs]
+    print(table([tuple(columns), *zip(*columns.values(), strict=True)], ""))
 
 
 def show(argv: list[str]) -> int:
@@ -61,12 +75,13 @@ def show(argv: list[str]) -> int:
     from tunesmith.evaluation.diagnosis import curves
 
     run = api.find_run(options.run)
-    manifest, summary = run.manifest(), run.summary()
+    manifest, summary, lineage = run.manifest(), run.summary(), run.lineage()
     found = curves(run.metrics("step"), run.metrics("eval"))
     if options.json:
         show_json(
             {
-                **summary,
+                **_told(run),
+                "lineage": lineage,
                 "evals": run.metrics("eval"),
                 "recipe": manifest["recipe"],
                 "origin": manifest["origin"],
@@ -75,7 +90,13 @@ def show(argv: list[str]) -> int:
             }
         )
         return 0
+    if tags := run.tags():
+        summary["tags"] = " ".join(tags)
+    if run.removed():
+        summary["weights"] = "removed"
     print(table([(k, _number(v)) for k, v in summary.items() if v is not None], ""))
+    if len(lineage) > 1:
+        print("\nlineage\n" + _lineage(lineage))
     evals = run.metrics("eval")
     for line in of_run(run.metrics("step"), evals):
         print(line)
@@ -89,6 +110,63 @@ def show(argv: list[str]) -> int:
         if event["type"] in ("warning", "error", "overfitting"):
             print(f"{event['type']}: {event['message']}")
     diagnosed(found)
+    return 0
+
+
+def _lineage(lineage: list[dict[str, Any]]) -> str:
+    """A table: this run first, what it all began with last."""
+    from tunesmith.cli.progress import table
+
+    rows: list[tuple[object, ...]] = [
+        ("version", "run", "began from", "data set", "data hash", "method", "best valid loss")
+    ]
+    for r in lineage:
+        digest, loss = (r["data_hash"] or "-")[:12], _number(r["best_valid_loss"])
+        rows.append((r["version"], r["run"], r["model"], r["dataset"], digest, r["method"], loss))
+    return table(rows)
+
+
+def tag(argv: list[str]) -> int:
+    parser = Parser(
+        "runs tag", "Give a run tags, by which runs list finds it; they are kept in its event log."
+    ).with_json()
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="letters, digits, . _ and -, 64 at most")
+    parser.add_argument("--remove", action="store_true", help="take them back")
+    options = parser.parse_args(argv)
+    from tunesmith import api
+
+    run = api.find_run(options.run)
+    (run.untag if options.remove else run.tag)(*options.names)
+    if options.json:
+        show_json({"run": str(run), "tags": run.tags()})
+    else:
+        print(f"{run}  {' '.join(run.tags()) or '(no tags)'}")
+    return 0
+
+
+def rm(argv: list[str]) -> int:
+    parser = Parser(
+        "runs rm",
+        "Delete a run's weights: checkpoints, model folders, tokens. Its record stays: settings, events, rows, evaluations, "
+        "report. After a kill it is done again.",
+    ).with_json()
+    parser.add_argument("run", help="the run's directory")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--force", action="store_true", help="also where other runs began from it")
+    options = parser.parse_args(argv)
+    from tunesmith import api
+    from tunesmith.removal import refuse, remove
+
+    run = api.find_run(options.run)
+    refuse(run, options.force)
+    if not (options.yes or confirm(f"delete the weights of {run} for good?", "weights do not come back", str(run))):
+        raise Interrupted("nothing was deleted", where=str(run))
+    freed = remove(run, options.force)
+    if options.json:
+        show_json({"run": str(run), "freed_bytes": freed})
+    else:
+        print(f"{run}  weights removed, {freed:,} bytes freed; the record stays")
     return 0
 
 

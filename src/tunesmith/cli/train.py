@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import Parser, add_settings, coloured, settings, show_json
+from tunesmith.cli.options import Parser, add_settings, coloured, confirm, settings, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
@@ -230,12 +230,7 @@ def agreed(prepared: Prepared, yes: bool) -> None:
     from tunesmith.errors import Interrupted
 
     print("\n".join(offer(prepared.plan, api.quote(prepared))), file=sys.stderr)
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError("a service may cost money, and nobody can be asked here", where="train", fix="add --yes")
-    print("send the files and start the job? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not (yes or confirm("send the files and start the job?", "a service may cost money", "train")):
         raise Interrupted("nothing was sent", where="train", fix="look at it again: tunesmith plan")
 
 

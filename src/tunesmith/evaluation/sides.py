@@ -16,7 +16,7 @@ from tunesmith.evaluation.observe import Ask, Observed, heard_at_service, observ
 from tunesmith.hosted import effective
 from tunesmith.models import find
 from tunesmith.render import own_template
-from tunesmith.runs import Run
+from tunesmith.runs import Run, refuse_removed, run_of
 
 
 class Sides(msgspec.Struct, frozen=True):
@@ -38,11 +38,13 @@ def sides(
                 "needs a run, or two models and a data set",
                 fix="tunesmith evaluate RUN, or --model A --against B --dataset D",
             )
+        refuse_removed(model, against)
         rows = _once(load(dataset, columns).require().conversations)
         for name in (model, against):
             refuse_seen(rows, name)
         return Sides(model, against, rows, dataset)
     manifest = run.manifest()
+    refuse_removed(run, *(name for name in (model, against or manifest["recipe"]["model"]) if name))
     hosted = manifest["provider"] == "openai"
     there = run.last("done").get("model") if hosted else str(run / "best_model")
     if not there or not hosted and not Path(there).is_dir():
@@ -70,22 +72,18 @@ def _once(rows: list[Conversation]) -> list[Conversation]:
 
 
 def refuse_seen(rows: list[Conversation], model: str) -> None:
-    """DataError where rows ask what the run that made `model` was trained or chosen on (its train and valid rows)."""
-    path = Path(model)
-    folder = next((f for f in (path, *list(path.parents)[:2]) if (f / "run.json").exists()), None)
-    if folder is None:
-        return
-    base = Run(folder).manifest()["recipe"]["model"]
-    if Path(base).is_dir() and Path(base).resolve() != path.resolve():  # what the run itself began from
-        refuse_seen(rows, base)
-    asked = asked_in(folder, ("train", "valid"), set(map(prompt_key, rows)))
-    seen = [row for row in rows if prompt_key(row) in asked]
-    if seen:
-        raise DataError(
-            f"{len(seen)} of {len(rows)} rows ask what {folder} was trained on",
-            where=seen[0].source,
-            fix="evaluate on rows that it has not seen, such as its own data/test.jsonl",
-        )
+    """DataError where rows ask what the run that made `model`, or one that this began from, was trained or chosen on (its
+    train and valid rows)."""
+    made = run_of(model)
+    for run in [*reversed(made.forebears()), made] if made else []:
+        asked = asked_in(run.path, ("train", "valid"), set(map(prompt_key, rows)))
+        seen = [row for row in rows if prompt_key(row) in asked]
+        if seen:
+            raise DataError(
+                f"{len(seen)} of {len(rows)} rows ask what {run} was trained on",
+                where=seen[0].source,
+                fix="evaluate on rows that it has not seen, such as its own data/test.jsonl",
+            )
 
 
 def asked_in(run: Path, parts: tuple[str, ...], keys: set[str]) -> set[str]:

@@ -20,7 +20,7 @@ from tunesmith.local.loss import LossModule
 from tunesmith.models import find, read_json
 from tunesmith.preflight import launched
 from tunesmith.recipe import Recipe
-from tunesmith.runs import Run
+from tunesmith.runs import run_of
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a kernel that it would fetch from the network
@@ -108,8 +108,8 @@ def to_judge(name: str) -> nn.Module:
     folder = find(name)
     quantisation = None
     if (folder / "adapter_config.json").exists():
-        run = next((f for f in (folder, *list(folder.resolve().parents)[:2]) if (f / "run.json").exists()), None)
-        quantisation = methods.quantisation(Run(run).recipe(), device()) if run else None
+        run = run_of(folder)
+        quantisation = methods.quantisation(run.recipe(), device()) if run else None
     return load(folder, quantisation=quantisation, dtype=methods.half(device()) or torch.float32).eval()
 
 

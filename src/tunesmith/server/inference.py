@@ -23,6 +23,7 @@ from tunesmith.local.machine import free_memory, tune
 from tunesmith.local.sampling import Answer, Sampling, Token
 from tunesmith.models import find, read_json
 from tunesmith.render import Renderer
+from tunesmith.runs import run_of
 from tunesmith.server.protocol import Refusal, busy
 
 T = TypeVar("T")
@@ -343,7 +344,5 @@ def _longest(renderer: Renderer) -> int:
 
 def _quantised(folder: Path) -> bool:
     """Whether an adapter was trained on 4-bit weights, on which it is then loaded."""
-    from tunesmith.runs import Run
-
-    run = next((f for f in (folder, *list(folder.resolve().parents)[:2]) if (f / "run.json").exists()), None)
-    return run is not None and Run(run).recipe().method == "qlora"
+    run = run_of(folder)
+    return run is not None and run.recipe().method == "qlora"

@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from tunesmith.local.checkpoint import existing, number
+from tunesmith.removal import delete, free, published
 from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server.store import Blobs, Store
@@ -35,8 +36,7 @@ def sweep(store: Store, blobs: Blobs) -> None:
 
 def remove(run: Run) -> None:
     """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    _unlink(run)
+    free(run)
 
 
 def tidy(store: Store, run: Run, job: dict[str, Any]) -> None:
@@ -48,19 +48,11 @@ def tidy(store: Store, run: Run, job: dict[str, Any]) -> None:
         for folder in existing(run):
             if number(folder) not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
-        _unlink(run)
+        delete(published(run))
     for folder in existing(run):
         (folder / "optimizer.safetensors").unlink(missing_ok=True)
     for begun in (run / "checkpoints").glob(".*.tmp"):
         shutil.rmtree(begun, ignore_errors=True)
-
-
-def _unlink(run: Run) -> None:
-    """Delete the other names of a checkpoint's weights."""
-    for name in ("best_model", "final_model"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for file in run.path.glob("*.safetensors"):
-        file.unlink()
 
 
 def _keep_last(store: Store, job: dict[str, Any]) -> set[int]:
