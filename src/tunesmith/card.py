@@ -57,7 +57,13 @@ def write_plain(model: str, export: Export, folder: Path) -> None:
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items()]
     passed = "passed" if export.deployable else "failed"
     said = f"{export.form} {export.quantize} of `{model}`. Certificate: {passed} ({export.runtime}); see `parity.json`."
-    parts = ["\n".join(["---", *lines, "---"]), f"# {Path(model).name}", *_warning(export), said, f"```sh\n{export.command}\n```"]
+    parts = [
+        "\n".join(["---", *lines, "---"]),
+        f"# {Path(model).name}",
+        *_warning(export),
+        said,
+        f"```sh\n{export.command}\n```",
+    ]
     write_bytes(folder / "README.md", ("\n\n".join(parts) + "\n").encode())
 
 
@@ -89,7 +95,12 @@ def model_info(run: Run) -> dict[str, Any]:
 def card(run: Run, export: Export | None = None) -> str:
     """The model card. What the run does not know is said to be unknown."""
     manifest, found = run.manifest(), _evaluation(run)
-    parts = [_header(manifest, found, export), f"# {_title(manifest)}", *_warning(export), _facts(run, manifest, export)]
+    parts = [
+        _header(manifest, found, export),
+        f"# {_title(manifest)}",
+        *_warning(export),
+        _facts(run, manifest, export),
+    ]
     parts += _metrics(found) or ["Not evaluated: `tunesmith evaluate` tells whether it is better than its base."]
     parts += [_limits(manifest, found), _lineage(run), _use(manifest, export)]
     return "\n\n".join(parts) + "\n"
@@ -131,29 +142,45 @@ def _title(manifest: dict[str, Any]) -> str:
 def _warning(export: Export | None) -> list[str]:
     if export is None or export.deployable:
         return []
-    return [f"> **Not deployable.** It is not the model that was trained: {'; '.join(export.failed)}. See `parity.json`."]
+    return [
+        f"> **Not deployable.** It is not the model that was trained: {'; '.join(export.failed)}. See `parity.json`."
+    ]
 
 
 def _facts(run: Run, manifest: dict[str, Any], export: Export | None) -> str:
     recipe, plan, summary = manifest["recipe"], manifest["plan"], run.summary()
     rows, best = plan["rows"], summary["best_valid_loss"]
     rank = f", rank {recipe['lora_rank']}, alpha {recipe['lora_alpha']}" if recipe["method"] in ADAPTERS else ""
-    loss = "not measured: no validation rows" if best is None else f"{best:.4f} nats per token, at step {summary['best_step']}"
+    loss = (
+        "not measured: no validation rows"
+        if best is None
+        else f"{best:.4f} nats per token, at step {summary['best_step']}"
+    )
     hashes = ", ".join(f"{side} `{str(digest)[:16]}`" for side, digest in manifest["data_hashes"].items() if digest)
+    steps = f"{summary['steps']} steps, learning rate {recipe['learning_rate']}, batch {recipe['batch_size']}"
     table = [
         ("base model", recipe["model"]),
         ("method", f"{recipe['method']}{rank}"),
-        ("training", f"{summary['steps']} steps, learning rate {recipe['learning_rate']}, batch {recipe['batch_size']}, seed {recipe['seed']}"),
-        ("data", f"{recipe['dataset']}: {rows['train']} training rows, {rows['valid']} validation, {rows['test']} test"),
+        ("training", f"{steps}, seed {recipe['seed']}"),
+        (
+            "data",
+            f"{recipe['dataset']}: {rows['train']} training rows, {rows['valid']} validation, {rows['test']} test",
+        ),
         ("data, SHA-256", hashes or UNSAID),
         ("licence of the data", (export and export.data_license) or UNSAID),
         ("licence of the model", (export and export.license) or f"{UNSAID}; that of the base model applies"),
-        ("tokens", f"{summary['tokens']} in training, {plan['supervised_tokens'].get('train', 0)} of an epoch are learnt"),
+        (
+            "tokens",
+            f"{summary['tokens']} in training, {plan['supervised_tokens'].get('train', 0)} of an epoch are learnt",
+        ),
         ("lowest validation loss", loss),
     ]
     if export:
         verdict = "passed" if export.deployable else f"failed: {'; '.join(export.failed)}"
-        table += [("form", f"{export.form} {export.quantize}"), ("certificate", f"{verdict} ({export.runtime}); `parity.json`")]
+        table += [
+            ("form", f"{export.form} {export.quantize}"),
+            ("certificate", f"{verdict} ({export.runtime}); `parity.json`"),
+        ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in table)])
 
 
@@ -166,8 +193,10 @@ def _metrics(found: dict[str, Any] | None) -> list[str]:
         lines.append(
             f"| {_cell(m['metric'])} | {m['base']:.4f} | {m['tuned']:.4f} | {m['difference']:+.4f}{interval} | {m['verdict']} |"
         )
-    said = f"**{found['verdict']}** than its base, on {found['rows']} held-out rows." if found["verdict"] != "cannot tell" else (
-        f"Whether it is better than its base **cannot be told** from {found['rows']} held-out rows."
+    said = (
+        f"**{found['verdict']}** than its base, on {found['rows']} held-out rows."
+        if found["verdict"] != "cannot tell"
+        else (f"Whether it is better than its base **cannot be told** from {found['rows']} held-out rows.")
     )
     return ["## Evaluation", said, "\n".join(lines)]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +345,7 @@ def test_a_learning_rate_of_ten(
     run = fit(tmp_path / "run", many, tiny, max_steps=8, patience=0, learning_rate=10.0)
     found = api.evaluate(run, rows=0, samples=0)
     assert [d.name for d in found.diagnoses] == ["diverged", "worse than the base"] and found.verdict == "worse"
-    norm, steps = torch.nn.utils.clip_grad_norm_, count(1)
+    norm, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
     with monkeypatch.context() as patched:  # when the numbers end by themselves differs by processor
         patched.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norm(*a) * (math.inf if next(steps) > 8 else 1))
         with pytest.raises(TunesmithError, match="the gradient became inf at step 9"):

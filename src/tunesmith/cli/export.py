@@ -27,12 +27,16 @@ def export(argv: list[str]) -> int:
     parser.add_argument(
         "--quantize",
         metavar="TYPE",
-        help="of gguf and ollama: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama-quantize installed also q4_k_m and the "
-        "like [f16]; of merged and vllm: bf16 or f16 [that of the base]",
+        help="of gguf and ollama: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama-quantize installed also q4_k_m and "
+        "the like [f16]; of merged and vllm: bf16 or f16 [that of the base]",
     )
     parser.add_argument("-o", "--output-dir", metavar="DIR", help="a new folder for it")
-    parser.add_argument("--unmerged", action="store_true", help="of vllm: the adapter beside its base, instead of one model")
-    parser.add_argument("--prompts", type=positive, default=16, metavar="N", help="held-out prompts that both answer [16]")
+    parser.add_argument(
+        "--unmerged", action="store_true", help="of vllm: the adapter beside its base, instead of one model"
+    )
+    parser.add_argument(
+        "--prompts", type=positive, default=16, metavar="N", help="held-out prompts that both answer [16]"
+    )
     parser.add_argument("--license", default="", metavar="ID", help="licence of the model, for its card: apache-2.0")
     parser.add_argument("--data-license", default="", metavar="ID", help="licence of the data, for the card")
     options = parser.parse_args(argv)
@@ -68,7 +72,9 @@ def parity(argv: list[str]) -> int:
     parser = Parser("parity", "Certify an export again: after it was copied, or changed by hand.").with_json()
     parser.add_argument("export", help="the folder that tunesmith export has made")
     parser.add_argument("--against", metavar="MODEL", help="the run or model that it was made of, where that has moved")
-    parser.add_argument("--prompts", type=positive, default=16, metavar="N", help="held-out prompts that both answer [16]")
+    parser.add_argument(
+        "--prompts", type=positive, default=16, metavar="N", help="held-out prompts that both answer [16]"
+    )
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.cli.progress import Bar
@@ -82,7 +88,9 @@ def parity(argv: list[str]) -> int:
 def _one(run: str | None, path: str | None) -> str:
     """The model that is meant by either of two options."""
     if not run and not path or run and path:
-        raise UsageError("one model is exported", where="RUN or --model-path", fix="tunesmith export my_run -o exported")
+        raise UsageError(
+            "one model is exported", where="RUN or --model-path", fix="tunesmith export my_run -o exported"
+        )
     return str(run or path)
 
 

@@ -373,7 +373,9 @@ def _keep(
     result = msgspec.structs.replace(result, report=str(report))
     write_json(folder / "result.json", result)
     write_report(run, result, report)
-    if folder == run / "evaluation" and run.manifest()["provider"] != "openai":  # a service's run has a card of its own kind
+    if (
+        folder == run / "evaluation" and run.manifest()["provider"] != "openai"
+    ):  # a service's run has a card of its own kind
         write_card(run)
     return result
 

@@ -21,16 +21,15 @@ from tunesmith.conversation import Message
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
-from tunesmith.errors import ModelError, UsageError, did_you_mean
+from tunesmith.errors import ModelError, UsageError
 from tunesmith.export import gguf_file, inspect, merged, ollama, parity, runtime
+from tunesmith.export.forms import PARITY, is_k_quant, refuse_form, refuse_target
 from tunesmith.export.parity import Certificate, Check
 from tunesmith.export.weights import Weights
 from tunesmith.models import facts, find
 from tunesmith.render import Renderer
 from tunesmith.runs import Run, run_of
 
-FORMS = ("merged", "adapter", "gguf", "ollama", "vllm")
-PARITY = "parity.json"
 REFUSED = "NOT-DEPLOYABLE.txt"
 CONTEXT = 8192  # tokens for which a runtime reserves memory by itself
 SYSTEM_ROWS = 2000  # training rows that are looked at for a common system prompt
@@ -69,18 +68,21 @@ def export(
     """Write a run's best model (or a checkpoint, or any model) as `form` into a new folder, and certify it.
 
     `quantize`: bf16 or f16 of a model folder; a type of facts/gguf.toml, or a k-quant, of a GGUF file [f16]. `unmerged`: of
-    vllm, the adapter beside its base. `prompts`: how many held-out prompts both models answer. `license`, `data_license`: for the card.
+    vllm, the adapter beside its base. `prompts`: how many held-out prompts both models answer. `license`, `data_license`: for the
+    card.
     The export is there even where a check has failed: `certificate.deployable` tells, and so do the files in it.
     Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
     """
-    _refuse_form(form, quantize, unmerged)
+    refuse_form(form, quantize, unmerged)
     source = find_source(model)
     target = Path(output).expanduser().absolute()
     refuse_target(target)
     weights, renderer = Weights(source.folder), Renderer(source.folder)
     adapter = form == "adapter" or unmerged
     if adapter and not weights.changed():
-        raise UsageError("the model has no adapter: all its weights were trained", where=source.name, fix="--format merged")
+        raise UsageError(
+            "the model has no adapter: all its weights were trained", where=source.name, fix="--format merged"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     tidy(target.parent, math.inf)  # what an export that was killed has left
     building = begun(target)
@@ -112,7 +114,9 @@ def export(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if source.run:
-        source.run.append("export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable)
+        source.run.append(
+            "export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable
+        )
     return Exported(str(target), str(target / maker.file), command, size, certificate)
 
 
@@ -124,31 +128,12 @@ def find_source(model: str) -> Source:
     return Source(model, folder, run_of(folder))
 
 
-def refuse_target(target: Path) -> None:
-    """UsageError unless the target is free."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        fix = "choose another -o, or delete it" if (target / PARITY).exists() else "choose another -o"
-        raise UsageError("the output directory is not empty", where=str(target), fix=fix)
-
-
-def _refuse_form(form: str, quantize: str | None, unmerged: bool) -> None:
-    if form not in FORMS:
-        raise UsageError(f'no format "{form}"{did_you_mean(form, list(FORMS))}', where="--format", fix=f"one of {', '.join(FORMS)}")
-    if unmerged and form != "vllm":
-        raise UsageError("only vLLM serves an adapter beside its base", where="--unmerged", fix="--format vllm, or adapter")
-    if quantize and (form == "adapter" or unmerged):
-        raise UsageError("an adapter is exported as it is", where="--quantize", fix="leave it out")
-    if form in ("merged", "vllm") and quantize and quantize not in merged.TYPES:
-        fix = f"{' or '.join(merged.TYPES)}; other types: --format gguf"
-        raise UsageError(f'a model folder is not written as "{quantize}"', where="--quantize", fix=fix)
-    if form in ("gguf", "ollama") and quantize and not gguf_file.is_k_quant(quantize):
-        gguf_file.quantisation(quantize)
-
-
 def _refuse_disk(weights: Weights, folder: Path, models: int) -> None:
     need, free = models * merged.size(weights), shutil.disk_usage(folder).free
     if need > free:
-        raise UsageError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), fix="choose another -o")
+        raise UsageError(
+            f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), fix="choose another -o"
+        )
 
 
 class _Maker:
@@ -182,7 +167,7 @@ class _Maker:
     def gguf(self) -> None:
         name = self._called()
         self.quantize = self.quantize or "f16"
-        k_quant = gguf_file.is_k_quant(self.quantize)
+        k_quant = is_k_quant(self.quantize)
         self.file = f"{name}-{self.quantize}.gguf"
         first = "f16" if k_quant else self.quantize
         path = self._folder / (f"{name}-f16.gguf" if k_quant else self.file)
@@ -259,8 +244,13 @@ def certify(
         done += count
         on_progress(0, min(1.0, done / total), "asking both models")
 
-    checks = list(_files(folder, source, weights, renderer, form, quantize))
+    checks: list[Check] = []
     name = "none"
+    try:
+        for each in _files(folder, source, weights, renderer, form, quantize):
+            checks.append(each)
+    except ModelError as error:
+        checks.append(Check("files", False, str(error), "whole", error.message))
     try:
         own = _observed(source, renderer, asked, told)
         checks += _trained_on_4_bits(source, renderer, own)
@@ -318,12 +308,15 @@ def _trained_on_4_bits(source: Source, renderer: Renderer, own: parity.Own) -> l
     found = [model.next_tokens(text, own.places(row)) for row, text in enumerate(own.texts)]
     model.close()
     drift = next(parity.probabilities(own, found, parity.limits("trained_on_4_bits")))
-    return [msgspec.structs.replace(drift, name="trained on 4-bit weights", cause=drift.cause and "the adapter needs its 4-bit base")]
+    cause = drift.cause and "the adapter needs its 4-bit base"
+    return [msgspec.structs.replace(drift, name="trained on 4-bit weights", cause=cause)]
 
 
 def _program(folder: Path, form: str, weights: Weights, renderer: Renderer) -> runtime.Runtime:
     if form in ("gguf", "ollama"):
-        return runtime.LlamaCpp(next(folder.glob("*.gguf")), min(CONTEXT, facts(weights.folder).context), renderer.stop_ids)
+        return runtime.LlamaCpp(
+            next(folder.glob("*.gguf")), min(CONTEXT, facts(weights.folder).context), renderer.stop_ids
+        )
     return runtime.Transformers(folder)
 
 
@@ -339,16 +332,19 @@ def held_out(run: Run | None, count: int) -> list[tuple[Message, ...]]:
     return (found + general)[:count]
 
 
-def recheck(folder: str | Path, model: str | None = None, prompts: int = parity.PROMPTS, on_progress: Progress = lambda *_: None) -> Certificate:
+def recheck(
+    folder: Path, model: str | None = None, prompts: int = parity.PROMPTS, on_progress: Progress = lambda *_: None
+) -> Certificate:
     """Certify an export again: after it was copied, or changed by hand. `model`: what it was made of, where that has moved."""
-    path = Path(folder)
     try:
-        before = msgspec.json.decode((path / PARITY).read_bytes(), type=Certificate)
+        before = msgspec.json.decode((folder / PARITY).read_bytes(), type=Certificate)
     except (OSError, msgspec.MsgspecError):
-        raise UsageError("not an export (no whole parity.json)", where=str(folder), fix="tunesmith export makes one") from None
+        raise UsageError(
+            "not an export (no whole parity.json)", where=str(folder), fix="tunesmith export makes one"
+        ) from None
     source = find_source(model or before.model)
-    found = certify(path, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
-    mark(path, found)
+    found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
+    mark(folder, found)
     return found
 
 

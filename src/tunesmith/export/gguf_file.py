@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 import subprocess
-import tomllib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.errors import ModelError, TunesmithError, UsageError, did_you_mean
+from tunesmith.errors import ModelError, TunesmithError
+from tunesmith.export.forms import K_QUANTISER, facts, quantisation
 from tunesmith.export.vocabulary import Vocabulary, vocabulary
 from tunesmith.export.weights import Weights
-from tunesmith.recipe import FACTS
 from tunesmith.render import Renderer
 
-K_QUANTISER = "llama-quantize"
+PHI3_TOKENS = ("<unk>", "<s>", "<|endoftext|>")
 PART = 1 << 24  # numbers that are converted at a time
 OLD_CONTEXT = "original_max_position_embeddings"
 
 
-@cache
-def facts() -> dict[str, Any]:
-    """facts/gguf.toml."""
-    with (FACTS / "gguf.toml").open("rb") as stream:
-        return tomllib.load(stream)
-
-
-def write_gguf(weights: Weights, renderer: Renderer, path: Path, quantize: str, name: str, told: Callable[[int], object]) -> None:
+def write_gguf(
+    weights: Weights, renderer: Renderer, path: Path, quantize: str, name: str, told: Callable[[int], object]
+) -> None:
     """Write a model with its tokenizer and chat template. `told` hears of the bytes of each tensor that was written.
 
     Raises ModelError for a model that llama.cpp would compute otherwise, or whose numbers the type cannot hold.
@@ -48,18 +41,21 @@ def write_gguf(weights: Weights, renderer: Renderer, path: Path, quantize: str, 
         places = targets(weights, config, known)
         tensors = {n: (t, _type(t, weights.shapes[n], large, outer)) for n, t in places.items()}
         writer.add_type("model")
-        writer.add_name(name)
+        writer.add_name(_called(name, known, renderer))
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        kinds: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         for key, value in settings(config, known).items():
-            {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
+            kinds[type(value)](key, value)
         embedding = next(n for n, (t, _) in tensors.items() if t == "token_embd.weight")
         _add_vocabulary(writer, vocabulary(renderer, weights.shapes[embedding][0], facts()["pretokenizers"]))
         writer.add_chat_template(renderer.template)
         extra = {n: (t, "F32") for n, t in rope_factors(config).items()}
         for source, (target, dtype) in tensors.items():
             shape = _turned(known, source, weights.shapes[source])
-            writer.add_tensor_info(target, shape, np.dtype(np.float32), _bytes(shape, dtype), gguf.GGMLQuantizationType[dtype])
+            writer.add_tensor_info(
+                target, shape, np.dtype(np.float32), _bytes(shape, dtype), gguf.GGMLQuantizationType[dtype]
+            )
         for target, (values, dtype) in extra.items():
             writer.add_tensor_info(target, values.shape, values.dtype, values.nbytes, gguf.GGMLQuantizationType[dtype])
         writer.write_header_to_file()
@@ -75,44 +71,39 @@ def write_gguf(weights: Weights, renderer: Renderer, path: Path, quantize: str, 
         writer.close()
 
 
+def _called(name: str, known: dict[str, Any], renderer: Renderer) -> str:
+    """The model's name. llama.cpp looks into it: one with phi3 in it has tokens that take the space after them, and fails
+    where the vocabulary lacks them."""
+    if known["arch"] == "phi3" and all(renderer.tokenizer.token_to_id(t) is not None for t in PHI3_TOKENS):
+        return f"{name} (phi-3)"
+    return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
+
+
 def model_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What facts/gguf.toml says of a model. ModelError for one that llama.cpp does not know, or would compute otherwise."""
     kind = str(config.get("model_type"))
     known: dict[str, Any] | None = facts()["models"].get(kind)
     if known is None:
-        raise ModelError(f"GGUF: no model of the type {kind}", where=str(folder), fix=f"known: {', '.join(facts()['models'])}")
-    activation = next((config[k] for k in ("hidden_activation", "hidden_act", "activation_function") if config.get(k)), None)
+        raise ModelError(
+            f"GGUF: no model of the type {kind}", where=str(folder), fix=f"known: {', '.join(facts()['models'])}"
+        )
+    activation = next(
+        (config[k] for k in ("hidden_activation", "hidden_act", "activation_function") if config.get(k)), None
+    )
     wrong = [f"activation {activation}"] if activation not in (None, known["activation"]) else []
     wrong += [f"{k} {config[k]}" for k in known.get("without", []) if config.get(k)]
     wrong += [
-        f"{k} {config[k]}" for k, other in known.get("same", {}).items() if k in config and config[k] != config.get(other)
+        f"{k} {config[k]}"
+        for k, other in known.get("same", {}).items()
+        if k in config and config[k] != config.get(other)
     ]
     scaling = rope(config)["rope_type"]
     wrong += [f"rope scaling {scaling}"] if scaling not in ("default", "linear", "yarn", "llama3", "longrope") else []
     if wrong:
-        raise ModelError(f"llama.cpp computes no {kind} with {', '.join(wrong)}", where=str(folder), fix="export --format merged")
+        raise ModelError(
+            f"llama.cpp computes no {kind} with {', '.join(wrong)}", where=str(folder), fix="export --format merged"
+        )
     return known
-
-
-def quantisation(name: str) -> tuple[str, str, str]:
-    """(type of large matrices, of embedding and head, of the file). UsageError for a name that is not known."""
-    known = facts()["quantisations"]
-    if name not in known:
-        names = [*known, *facts()["k_quants"]]
-        fix = f"one of {', '.join(known)}; with {K_QUANTISER} also {', '.join(facts()['k_quants'])}"
-        raise UsageError(f'no quantisation "{name}"{did_you_mean(name, names)}', where="--quantize", fix=fix)
-    large, outer, kind = known[name]
-    return large, outer, kind
-
-
-def is_k_quant(name: str) -> bool:
-    """Whether a quantisation is one that only llama.cpp's own program makes. UsageError where that is not to be found."""
-    if name in facts()["quantisations"] or name not in facts()["k_quants"]:
-        return False
-    if shutil.which(K_QUANTISER) is None:
-        fix = f"install llama.cpp, or --quantize {' or '.join(k for k in facts()['quantisations'] if k.startswith('q'))}"
-        raise UsageError(f"{name} is made by {K_QUANTISER}, which is not on the PATH", where="--quantize", fix=fix)
-    return True
 
 
 def requantise(source: Path, target: Path, name: str) -> None:
@@ -143,11 +134,11 @@ def _positions(config: dict[str, Any]) -> dict[str, int | float | str]:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     count = int(head * turns["partial_rotary_factor"])
     found: dict[str, int | float | str] = {"rope.dimension_count": count, "rope.freq_base": float(turns["rope_theta"])}
-    kind, old = turns["rope_type"], turns.get(OLD_CONTEXT) or config.get(OLD_CONTEXT)
+    kind, old = turns["rope_type"], int(turns.get(OLD_CONTEXT) or config.get(OLD_CONTEXT) or 0)
     if kind in ("linear", "yarn"):
         found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(turns["factor"])}
     if kind in ("yarn", "longrope"):
-        found["rope.scaling.original_context_length"] = int(old)
+        found["rope.scaling.original_context_length"] = old
     if kind == "longrope":
         scale = config["max_position_embeddings"] / old
         found["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(old)) if scale > 1 else 1.0
@@ -165,7 +156,9 @@ def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     wave = 2 * math.pi * turns["rope_theta"] ** (np.arange(0, head, 2) / head)  # tokens of a whole turn
     low, high, factor = turns["low_freq_factor"], turns["high_freq_factor"], turns["factor"]
-    share = np.clip((turns[OLD_CONTEXT] / wave - low) / (high - low), 0, 1)  # 1: many turns within the old context, as it was
+    share = np.clip(
+        (turns[OLD_CONTEXT] / wave - low) / (high - low), 0, 1
+    )  # 1: many turns within the old context, as it was
     return {"rope_freqs.weight": (1 / ((1 - share) / factor + share)).astype(np.float32)}
 
 
@@ -191,7 +184,9 @@ def _name(names: Any, source: str, weights: Weights) -> str:
     tries = (source, f"model.{source}", f"transformer.{source}")
     found = next((n for t in tries if (n := names.get_name(t, (".weight", ".bias")))), None)
     if found is None:
-        raise ModelError(f"GGUF has no place for the weight {source}", where=str(weights.folder), fix="export --format merged")
+        raise ModelError(
+            f"GGUF has no place for the weight {source}", where=str(weights.folder), fix="export --format merged"
+        )
     return str(found)
 
 
@@ -207,7 +202,7 @@ def _bytes(shape: tuple[int, ...], dtype: str) -> int:
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
-    return math.prod(shape) // block * size
+    return int(math.prod(shape) // block * size)
 
 
 def _turned(known: dict[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -264,7 +259,10 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of rotary positions, whichever way a configuration writes them."""
     old = config.get("rope_scaling") or {}
     turns = config.get("rope_parameters") or {**old, "rope_type": old.get("rope_type", old.get("type", "default"))}
-    base = {"rope_theta": config.get("rope_theta") or 10000.0, "partial_rotary_factor": config.get("partial_rotary_factor") or 1}
+    base = {
+        "rope_theta": config.get("rope_theta") or 10000.0,
+        "partial_rotary_factor": config.get("partial_rotary_factor") or 1,
+    }
     return {"rope_type": "default", **base, **{k: v for k, v in turns.items() if v is not None}}
 
 
@@ -286,7 +284,9 @@ def _add_vocabulary(writer: Any, words: Vocabulary) -> None:
         writer.add_bos_token_id(words.bos)
     if words.unknown is not None:
         writer.add_unk_token_id(words.unknown)
-    for add, number in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), words.eos, strict=False):
+    for add, number in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), words.eos, strict=False
+    ):
         add(number)
     writer.add_pad_token_id(words.pad)
     writer.add_add_bos_token(words.add_bos)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.errors import ModelError
 from tunesmith.export import gguf_file, merged
 from tunesmith.export.parity import Check, limits
 from tunesmith.export.weights import EMBEDDINGS, Weights
@@ -37,7 +38,7 @@ def folder_checks(folder: Path, weights: Weights, renderer: Renderer) -> Iterato
         {k: v for k, v in config.items() if k not in ignored},
     )
     yield _tied_head(weights, bool(config.get("tie_word_embeddings")), _head(there))
-    kind = merged.TYPES["f16" if "float16" == str(config.get("dtype")) else "bf16"]
+    kind = merged.TYPES["f16" if str(config.get("dtype")) == "float16" else "bf16"]
     yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {kind}", 0.0)
 
 
@@ -77,7 +78,13 @@ def adapter_checks(folder: Path, own: Path, renderer: Renderer) -> Iterator[Chec
     yield _settings(read_json(own / "adapter_config.json"), read_json(folder / "adapter_config.json"))
     name = "adapter_model.safetensors"
     same = filecmp.cmp(own / name, folder / name, shallow=False)
-    yield Check("weights", same, "every byte the same" if same else "the files differ", "every byte", "" if same else f"{name} differs")
+    yield Check(
+        "weights",
+        same,
+        "every byte the same" if same else "the files differ",
+        "every byte",
+        "" if same else f"{name} differs",
+    )
 
 
 # ---- a GGUF file
@@ -87,7 +94,10 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
     """The fields and tensors of a GGUF file."""
     import gguf
 
-    reader = gguf.GGUFReader(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # whatever its bytes make the library do
+        raise ModelError(f"not a whole GGUF file: {error}", where=str(file)) from None
     fields = {name: field.contents() for name, field in reader.fields.items() if name != "tokenizer.ggml.tokens"}
     config = gguf_file.text_config(weights.config)
     known = gguf_file.model_facts(config, weights.folder)
@@ -129,7 +139,9 @@ def _gguf_errors(
 def _template(there: str | None, renderer: Renderer) -> Check:
     if there == renderer.template:
         return Check("chat template", True, f"{len(there.encode())} bytes, all the same", "every byte")
-    at = next((i for i, (a, b) in enumerate(zip(there or "", renderer.template, strict=False)) if a != b), len(there or ""))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(there or "", renderer.template, strict=False)) if a != b), len(there or "")
+    )
     found = f"differs from character {at} on" if there else "there is none"
     return Check("chat template", False, found, "every byte", "the chat template is not the one of training")
 
@@ -165,7 +177,9 @@ def _near(a: Any, b: Any) -> bool:
 def _tied_head(weights: Weights, tied_there: bool, same: bool) -> Check:
     tied = bool(weights.config.get("tie_word_embeddings"))
     if not tied:
-        return Check("head", not tied_there, "a head of its own" if not tied_there else "is the embedding", "a head of its own")
+        return Check(
+            "head", not tied_there, "a head of its own" if not tied_there else "is the embedding", "a head of its own"
+        )
     ok = tied_there and same
     cause = "" if ok else "a tied head is not tied: the head must be the embedding"
     return Check("head", ok, "is the embedding" if ok else "is not the embedding", "is the embedding", cause)

@@ -1,4 +1,7 @@
-"""A process that serves one GGUF file by llama.cpp on loopback until its input is closed: python -m tunesmith.export.llamacpp FILE CONTEXT."""
+"""A process that serves one GGUF file by llama.cpp on loopback until its input is closed.
+
+python -m tunesmith.export.llamacpp FILE CONTEXT    the first line of its input is the key that it asks for
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ def main() -> None:
     said.port = 0
     said.ui = False
     said.warmup = False
+    said.fit_params = False  # it is small, or it is refused
     said.verbosity = 1  # errors alone
+    said.api_keys = [sys.stdin.readline().strip()]
     said.cpuparams.n_threads = said.cpuparams_batch.n_threads = os.cpu_count() or 1
     server = xllamacpp.Server(said)
-    print(server.listening_address, flush=True)
+    sys.stdout.write(f"{server.listening_address}\n")
+    sys.stdout.flush()
     sys.stdin.read()
     os._exit(0)  # its threads have nothing to say any more
 

@@ -31,7 +31,12 @@ def dtype(weights: Weights, quantize: str | None) -> torch.dtype:
 
 
 def write_merged(
-    weights: Weights, renderer: Renderer, folder: Path, kind: torch.dtype, told: Callable[[int], object], shard: int = SHARD
+    weights: Weights,
+    renderer: Renderer,
+    folder: Path,
+    kind: torch.dtype,
+    told: Callable[[int], object],
+    shard: int = SHARD,
 ) -> None:
     """Write a model folder. `told` hears of the bytes of each tensor that was written.
 
@@ -44,7 +49,9 @@ def write_merged(
         _write_shard(weights, part, folder / name, kind, told)
     if len(parts) > 1:
         where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size(weights)}, "weight_map": where})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size(weights)}, "weight_map": where}
+        )
     _write_configuration(weights, renderer, folder, kind)
 
 

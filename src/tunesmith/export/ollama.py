@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -16,11 +15,17 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
 from tunesmith.export.parity import Check, probes
 from tunesmith.models import read_json
-from tunesmith.render import Renderer
+from tunesmith.render import TEMPERATURE, TOP_P, Renderer
 
 ROLES = ("system", "user", "assistant")
 TEXTS = ("\u2460", "\u2461", "\u2462")  # stand for what is said, one for each role: no template has them
-PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+# Ollama's name = transformers' name, and what our own chat does; Ollama's own defaults would punish repetition
+SAMPLING = {
+    "temperature": ("temperature", TEMPERATURE),
+    "top_p": ("top_p", TOP_P),
+    "top_k": ("top_k", 0),
+    "repeat_penalty": ("repetition_penalty", 1.0),
+}
 MANY = 0.9  # share of the rows with one system prompt from which it is the model's own
 
 
@@ -55,36 +60,36 @@ def parts(renderer: Renderer) -> Parts:
     try:
         one, two = text(user, answer), text(user, answer, user, answer)
         asked, opened = text(user), text(user, prompt=True)
-        instructed = text(system, user)
     except DataError:
         raise refused from None
+    try:
+        instructed = text(system, user)
+    except DataError:  # Gemma's: no system prompt, neither here nor there
+        instructed = ""
     between = two.removeprefix(one)
     if not (two.startswith(one) and opened.startswith(asked) and TEXTS[1] in between and TEXTS[2] in between):
         raise refused
     before_user, rest = between.split(TEXTS[1], 1)
-    after_user, after_answer = _around(rest, TEXTS[2], opened.removeprefix(asked), refused)
+    opening = opened.removeprefix(asked)
+    middle, _, after_answer = rest.partition(TEXTS[2])
+    if not middle.endswith(opening):
+        raise refused
     start = one.split(TEXTS[1], 1)[0].removesuffix(before_user)
     head, _, tail = instructed.partition(TEXTS[0])
-    after_system = tail.partition(TEXTS[1])[0].removesuffix(before_user)
-    common = _common(start, head)
+    common = _common(start, head) if instructed else start
     found = Parts(
         common,
         start.removeprefix(common),
-        {"system": head.removeprefix(common), "user": before_user, "assistant": rest.split(TEXTS[2], 1)[0].removeprefix(after_user)},
-        {"system": after_system, "user": after_user, "assistant": after_answer},
-        opened.removeprefix(asked),
+        {"user": before_user, "assistant": opening},
+        {"user": middle.removesuffix(opening), "assistant": after_answer},
+        opening,
     )
-    if any(found.render(c) != renderer.text(c, True) for c in _tries()):
+    if instructed:
+        found.before["system"] = head.removeprefix(common)
+        found.after["system"] = tail.partition(TEXTS[1])[0].removesuffix(before_user)
+    if any(found.render(c) != renderer.text(c, True) for c in _tries(bool(instructed))):
         raise refused
     return found
-
-
-def _around(rest: str, text: str, opening: str, refused: ModelError) -> tuple[str, str]:
-    """(what follows the user's text, what follows the answer)."""
-    middle, _, after = rest.partition(text)
-    if not middle.endswith(opening):
-        raise refused
-    return middle.removesuffix(opening), after
 
 
 def _common(a: str, b: str) -> str:
@@ -92,25 +97,25 @@ def _common(a: str, b: str) -> str:
     return a[:size]
 
 
-def _tries() -> list[tuple[Message, ...]]:
-    """Conversations on which both templates must agree: with and without a system prompt, of one turn and of several."""
+def _tries(instructed: bool) -> list[tuple[Message, ...]]:
+    """Conversations on which both templates must agree: of one turn and of several, and `instructed` by a system prompt."""
     texts = [text.strip() for text in probes()[0]]  # many templates strip what is said
     found = []
     for i in range(0, len(texts) - 4, 4):
         turns = [Message(role, text) for role, text in zip(("user", "assistant", "user"), texts[i:], strict=False)]  # type: ignore[arg-type]
-        found += [tuple(turns[:1]), tuple(turns), (Message("system", texts[i + 3]), *turns)]
+        found += [tuple(turns[:1]), tuple(turns)]
+        found += [(Message("system", texts[i + 3]), *turns)] if instructed else []
     return found
 
 
 def go_template(known: Parts, adds_bos: str) -> str:
     """The parts in Go's template language. `adds_bos`: what the runtime itself puts at the start, which is left out."""
     start = known.start.removeprefix(adds_bos)
-    roles = "".join(
-        f'{{{{ {"else if" if i else "if"} eq .Role "{role}" }}}}{_go(known.before[role])}{{{{ .Content }}}}{_go(known.after[role])}'
-        for i, role in enumerate(ROLES)
-    )
-    unsaid = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(known.unsaid)}{{{{ end }}}}' if known.unsaid else ""
-    return f"{_go(start)}{unsaid}{{{{ range .Messages }}}}{roles}{{{{ end }}}}{{{{ end }}}}{_go(known.opening)}"
+    said = {role: f"{_go(known.before[role])}{{{{ .Content }}}}{_go(known.after[role])}" for role in known.before}
+    roles = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in said.items())
+    other = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_go(known.unsaid)}{{{{ end }}}}'
+    unsaid = other if known.unsaid else ""
+    return f"{_go(start)}{unsaid}{{{{ range .Messages }}}}{{{{ {roles}{{{{ end }}}}{{{{ end }}}}{_go(known.opening)}"
 
 
 def _go(text: str) -> str:
@@ -124,8 +129,12 @@ def modelfile(file: str, renderer: Renderer, system: str | None, context: int) -
     bos = renderer.special["bos_token"] if renderer.adds_bos else ""
     generation = read_json(renderer.folder / "generation_config.json")
     lines = [f"FROM ./{file}", f"TEMPLATE {_quoted(go_template(known, bos))}"]
-    lines += [f"PARAMETER stop {json.dumps(renderer.tokenizer.id_to_token(i), ensure_ascii=False)}" for i in renderer.stop_ids]
-    lines += [f"PARAMETER {name} {generation[key]}" for key, name in PARAMETERS.items() if generation.get(key) is not None]
+    lines += [
+        f"PARAMETER stop {json.dumps(renderer.tokenizer.id_to_token(i), ensure_ascii=False)}" for i in renderer.stop_ids
+    ]
+    for name, (key, usual) in SAMPLING.items():
+        given = generation.get(key)
+        lines.append(f"PARAMETER {name} {usual if given is None else given}")
     lines += [f"PARAMETER num_ctx {context}"]
     lines += [f"SYSTEM {_quoted(system)}"] if system else []
     return "\n".join(lines) + "\n"
@@ -133,7 +142,8 @@ def modelfile(file: str, renderer: Renderer, system: str | None, context: int) -
 
 def _quoted(text: str) -> str:
     if '"""' in text:
-        raise ModelError('three quotation marks in a row end a text in a Modelfile', fix="take them out of the template or the system prompt")
+        fix = "take them out of the template or the system prompt"
+        raise ModelError("three quotation marks in a row end a text in a Modelfile", fix=fix)
     return f'"""{text}"""'
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,13 +25,15 @@ PROMPTS = 16
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One check. `found` and `limit`: what was measured, and what was allowed; `cause`: of a failure, by name, with the fix."""
+    """One check. `found` and `limit`: what was measured, and what was allowed, in words; `value`: the measured figure, where
+    there is one; `cause`: of a failure, by name."""
 
     name: str
     passed: bool
     found: str
     limit: str = ""
     cause: str = ""
+    value: float | None = None
 
 
 class Own(msgspec.Struct, frozen=True):
@@ -106,7 +107,9 @@ def observe(model: Any, prompts: list[list[int]], stop: int, told: Callable[[int
 # ---- what the runtime does
 
 
-def behaviour(runtime: Runtime, renderer: Renderer, own: Own, quantize: str, told: Callable[[int], object]) -> Iterator[Check]:
+def behaviour(
+    runtime: Runtime, renderer: Renderer, own: Own, quantize: str, told: Callable[[int], object]
+) -> Iterator[Check]:
     """All that the runtime is asked, beside what the run's own model did."""
     yield tokens(runtime, renderer)
     answers = runtime.answers(own.prompts, ANSWER)
@@ -130,7 +133,7 @@ def tokens(runtime: Runtime, renderer: Renderer) -> Check:
     count = len(probes()[0])
     found = f"{count - len(wrong)} of {count} probes give the same token ids"
     cause = f"the runtime cuts text otherwise than in training, first {wrong[0]!r}" if wrong else ""
-    return Check("token ids", not wrong, found, f"{count} of {count}", cause)
+    return Check("token ids", not wrong, found, f"{count} of {count}", cause, 1 - len(wrong) / count)
 
 
 def stopping(runtime: Runtime, own: Own, found: Sequence[Sequence[dict[int, float]]]) -> Check:
@@ -162,6 +165,7 @@ def probabilities(own: Own, found: Sequence[Sequence[dict[int, float]]], limit: 
         f"{drift:.4f} nats apart on average, {max(drifts):.4f} at most, at {len(drifts)} places",
         f"{limit['drift']} nats on average",
         "" if drift <= limit["drift"] else "the runtime computes another model: see the other checks for what differs",
+        drift,
     )
     yield Check(
         "likeliest token",
@@ -169,6 +173,7 @@ def probabilities(own: Own, found: Sequence[Sequence[dict[int, float]]], limit: 
         f"the same at {share:.1%} of {len(same)} places",
         f"{limit['same']:.0%}",
         "" if share >= limit["same"] else "too much was lost: choose a finer --quantize, or see the other checks",
+        share,
     )
 
 
@@ -183,6 +188,7 @@ def greedy(own: Own, answers: Sequence[Answer], limit: dict[str, float]) -> Chec
         f"{sum(exact)} of {len(exact)} the same for up to {ANSWER} tokens, {sum(near) - sum(exact)} more part at a tie",
         f"{limit['answers']:.0%}",
         "" if share >= limit["answers"] else "answers part from those of the run's own model: see the other checks",
+        fmean(exact),
     )
 
 
@@ -195,4 +201,4 @@ def _parts_at_tie(own: Own, row: int, answer: Answer) -> bool:
 
 def _tied(here: dict[int, float], token: int) -> bool:
     """Whether a token is the likeliest, or as likely within `tie`."""
-    return here.get(token, float("-inf")) >= max(here.values()) - facts()["tie"]
+    return bool(here.get(token, float("-inf")) >= max(here.values()) - facts()["tie"])

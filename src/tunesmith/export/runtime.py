@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import urllib.error
@@ -10,7 +11,6 @@ import urllib.request
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import msgspec
@@ -26,6 +26,13 @@ from tunesmith.local import model as models
 from tunesmith.local.methods import LINEAR
 from tunesmith.render import Renderer
 
+GREEDY = {
+    "temperature": 0,
+    "repeat_penalty": 1.0,
+    "return_tokens": True,
+    "cache_prompt": True,
+    "samplers": ["temperature"],
+}
 LIKELIEST = 32  # candidates of a next token that are looked at
 WIDE = 1 << 22  # numbers of a matrix that are widened to 32 bits at a time
 START = 600.0  # seconds in which llama.cpp must have read a model
@@ -103,11 +110,8 @@ class Transformers(Loaded):
     def __init__(self, folder: Path) -> None:
         self.name = f"transformers {version('transformers')}"
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        kind: Any = AutoModelForCausalLM
-        if (folder / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM as kind  # transformers' own loader loses the lengths of DoRA
         try:
-            model = kind.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+            model = _loader(folder).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from None
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
@@ -117,6 +121,15 @@ class Transformers(Loaded):
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "weight"} for m in messages]
         return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False))
+
+
+def _loader(folder: Path) -> Any:
+    """What loads a folder; transformers' own way with adapters loses the lengths of DoRA."""
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM
 
 
 def own(folder: Path, renderer: Renderer) -> Loaded:
@@ -172,20 +185,26 @@ class LlamaCpp:
     def __init__(self, file: Path, context: int, stops: list[int]) -> None:
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
         command = [sys.executable, "-m", "tunesmith.export.llamacpp", str(file), str(context)]
-        self._stops = stops
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self._process.stdout
+        self._stops, self._key = stops, secrets.token_hex()  # else any user of the machine could ask it
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin and self._process.stdout
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self.address = self._process.stdout.readline().strip()
+        try:
+            self._process.stdin.write(self._key + "\n")
+            self._process.stdin.flush()
+            self.address = self._process.stdout.readline().strip()
+        except BrokenPipeError:
+            self.address = ""
         if not self.address:
-            said = self._process.communicate()[1].strip().splitlines()
-            why = next((line for line in reversed(said) if "error" in line.lower()), said[-1] if said else "no word of why")
-            raise ModelError(f"llama.cpp cannot load it: {why[:300]}", where=str(file))
+            raise ModelError(f"llama.cpp cannot load it: {_why(self._process.communicate()[1])}", where=str(file))
         self._whole = self._ask("/tokenize", {"content": "a"})["tokens"][-1]
 
     def _ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        request = urllib.request.Request(self.address + path, data, headers)
         try:
             with self._open(request, timeout=START) as answer:
                 return json.loads(answer.read())
@@ -220,11 +239,9 @@ class LlamaCpp:
             self._process.kill()
         self._process.communicate()
 
-    def __enter__(self) -> LlamaCpp:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-GREEDY = {"temperature": 0, "repeat_penalty": 1.0, "return_tokens": True, "cache_prompt": True, "samplers": ["temperature"]}
+def _why(said: str) -> str:
+    """What llama.cpp named as the reason, of all that it wrote."""
+    lines = said.strip().splitlines() or ["it says nothing of why"]
+    named = [line.partition("error loading model: ")[2] for line in lines if "error loading model: " in line]
+    return (named or [line for line in lines if "rror" in line] or lines)[-1][:300]

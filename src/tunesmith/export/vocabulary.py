@@ -113,4 +113,6 @@ def _prefixes(known: dict[str, Any]) -> bool:
 
 
 def _lacking(path: Path, what: str) -> ModelError:
-    return ModelError(f"GGUF: llama.cpp has no {what.removeprefix('a ')}", where=str(path), fix="export --format merged")
+    return ModelError(
+        f"GGUF: llama.cpp has no {what.removeprefix('a ')}", where=str(path), fix="export --format merged"
+    )

@@ -26,7 +26,8 @@ BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")  # old 
 class Weights:
     """The tensors of a model folder by name, or those of an adapter's base with the adapter merged in.
 
-    `shapes`: of each, as stored; a tied head is none. `files`: where each lies. `folder`: the one with config.json, the adapter's base where there is an adapter.
+    `shapes`: of each, as stored; a tied head is none. `files`: where each lies. `folder`: the one with config.json, an adapter's
+    base.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU: as stored, or in float32 where an adapter changes it."""
-        with safe_open(self.files[name], "pt") as file:  # opened anew each time: mapped pages of a closed file count no more
+        with safe_open(
+            self.files[name], "pt"
+        ) as file:  # opened anew each time: mapped pages of a closed file count no more
             stored = file.get_tensor(name)
             return self._adapter.merged(name, stored) if self._adapter else stored.clone()
 
@@ -73,7 +76,9 @@ class _Adapter:
         modules = {key.removeprefix(PEFT).rpartition(".lora_A.weight")[0] for key in self._keys} - {""}
         found = {self._module(name) for name in base} - {None}
         if missing := sorted(modules - found):
-            raise ModelError(f"its layer {missing[0]} is not in the base", where=str(self._folder), fix="check the base model")
+            raise ModelError(
+                f"its layer {missing[0]} is not in the base", where=str(self._folder), fix="check the base model"
+            )
 
     def changes(self, name: str) -> bool:
         return self._module(name) is not None
@@ -114,4 +119,6 @@ def _names(file: Path) -> list[str]:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
     except Exception as error:
-        raise ModelError(f"not a whole safetensors file: {error}", where=str(file), fix="fetch the model again") from None
+        raise ModelError(
+            f"not a whole safetensors file: {error}", where=str(file), fix="fetch the model again"
+        ) from None

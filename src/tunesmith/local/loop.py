@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.card import write_card
 from tunesmith.costs import steps_per_epoch
 from tunesmith.errors import Interrupted, TunesmithError
 from tunesmith.local import batches, checkpoint, ledger, optim, prefix
 from tunesmith.local import model as models
-from tunesmith.card import write_card
 from tunesmith.local.checkpoint import Position
 from tunesmith.local.machine import peak_memory_mb
 from tunesmith.local.step import Diverged, Engine, Judged, Stepped

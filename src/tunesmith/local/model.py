@@ -79,7 +79,7 @@ def load(
 
 def _unpacked(model: nn.Module) -> nn.Module:
     """Have 4-bit weights stay as they are. On a CPU with AVX512-BF16 bitsandbytes packs them anew at the first validation, with
-    scales of 16 bits: what is trained from then on is another model, and rows that are no multiple of its block end in an error."""
+    scales of 16 bits: what is trained from then on is another model; and it fails on rows that are no multiple of its block."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

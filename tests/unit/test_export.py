@@ -1,0 +1,356 @@
+"""Exports of every shape, through the program that runs them; what each option does; what cannot be exported."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import STARTER, Result, rows, write
+from exporting import shaped
+from training import fit
+from tunesmith import api
+from tunesmith.errors import ModelError, TunesmithError, UsageError
+from tunesmith.export import forms, gguf_file, merged, parity
+from tunesmith.export.export import held_out
+from tunesmith.export.vocabulary import vocabulary
+from tunesmith.export.weights import Weights
+from tunesmith.models import find
+from tunesmith.render import Renderer
+from tunesmith.runs import Run
+
+ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama 2, pieces": ("llama", {"pieces": True}),
+    "llama 3, scaled": (
+        "llama",
+        {
+            "rope_parameters": {
+                **ROPE,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+    ),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    "yarn": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}),
+    "biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "wide heads": ("llama", {"head_dim": 32}),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    "qwen3": ("qwen3", {}),
+    "mistral, pieces": ("mistral", {"pieces": True, "sliding_window": None}),
+    "gemma, pieces": ("gemma", {"pieces": True}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", {}),
+    "phi3, long": (
+        "phi3",
+        {
+            "rope_parameters": {**ROPE, "rope_type": "longrope", "long_factor": [1.5] * 8, "short_factor": [1.1] * 8},
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_the_same_in_llama_cpp(shape: str, tmp_path: Path) -> None:
+    name, changed = SHAPES[shape]
+    model = shaped(name, tmp_path / "model", **changed)
+    found = api.export(model, tmp_path / "out", "gguf", prompts=4).certificate
+    assert found.deployable, found.failed()
+    assert found.runtime.startswith("llama.cpp") and found.probes == 50 and found.prompts == 4
+    assert len(found.checks) == 11
+
+
+def test_every_type_that_facts_know_is_tried() -> None:
+    assert {name for name, _ in SHAPES.values()} == set(forms.facts()["models"])
+
+
+# ---- through the command line
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run of the starter."""
+    folder = tmp_path_factory.mktemp("export")
+    return fit(folder / "my_run", write(folder / "d.jsonl", rows(60)), "starter", max_steps=6)
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf", "ollama", "vllm"])
+def test_the_command(form: str, run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    out = tmp_path / "out"
+    done = cli(
+        "export",
+        run,
+        "--format",
+        form,
+        "-o",
+        out,
+        "--prompts",
+        4,
+        "--license",
+        "mit",
+        "--data-license",
+        "cc0-1.0",
+        "--json",
+    )
+    assert done.code == 0, done.err
+    told = done.json()
+    assert told["certificate"]["deployable"] and told["path"] == str(out) and Path(told["model"]).exists()
+    assert told["certificate"] == json.loads((out / "parity.json").read_text())
+    readme = (out / "README.md").read_text()
+    assert (
+        'license: "mit"' in readme
+        and "| licence of the data | cc0-1.0 |" in readme
+        and "certificate | passed" in readme
+    )
+    info = json.loads((out / "model_info.json").read_text())
+    assert info["training_examples"] == 48 and info["export"]["form"] == form and info["data_hashes"]["train"]
+    wanted = {
+        "merged": "tunesmith chat",
+        "gguf": "llama-server -m",
+        "ollama": "ollama create my_run",
+        "vllm": "vllm serve",
+    }
+    assert told["command"].startswith(wanted[form])
+    assert run.last("export")["form"] == form and run.last("export")["deployable"]
+    assert not list(tmp_path.glob("*.tmp")) and not (out / "NOT-DEPLOYABLE.txt").exists()
+    again = cli("export", "--model-path", run, "--format", form, "--output-dir", out)
+    assert again.code == 2 and "the output directory is not empty" in again.err
+
+
+def test_mistakes_are_one_line(run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    for given, words in (
+        ([], "one model is exported"),
+        ([run, "--model-path", run], "one model is exported"),
+        ([run], "where to?"),
+        ([run, "-o", "o", "--format", "ggfu"], 'no format "ggfu" (did you mean "gguf"?)'),
+        ([run, "-o", "o", "--format", "gguf", "--quantize", "q8"], 'no quantisation "q8"'),
+        ([run, "-o", "o", "--format", "gguf", "--quantize", "q4_k_m"], "llama-quantize, which is not on the PATH"),
+        ([run, "-o", "o", "--quantize", "q8_0"], 'a model folder is not written as "q8_0"'),
+        ([run, "-o", "o", "--format", "adapter"], "the model has no adapter"),
+        ([run, "-o", "o", "--unmerged"], "only vLLM serves an adapter beside its base"),
+        ([run, "-o", "o", "--format", "vllm", "--unmerged"], "the model has no adapter"),
+        (["nowhere/at/all", "-o", "o"], "no such model folder"),
+    ):
+        done = cli("export", *given)
+        assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+        assert not (tmp_path / "o").exists()
+    assert "not an export" in cli("parity", tmp_path).err
+
+
+def test_an_export_is_certified_again(run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    api.export(run, tmp_path / "out", prompts=4)
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "out", moved)
+    done = cli("parity", moved, "--prompts", 2, "--json")
+    assert done.code == 0 and done.json()["prompts"] == 2
+    other = shaped("llama", tmp_path / "other")
+    done = cli("parity", moved, "--against", other)
+    assert done.code == 1 and "certificate: not deployable" in done.out and (moved / "NOT-DEPLOYABLE.txt").exists()
+    assert cli("parity", moved).code == 1  # it was certified against the other one, and says so
+    assert cli("parity", moved, "--against", run).code == 0 and not (moved / "NOT-DEPLOYABLE.txt").exists()
+
+
+# ---- quantisation
+
+
+@pytest.mark.parametrize("quantize", ["f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_the_starter_passes_in_every_type(quantize: str, run: Run, tmp_path: Path) -> None:
+    done = api.export(run, tmp_path / "out", "gguf", quantize, prompts=8)
+    assert done.certificate.deployable, done.certificate.failed()
+    drift = next(c for c in done.certificate.checks if c.name == "log-probabilities").value
+    assert drift is not None and 0 < drift < parity.limits(quantize)["drift"]
+    bits = {"f32": 32, "bf16": 16, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}[quantize]
+    layers, embedding = 4_427_008, 8192 * 256  # numbers; embedding and head are kept in 8 bits at least
+    wanted = (layers * bits + embedding * max(bits, 8.5)) / 8
+    assert abs(Path(done.model).stat().st_size - wanted) < 0.05 * wanted + 400_000  # and the vocabulary
+
+
+def test_a_k_quant_is_made_by_llama_cpps_own_program(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it keeps the 16 bits: what is asked of it and what becomes of its file is ours."""
+    tool = tmp_path / "bin" / "llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text(
+        '#!/bin/sh\necho "$3" > "$2.asked"; [ "$3" = Q3_K_S ] && { echo no memory >&2; exit 3; }\ncp "$1" "$2"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    done = api.export(run, tmp_path / "out", "gguf", "q4_k_m", prompts=2)
+    assert done.certificate.deployable and done.certificate.quantize == "q4_k_m"
+    assert Path(done.model).name == "my_run-q4_k_m.gguf" and Path(done.model).exists()
+    assert (tmp_path / "out" / "my_run-q4_k_m.gguf.asked").read_text() == "Q4_K_M\n"
+    assert not list((tmp_path / "out").glob("*f16*"))
+    with pytest.raises(TunesmithError, match="llama-quantize failed: no memory"):
+        api.export(run, tmp_path / "other", "gguf", "q3_k_s")
+    assert not (tmp_path / "other").exists()
+
+
+def test_numbers_that_16_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = shaped("llama", tmp_path / "model")
+    known = load_file(model / "model.safetensors")
+    known["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000.0
+    save_file(known, model / "model.safetensors", metadata={"format": "pt"})
+    for form in ("merged", "gguf"):
+        with pytest.raises(ModelError, match=r"numbers that F16 cannot hold -- export with --quantize bf16"):
+            api.export(model, tmp_path / "out", form, "f16")
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
+    assert api.export(model, tmp_path / "out", "gguf", "bf16", prompts=2).certificate.deployable
+
+
+# ---- what llama.cpp does not compute
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model_type": "opt"}, "GGUF: no model of the type opt"),
+        ({"hidden_act": "relu"}, "llama.cpp computes no llama with activation relu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "with rope scaling dynamic"),
+        ({"model_type": "mistral", "sliding_window": 32}, "computes no mistral with sliding_window 32"),
+        (
+            {
+                "model_type": "gemma2",
+                "hidden_activation": "gelu_pytorch_tanh",
+                "query_pre_attn_scalar": 256,
+                "head_dim": 16,
+            },
+            "query_pre_attn_scalar 256",
+        ),
+    ],
+)
+def test_a_model_that_it_would_compute_otherwise_is_refused(
+    changed: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = json.loads((STARTER / "config.json").read_text()) | changed
+    with pytest.raises(ModelError, match=words):
+        gguf_file.model_facts(config, tmp_path)
+
+
+def test_a_tokenizer_that_it_lacks_is_refused(tmp_path: Path) -> None:
+    model = shaped("llama", tmp_path / "model")
+    known = json.loads((model / "tokenizer.json").read_text())
+    known["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\W"
+    (model / "tokenizer.json").write_text(json.dumps(known))
+    with pytest.raises(ModelError, match=r"llama.cpp has no pre-tokenizer of .*w"):
+        vocabulary(Renderer(model), 8192, forms.facts()["pretokenizers"])
+    with pytest.raises(ModelError, match="its tokenizer knows 8192 tokens, its embedding 100"):
+        vocabulary(Renderer(find("starter")), 100, forms.facts()["pretokenizers"])
+
+
+# ---- merging
+
+
+def adapters(tmp_path: Path, kind: str, base: Path, **changed: Any) -> Path:
+    """An adapter with random weights, as peft saves it."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=base.name == "gpt2",
+        **changed,
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, mean=1.0 if "magnitude" in name else 0.0, std=0.1)
+    model.save_pretrained(tmp_path / kind)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(base / file, tmp_path / kind / file)
+    return tmp_path / kind
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"mlp.c_fc": 4, "up_proj": 4}, "rank_pattern": {"up_proj": 2}},
+    ],
+    ids=["lora", "rslora", "dora", "patterns"],
+)
+def test_merging_is_what_peft_does(base: str, changed: dict[str, Any], tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    folder = adapters(tmp_path, "adapter", shaped(base, tmp_path / base), **changed)
+    want = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().state_dict()
+    ours = Weights(folder)
+    assert len(ours.changed()) == (21 if base == "llama" else 12)
+    for name, tensor in ours:
+        torch.testing.assert_close(tensor.float(), want[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
+    folder = adapters(tmp_path, "adapter", shaped("llama", tmp_path / "base"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for changed, words in (
+        ({"peft_type": "IA3"}, r"cannot be merged \(IA3"),
+        ({"bias": "all"}, "bias all"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ModelError, match=words):
+            Weights(folder)
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(shaped("gpt2", tmp_path / "gpt2"))})
+    )
+    with pytest.raises(ModelError, match="is not in the base"):
+        Weights(folder)
+
+
+def test_shards_are_as_large_as_they_may_be_and_load(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = shaped("llama", tmp_path / "model")
+    weights, out = Weights(model), tmp_path / "out"
+    out.mkdir()
+    told: list[int] = []
+    merged.write_merged(weights, Renderer(model), out, torch.bfloat16, told.append, shard=1_200_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert [f.name for f in files] == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+    ]
+    assert all(f.stat().st_size < 1_210_000 for f in files) and sum(told) == merged.size(weights)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(weights.shapes) and index["metadata"]["total_size"] == merged.size(weights)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in weights)
+
+
+# ---- prompts of the certificate
+
+
+def test_prompts_are_held_out_rows_first(run: Run) -> None:
+    test, valid = ([r.prompt() for r in api.load(run / "data" / f"{side}.jsonl")] for side in ("test", "valid"))
+    assert len(test) == len(valid) == 6
+    found = held_out(run, 16)
+    assert found[:12] == test + valid and [m[0].content for m in found[12:]] == parity.probes()[1][:4]
+    assert len(held_out(run, 4)) == 4 and set(held_out(run, 4)) <= set(test)
+    assert [m[0].content for m in held_out(None, 3)] == parity.probes()[1][:3]
+    assert math.isclose(parity.limits("q4_k_m")["drift"], parity.facts()["limits"]["k_quant"]["drift"])
+
+
+def test_a_target_that_is_taken_or_a_form_that_is_none(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for where in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UsageError, match="not empty"):
+            api.export(run, where)
