@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, export, load, plan, prepare, rescue, resume, train
+    from tunesmith.api import check, evaluate, export, load, plan, prepare, push, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
     from tunesmith.recipe import Recipe
@@ -26,6 +26,7 @@ _PLACES = {
     "load": "api",
     "plan": "api",
     "prepare": "api",
+    "push": "api",
     "rescue": "api",
     "resume": "api",
     "train": "api",
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "push",
     "rescue",
     "resume",
     "split",
