@@ -37,6 +37,7 @@ class Hub:
         self.tokens: set[str] = set()
         self.refuse: tuple[str, int] | None = None
         self.metadata_error = ""
+        self.large: dict[str, bytes] = {}  # by hash: what was put where git does not hold it
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +46,8 @@ class Hub:
 
             def do_POST(self) -> None:
                 self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+            do_PUT = do_POST
 
             def _answer(self, body: bytes) -> None:
                 if token := self.headers.get("Authorization"):  # not where the client asks for the names of agents
@@ -81,19 +84,29 @@ class Hub:
         if path == "/api/validate-yaml":
             errors = [{"message": self.metadata_error}] if self.metadata_error else []
             return 400 if errors else 200, {"errors": errors, "warnings": [{"message": "a wish"}]}
+        if path.endswith("/info/lfs/objects/batch"):
+            found = json.loads(body)["objects"]
+            return 200, {
+                "objects": [{**o, "actions": {"upload": {"href": f"{self.url}/lfs/{o['oid']}"}}} for o in found]
+            }
+        if path.startswith("/lfs/"):
+            self.large[path.rpartition("/")[2]] = body
+            return 200, {}
         name = "/".join(path.split("/")[3:5])
         if "/preupload/" in path:
             names = [f["path"] for f in json.loads(body)["files"]]
-            return 200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+            modes = ("regular", "lfs")  # the Hub has weights stored as large files
+            files = [{"path": n, "uploadMode": modes[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
+            return 200, {"files": files}
         if "/commit/" in path:
-            self.commits.append(dict(_change(json.loads(line)) for line in body.splitlines()[1:]))
+            self.commits.append(dict(self._change(**json.loads(line)) for line in body.splitlines()[1:]))
             return 200, {"commitUrl": f"{self.url}/{name}/commit/abc", "commitOid": "abc"}
         return (200, self.repos[name]) if name in self.repos else (404, {"error": "no such repository"})
 
-
-def _change(line: dict[str, Any]) -> tuple[str, bytes | None]:
-    deleted = line["key"] == "deletedFile"
-    return line["value"]["path"], None if deleted else base64.b64decode(line["value"]["content"])
+    def _change(self, key: str, value: dict[str, Any]) -> tuple[str, bytes | None]:
+        if key == "lfsFile":
+            return value["path"], self.large[value["oid"]]
+        return value["path"], base64.b64decode(value["content"]) if key == "file" else None
 
 
 @pytest.fixture
@@ -101,6 +114,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     made = Hub()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # the client heeds both
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # the older of the client's two roads for large files is plain HTTP
     monkeypatch.setenv("HF_ENDPOINT", made.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -108,13 +122,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     made.close()
 
 
-def run_at(folder: Path, **settings: Any) -> Run:
+def run_at(folder: Path) -> Run:
     """A run that has ended, with everything in it that must stay here."""
     for name in ("data", "best_model", "checkpoints", "logs", "evaluation"):
         (folder / name).mkdir(parents=True)
-    recipe = Recipe(
-        **{"model": str(folder.parent / "my base"), "dataset": str(folder.parent / "my rows.jsonl"), **settings}
-    )
+    paths = {"model": "my base", "dataset": "my rows.jsonl", "chat_template": "its.jinja"}
+    recipe = Recipe(**{name: str(folder.parent / path) for name, path in paths.items()})
     plan = {"steps": 2, "rows": {"train": 2, "valid": 1, "test": 1}, "supervised_tokens": {"train": 9}}
     manifest = {"provider": "huggingface", "recipe": msgspec.to_builtins(recipe), "plan": plan, "created": "2026-01-02"}
     write_json(folder / "run.json", manifest | {"data_hashes": {"train": "ab" * 32}})
@@ -144,7 +157,9 @@ def evaluated(run: Run) -> None:
     }
     result = {"verdict": "better", "rows": 9, "dataset": f"{run}/data/test.jsonl", "metrics": [metric], "diagnoses": []}
     write_json(run / "evaluation" / "result.json", result | {"tuned": f"{run}/best_model", "unavailable": ""})
-    (run / "report.html").write_text(f"<p>{run}/data/train.jsonl:1</p>")
+    run.append("export", path=f"{run.path.parent}/exports of it/gguf", form="gguf", quantize="f16", deployable=True)
+    template = run.manifest()["recipe"]["chat_template"]
+    (run / "report.html").write_text(f"<p>{run}/data/train.jsonl:1 {run.last('export')['path']} {template}</p>")
 
 
 def export_at(folder: Path, run: Run, deployable: bool = True) -> Path:
@@ -233,7 +248,7 @@ def test_no_path_of_this_machine_is_in_what_is_sent(run: Run, tmp_path: Path, mo
         assert len(texts) == 4 + (source == moved)
         assert not [name for name, text in texts.items() if "/home/" in text or f"{tmp_path.parent}" in text]
         assert 'from_pretrained("me/echo")' in texts["README.md"]
-        assert texts["report.html"] == "<p>data/train.jsonl:1</p>"
+        assert texts["report.html"] == "<p>data/train.jsonl:1 gguf its.jinja</p>"
     assert (
         "POST /v1/files" in texts["README.md"] and json.loads(texts["model_info.json"])["training_file"] == "rows.jsonl"
     )

@@ -182,6 +182,7 @@ def _stand_ins(folder: Path, run: Run | None, repo: str) -> dict[str, str]:
     known = [*read_json(folder / "model_info.json").values(), *read_json(folder / "parity.json").values()]
     if run:
         known += [str(run.path.absolute()), *read_json(run / "evaluation" / "result.json").values()]
+        known += [*run.manifest()["recipe"].values(), *(e["path"] for e in run.events() if e["type"] == "export")]
         known += [each[key] for each in run.lineage() for key in ("run", "model", "dataset")]
     found = {
         path: Path(path).name for path in known if isinstance(path, str) and path.count("/") > 1 and os.path.isabs(path)
