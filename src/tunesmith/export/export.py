@@ -22,6 +22,7 @@ from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError, did_you_mean
+from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.export import gguf_file, inspect, merged, ollama, parity, runtime
 from tunesmith.export.parity import Certificate, Check
 from tunesmith.export.weights import Weights
@@ -113,6 +114,7 @@ def export(
         shutil.rmtree(building, ignore_errors=True)
     if source.run:
         source.run.append("export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable)
+        refresh_report(source.run)
     return Exported(str(target), str(target / maker.file), command, size, certificate)
 
 
@@ -349,6 +351,8 @@ def recheck(folder: str | Path, model: str | None = None, prompts: int = parity.
     source = find_source(model or before.model)
     found = certify(path, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
     mark(path, found)
+    if source.run:
+        refresh_report(source.run)
     return found
 
 
