@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, export, load, plan, prepare, push, rescue, resume, train
+    from tunesmith.api import check, evaluate, export, load, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
+    from tunesmith.export.push import push
     from tunesmith.recipe import Recipe
     from tunesmith.runs import Run
 
@@ -26,7 +27,6 @@ _PLACES = {
     "load": "api",
     "plan": "api",
     "prepare": "api",
-    "push": "api",
     "rescue": "api",
     "resume": "api",
     "train": "api",
@@ -34,6 +34,7 @@ _PLACES = {
     "Issue": "conversation",
     "Message": "conversation",
     "split": "data.split",
+    "push": "export.push",
     "Recipe": "recipe",
     "Run": "runs",
 }

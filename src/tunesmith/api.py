@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.result import Evaluation
     from tunesmith.export.export import Exported
     from tunesmith.export.parity import Certificate
-    from tunesmith.export.push import Pushed
     from tunesmith.remote.rescue import Rescued
 
 POLL_SECONDS = 0.1
@@ -402,12 +401,3 @@ def parity(folder: str | os.PathLike[str], against: str | None = None, prompts: 
     from tunesmith.export.export import recheck
 
     return recheck(folder, against, prompts, on_progress)
-
-
-def push(
-    source: str | os.PathLike[str], repo: str, *, token_file: str | os.PathLike[str] | None = None, **options: Any
-) -> Pushed:
-    """Send an export, or a run's best model, to the Hugging Face Hub; see `tunesmith.export.push.gather` for the options."""
-    from tunesmith.export.push import gather, send
-
-    return send(gather(source, repo, **options), token_file)

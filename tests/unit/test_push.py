@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -373,6 +375,12 @@ def test_the_token_of_a_file(cli: Cli, hub: Hub, run: Run, tmp_path: Path, monke
     done = cli("push", run, "me/echo", "--yes")
     assert done.code == 2 and "no token -- hf auth login, or HF_TOKEN=…, or --token-file" in done.err
     assert len(hub.commits) == 1
+
+
+def test_from_python(hub: Hub, run: Run) -> None:
+    code = f"import tunesmith as ts; done = ts.push({str(run)!r}, 'me/echo', public=True); print(done.commit, done.private)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "abc False\n" and set(hub.commits[0]) == MODEL
 
 
 def test_it_asks_first(cli: Cli, hub: Hub, run: Run) -> None:

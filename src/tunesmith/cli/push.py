@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, confirm, show_json
@@ -83,7 +84,8 @@ def _table(parcel: Parcel) -> str:
     lines = [f"{parcel.repo}, {_seen_by(parcel)}: {len(parcel.files)} files, {parcel.size() / 1e6:,.1f} MB"]
     lines += [table([(file.name, f"{file.size:,}") for file in parcel.files])]
     lines += [f"stays here: {', '.join(parcel.left_out)}"] if parcel.left_out else []
-    return "\n".join([*lines, "the card's metadata", table(list(parcel.metadata.items()))])
+    metadata = [(key, shorten(str(value), 100, placeholder=" …")) for key, value in parcel.metadata.items()]
+    return "\n".join([*lines, "the card's metadata", table(metadata)])
 
 
 def _seen_by(parcel: Parcel) -> str:

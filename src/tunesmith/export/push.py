@@ -73,6 +73,11 @@ class Pushed(msgspec.Struct, frozen=True):
     deleted: list[str]
 
 
+def push(source: str | os.PathLike[str], repo: str, *, token_file: str | None = None, **options: Any) -> Pushed:
+    """Send an export, or a run's best model, to the Hub. Options: those of `gather`, and `token_file` of `send`."""
+    return send(gather(source, repo, **options), token_file)
+
+
 def gather(
     source: str | os.PathLike[str],
     repo: str,
