@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from html.parser import HTMLParser
 from pathlib import Path
@@ -67,9 +68,21 @@ def read(folder: Path, result: Path) -> dict[str, Any]:
         "run.json": json.loads((folder / "run.json").read_text()),
         "check.json": json.loads((folder / "data" / "check.json").read_text()),
         "events": events,
+        "exports": exports(lines),
         "stats": {"LEVEL": stats.LEVEL, "POWER": stats.POWER, "RESAMPLES": stats.RESAMPLES, "FEWEST": stats.FEWEST},
         "codes": CODES,
     }
+
+
+def exports(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events of exports, the newest first and one of each folder, with its date and the certificate that lies there."""
+    found: list[dict[str, Any]] = []
+    for event in reversed(lines):
+        if event["type"] == "export" and event["path"] not in [e["path"] for e in found]:
+            when = datetime.fromtimestamp(event["time"]).isoformat(" ", "minutes")
+            path = Path(event["path"]) / "parity.json"
+            found.append({**event, "when": when, "parity": json.loads(path.read_text()) if path.exists() else None})
+    return found
 
 
 def at(files: dict[str, Any], path: str) -> Any:

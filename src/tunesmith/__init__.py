@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.api import check, evaluate, export, load, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
+    from tunesmith.export.push import push
     from tunesmith.recipe import Recipe
     from tunesmith.runs import Run
 
@@ -33,6 +34,7 @@ _PLACES = {
     "Issue": "conversation",
     "Message": "conversation",
     "split": "data.split",
+    "push": "export.push",
     "Recipe": "recipe",
     "Run": "runs",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "plan",
     "prepare",
+    "push",
     "rescue",
     "resume",
     "split",

@@ -92,8 +92,8 @@ def model_info(run: Run) -> dict[str, Any]:
     }
 
 
-def card(run: Run, export: Export | None = None) -> str:
-    """The model card. What the run does not know is said to be unknown."""
+def card(run: Run, export: Export | None = None, repo: str = "") -> str:
+    """The model card. What the run does not know is said to be unknown. `repo`: where on the Hub it will stand."""
     manifest, found = run.manifest(), _evaluation(run)
     parts = [
         _header(manifest, found, export),
@@ -102,7 +102,7 @@ def card(run: Run, export: Export | None = None) -> str:
         _facts(run, manifest, export),
     ]
     parts += _metrics(found) or ["Not evaluated: `tunesmith evaluate` tells whether it is better than its base."]
-    parts += [_limits(manifest, found), _lineage(run), _use(manifest, export)]
+    parts += [_limits(manifest, found), _lineage(run), _use(manifest, export, repo)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -220,14 +220,14 @@ def _lineage(run: Run) -> str:
     return "\n".join(["## Lineage", "", *lines])
 
 
-def _use(manifest: dict[str, Any], export: Export | None) -> str:
+def _use(manifest: dict[str, Any], export: Export | None, repo: str) -> str:
     if export and export.form in ("gguf", "ollama", "vllm"):
         return f"## Use\n\n```sh\n{export.command}\n```"
     adapter = manifest["recipe"]["method"] in ADAPTERS and (export is None or export.form == "adapter")
     load = LOAD["peft" if adapter else "transformers"]
-    where = "best_model" if export is None else "."
+    where = repo or ("best_model" if export is None else ".")
     text = f'## Use\n\n```python\n{load}\n\nmodel = Model.from_pretrained("{where}")\n```'
-    if export:
+    if export or repo:
         return text
     return (
         f"{text}\n\n`tunesmith evaluate` writes the verdict against the base model into `report.html`.\n"

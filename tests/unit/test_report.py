@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 import shlex
+import shutil
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,12 @@ import pytest
 from reading import Page, agrees, at, read, wrong
 from tunesmith.data.write import write_json
 from tunesmith.evaluation import report
+from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.evaluation.judgement import Judgement
 from tunesmith.evaluation.result import Canary, Diagnosis, Evaluation, Persona, Sample
 from tunesmith.evaluation.rowreport import RowFinding, RowReport
 from tunesmith.evaluation.stats import Comparison
+from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
 CSS = (report.ASSETS / "page.css").read_text()
@@ -96,8 +99,35 @@ def run_at(folder: Path, steps: int = 60) -> Run:
             )
         if step % 20 == 0:
             run.append("eval", step=step, epoch=step / 20, loss=5 - 0.6 * math.sin(step / 20), best=step == 40)
+    exported(run, "merged", "bf16", None)
+    exported(run, "gguf", "q8_0", "4 tokens are cut otherwise")
+    exported(run, "gguf", "q8_0", "")
+    exported(run, "ollama", "q4_0", "every 2nd turn ends wrongly")
     run.append("done", step=steps, best_step=40, stopped_early=True, seconds=49.27, tokens_per_second=2045.9)
     return run
+
+
+def exported(run: Run, form: str, quantize: str, cause: str | None) -> None:
+    """An export with a certificate that fails by `cause`, or passes where there is none. None: its folder is gone."""
+    folder = run.path.parent / f"exports of {run.path.name}" / f"{form}-{quantize}"
+    run.append("export", path=str(folder), form=form, quantize=quantize, deployable=not cause)
+    if cause is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        drift = {
+            "name": "log-probabilities",
+            "passed": True,
+            "found": "0.0007 nats apart at 128 places",
+            "limit": "0.04 nats",
+        }
+        ends = {
+            "name": "stopping",
+            "passed": not cause,
+            "found": "14 of 16 answers end",
+            "limit": "all",
+            "cause": cause,
+        }
+        known = {"run": str(run), "runtime": "llama.cpp 0.4.5", "model": "m", "checks": [drift | {"cause": ""}, ends]}
+        write_json(folder / "parity.json", {"deployable": not cause, **known})
 
 
 def rendered(folder: Path, result: Any, run: Run | None = None) -> str:
@@ -130,6 +160,12 @@ def test_every_figure_on_the_page_is_that_of_the_files(page: tuple[Path, str]) -
     for path in (
         *("training_rows.findings#memorised", "training_rows.findings.43.losses", "canary.metrics.0.difference"),
         *("events:eval.40.loss", "events:done.seconds", "run.json:plan.rows.train", "judge.wins", "persona.tuned"),
+        *(
+            "exports:0.parity.checks.1.cause",
+            "exports:1.parity.checks.0.found",
+            "exports:2.when",
+            "exports:0.parity.runtime",
+        ),
         *("stats:LEVEL", "check.json:11.message", "run.json:recipe.learning_rate", "diagnoses.0.evidence"),
     ):
         assert path in paths, path
@@ -150,6 +186,61 @@ def test_an_altered_figure_is_found(page: tuple[Path, str]) -> None:
     assert wrong(html.replace("Diagnosis</h2>", "Diagnosis of 3</h2>"), files)
     files[""]["metrics"][0]["tuned"] += 0.01
     assert any("metrics.0.tuned" in each for each in wrong(html, files))
+
+
+def test_exports_stand_as_they_are_now(page: tuple[Path, str]) -> None:
+    """The newest first, one row for each folder, with the certificate that lies there now; what is gone is said to be."""
+    found = Page(page[1])
+    rows = [e["text"] for e in found.all("tr") if "exports of run" in e["text"]]
+    assert ["ollama-q4_0" in rows[0], "gguf-q8_0" in rows[1], "merged-bf16" in rows[2], len(rows)] == [
+        True,
+        True,
+        True,
+        3,
+    ]
+    assert "✖ not deployable stopping" in rows[0] and "log-probabilities" not in rows[0]
+    assert "✓ deployable" in rows[1] and "llama.cpp 0.4.5" in rows[1]
+    assert "◆ gone passed when it was made" in rows[2]
+    shown = [e["text"] for e in found.all("details") if "What was checked in" in e["text"]]
+    assert (
+        len(shown) == 2 and "every 2nd turn ends wrongly" in shown[0] and "0.0007 nats apart at 128 places" in shown[1]
+    )
+
+
+def test_a_folder_that_another_run_has_now_is_gone(tmp_path: Path) -> None:
+    run, other = run_at(tmp_path / "run"), run_at(tmp_path / "other")
+    path = Path(run.last("export")["path"]) / "parity.json"
+    for maker, there in ((str(run), True), (None, True), ("moved/run", True), (str(other), False)):
+        write_json(path, {**msgspec.json.decode(path.read_bytes()), "run": maker})
+        assert (report.exports(run)[0]["parity"] is not None) is there
+    path.write_text("{")
+    assert report.exports(run)[0]["parity"] is None
+
+
+def test_the_report_is_written_again_for_an_export(tmp_path: Path, tiny: Path) -> None:
+    from tunesmith import api
+
+    run = run_at(tmp_path / "run")
+    shutil.copytree(tiny, run / "best_model")
+    manifest = run.manifest()
+    write_json(
+        run / "run.json",
+        manifest | {"recipe": {**msgspec.to_builtins(Recipe()), **manifest["recipe"]}, "data_hashes": {}},
+    )
+    refresh_report(run)
+    assert not (run / "report.html").exists()  # no evaluation
+    (run / "evaluation").mkdir()
+    write_json(run / "evaluation" / "result.json", evaluation(run.path))
+    done = api.export(run, tmp_path / "new", prompts=1)
+    assert f"What was checked in {tmp_path}/new" in next(
+        e["text"] for e in Page(html_of(run)).all("details") if "checked" in e["text"]
+    )
+    api.parity(done.path, prompts=1)
+    assert html_of(run).count("What was checked in") == 3
+
+
+def html_of(run: Run) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
     "export": ("export:export", "write a model for llama.cpp, Ollama, vLLM or transformers, with a certificate"),
     "parity": ("export:parity", "certify an export again"),
+    "push": ("push:push", "send an export, or a run's best model, to the Hugging Face Hub"),
     "test": ("test:smoke_test", "try a model before it is deployed: answers beside the base's, and sanity checks"),
     "rescue": ("rescue:rescue", "bring everything an account holds at a service here, before it is gone"),
     "serve": ("serve:serve", "offer files, jobs and models to any OpenAI client"),

@@ -387,3 +387,11 @@ def kept(run: Run) -> Evaluation | None:
         return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def refresh_report(run: Run) -> None:
+    """Write the report of an evaluated run again: what it says of the run's exports has changed."""
+    from tunesmith.evaluation.report import write_report
+
+    if result := kept(run):
+        write_report(run, result, run / "report.html")

@@ -6,6 +6,8 @@ element's `data-from`, so that the page cannot say what the files do not:
     metrics.0.base            in evaluation/result.json; training_rows.findings# is how many there are
     run.json:plan.rows.train  in run.json; check.json:0.message in data/check.json
     events:eval.51.loss       of the event of that kind at that step; events:done.seconds of the last one of that kind
+    exports:0.quantize        of the newest event "export" (the last of each folder), `when` its time as a date;
+                              exports:0.parity.runtime in the parity.json that lies there now
     stats:LEVEL, codes:…      constants of evaluation/stats.py and the codes of evaluation/rowreport.py
 
 A number is rounded to two significant digits of its uncertainty; `value` has all of it.
@@ -18,6 +20,7 @@ import hashlib
 import math
 import re
 import shlex
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,7 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
         else {},
         chart=chart(run.metrics("step"), run.metrics("eval"), run.summary()["best_step"]),
         events=sources["events"],
+        exports=sources["exports"],
         settings=[name for name in fields() if recipe.get(name) not in (None, {})],
         manifest=sources["run.json"],
         commands=commands(run, result, path, recipe.get("dataset") or "DATASET"),
@@ -134,9 +138,48 @@ def _sources(run: Run, result: Evaluation) -> dict[str, Any]:
         "run.json": run.manifest(),
         "check.json": msgspec.json.decode(check.read_bytes()) if check.exists() else None,
         "events": events,
+        "exports": exports(run),
         "stats": vars(stats),
         "codes": CODES,
     }
+
+
+class _Check(msgspec.Struct):
+    name: str
+    passed: bool
+    found: str
+    limit: str
+    cause: str
+
+
+class _Certificate(msgspec.Struct):
+    """What the page says of a parity.json."""
+
+    deployable: bool
+    run: str | None
+    runtime: str
+    checks: list[_Check]
+
+
+def exports(run: Run) -> list[dict[str, Any]]:
+    """The run's exports, newest first, each with its certificate as it is now: None where it is gone."""
+    last = {e["path"]: e for e in run.events() if e["type"] == "export"}
+    newest = sorted(last.values(), key=lambda e: e["time"], reverse=True)
+    return [e | {"when": _minute(e["time"]), "parity": _certificate(run, Path(e["path"]))} for e in newest]
+
+
+def _minute(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _certificate(run: Run, folder: Path) -> dict[str, Any] | None:
+    """None too where the folder holds an export of another run by now."""
+    try:
+        found = msgspec.json.decode((folder / "parity.json").read_bytes(), type=_Certificate)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    maker = Path(found.run) if found.run else run.path
+    return None if maker.exists() and not maker.samefile(run.path) else msgspec.to_builtins(found)
 
 
 class Figures:

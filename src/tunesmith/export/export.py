@@ -22,6 +22,7 @@ from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError
+from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.export import gguf_file, inspect, merged, ollama, parity, runtime
 from tunesmith.export.forms import PARITY, is_k_quant, refuse_form, refuse_target
 from tunesmith.export.parity import Certificate, Check
@@ -117,6 +118,7 @@ def export(
         source.run.append(
             "export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable
         )
+        refresh_report(source.run)
     return Exported(str(target), str(target / maker.file), command, size, certificate)
 
 
@@ -345,6 +347,8 @@ def recheck(
     source = find_source(model or before.model)
     found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
     mark(folder, found)
+    if source.run:
+        refresh_report(source.run)
     return found
 
 
