@@ -13,17 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, export, load, plan, prepare, rescue, resume, train
+    from tunesmith.api import check, evaluate, load, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
-    from tunesmith.export.push import push
+    from tunesmith.exporting.forms import export
+    from tunesmith.exporting.push import push
     from tunesmith.recipe import Recipe
     from tunesmith.runs import Run
 
 _PLACES = {
     "check": "api",
     "evaluate": "api",
-    "export": "api",
+    "export": "exporting.forms",
     "load": "api",
     "plan": "api",
     "prepare": "api",
@@ -34,7 +35,7 @@ _PLACES = {
     "Issue": "conversation",
     "Message": "conversation",
     "split": "data.split",
-    "push": "export.push",
+    "push": "exporting.push",
     "Recipe": "recipe",
     "Run": "runs",
 }

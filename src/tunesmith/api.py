@@ -28,8 +28,6 @@ from tunesmith.settings import changes, resolve
 if TYPE_CHECKING:
     from tunesmith.evaluation.rates import Advice
     from tunesmith.evaluation.result import Evaluation
-    from tunesmith.export.export import Exported
-    from tunesmith.export.parity import Certificate
     from tunesmith.remote.rescue import Rescued
 
 POLL_SECONDS = 0.1
@@ -387,33 +385,3 @@ def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) ->
     if Path(run).resolve() != found.path.resolve() and not options.get("model"):
         options["model"] = str(run)
     return run_evaluation(found, **options)
-
-
-def export(
-    model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    form: str = "merged",
-    quantize: str | None = None,
-    **options: Any,
-) -> Exported:
-    """Write a run's model for another program and certify it; see `tunesmith.export.export`."""
-    from tunesmith.export.forms import refuse_form, refuse_target
-
-    refuse_form(form, quantize, options.get("unmerged", False))  # before torch is loaded
-    refuse_target(Path(output).expanduser())
-    find(str(model))
-    from tunesmith.export.export import export as made
-
-    return made(str(model), Path(output), form, quantize, **options)
-
-
-def parity(
-    folder: str | os.PathLike[str],
-    against: str | None = None,
-    prompts: int = 16,
-    on_progress: Progress = lambda *_: None,
-) -> Certificate:
-    """Certify an export again; see `tunesmith.export.export.recheck`."""
-    from tunesmith.export.export import recheck
-
-    return recheck(Path(folder), against, prompts, on_progress)

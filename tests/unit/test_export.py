@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import STARTER, Result, rows, write
-from exporting import shaped
+from shapes import shaped
 from training import fit
 from tunesmith import api
 from tunesmith.errors import ModelError, TunesmithError, UsageError
-from tunesmith.export import forms, gguf_file, merged, parity
-from tunesmith.export.export import held_out
-from tunesmith.export.vocabulary import vocabulary
-from tunesmith.export.weights import Weights
+from tunesmith.exporting import forms, gguf_file, merged, parity
+from tunesmith.exporting.export import held_out
+from tunesmith.exporting.vocabulary import vocabulary
+from tunesmith.exporting.weights import Weights
 from tunesmith.models import find
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_shape_is_the_same_in_llama_cpp(shape: str, tmp_path: Path) -> None:
     name, changed = SHAPES[shape]
     model = shaped(name, tmp_path / "model", **changed)
-    found = api.export(model, tmp_path / "out", "gguf", prompts=4).certificate
+    found = forms.export(model, tmp_path / "out", "gguf", prompts=4).certificate
     assert found.deployable, found.failed()
     assert found.runtime.startswith("llama.cpp") and found.probes == 50 and found.prompts == 4
     assert len(found.checks) == 11
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path, cli: Callable[..., Resu
 
 
 def test_an_export_is_certified_again(run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    api.export(run, tmp_path / "out", prompts=4)
+    forms.export(run, tmp_path / "out", prompts=4)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "out", moved)
     done = cli("parity", moved, "--prompts", 2, "--json")
@@ -168,7 +168,7 @@ def test_an_export_is_certified_again(run: Run, tmp_path: Path, cli: Callable[..
 
 @pytest.mark.parametrize("quantize", ["f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_the_starter_passes_in_every_type(quantize: str, run: Run, tmp_path: Path) -> None:
-    done = api.export(run, tmp_path / "out", "gguf", quantize, prompts=8)
+    done = forms.export(run, tmp_path / "out", "gguf", quantize, prompts=8)
     assert done.certificate.deployable, done.certificate.failed()
     drift = next(c for c in done.certificate.checks if c.name == "log-probabilities").value
     assert drift is not None and 0 < drift < parity.limits(quantize)["drift"]
@@ -187,13 +187,13 @@ def test_a_k_quant_is_made_by_llama_cpps_own_program(run: Run, tmp_path: Path, m
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    done = api.export(run, tmp_path / "out", "gguf", "q4_k_m", prompts=2)
+    done = forms.export(run, tmp_path / "out", "gguf", "q4_k_m", prompts=2)
     assert done.certificate.deployable and done.certificate.quantize == "q4_k_m"
     assert Path(done.model).name == "my_run-q4_k_m.gguf" and Path(done.model).exists()
     assert (tmp_path / "out" / "my_run-q4_k_m.gguf.asked").read_text() == "Q4_K_M\n"
     assert not list((tmp_path / "out").glob("*f16*"))
     with pytest.raises(TunesmithError, match="llama-quantize failed: no memory"):
-        api.export(run, tmp_path / "other", "gguf", "q3_k_s")
+        forms.export(run, tmp_path / "other", "gguf", "q3_k_s")
     assert not (tmp_path / "other").exists()
 
 
@@ -204,9 +204,9 @@ def test_numbers_that_16_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
     save_file(known, model / "model.safetensors", metadata={"format": "pt"})
     for form in ("merged", "gguf"):
         with pytest.raises(ModelError, match=r"numbers that F16 cannot hold -- export with --quantize bf16"):
-            api.export(model, tmp_path / "out", form, "f16")
+            forms.export(model, tmp_path / "out", form, "f16")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
-    assert api.export(model, tmp_path / "out", "gguf", "bf16", prompts=2).certificate.deployable
+    assert forms.export(model, tmp_path / "out", "gguf", "bf16", prompts=2).certificate.deployable
 
 
 # ---- what llama.cpp does not compute
@@ -353,4 +353,4 @@ def test_a_target_that_is_taken_or_a_form_that_is_none(run: Run, tmp_path: Path)
     (tmp_path / "file").write_text("x")
     for where in (tmp_path, tmp_path / "file"):
         with pytest.raises(UsageError, match="not empty"):
-            api.export(run, where)
+            forms.export(run, where)

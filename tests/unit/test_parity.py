@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write
-from exporting import shaped
+from shapes import shaped
 from training import fit
 from tunesmith import api
 from tunesmith.errors import ModelError
-from tunesmith.export import ollama, parity
-from tunesmith.export.parity import Certificate, Check, Own
-from tunesmith.export.runtime import Answer
+from tunesmith.exporting import forms, ollama, parity
+from tunesmith.exporting.parity import Certificate, Check, Own
+from tunesmith.exporting.runtime import Answer
 from tunesmith.models import find
 from tunesmith.render import Renderer
 from tunesmith.runs import Run
@@ -104,7 +104,7 @@ def test_what_llama_cpp_writes_is_what_transformers_writes(
     if method != "full":
         chosen = {"method": method, "lora_rank": 4, "epochs": 2, "learning_rate": 1e-4}
         run = tuned(tmp_path / "run", data, run / "best_model", **chosen)
-    done = api.export(run, tmp_path / "out", "gguf", "f16", prompts=20)
+    done = forms.export(run, tmp_path / "out", "gguf", "f16", prompts=20)
     assert done.certificate.deployable, done.certificate.failed()
     assert value(done.certificate, "greedy answers") >= 0.95 and value(done.certificate, "token ids") == 1.0
     assert done.certificate.prompts == 20
@@ -114,7 +114,7 @@ def test_what_llama_cpp_writes_is_what_transformers_writes(
 
 def test_an_adapter_is_exported_as_it_is(bases: Callable[[str], Run], data: dict[str, Path], tmp_path: Path) -> None:
     run = tuned(tmp_path / "run", data, bases("llama") / "best_model", method="lora", lora_rank=4, epochs=2)
-    done = api.export(run, tmp_path / "out", "adapter", prompts=4)
+    done = forms.export(run, tmp_path / "out", "adapter", prompts=4)
     assert done.certificate.deployable, done.certificate.failed()
     files = {p.name for p in (tmp_path / "out").iterdir()}
     assert {
@@ -122,11 +122,11 @@ def test_an_adapter_is_exported_as_it_is(bases: Callable[[str], Run], data: dict
         "adapter_model.safetensors",
         "tokenizer.json",
     } <= files and "model.safetensors" not in files
-    served = api.export(run, tmp_path / "vllm", "vllm", unmerged=True, prompts=4)
+    served = forms.export(run, tmp_path / "vllm", "vllm", unmerged=True, prompts=4)
     assert "--enable-lora --max-lora-rank 8 --lora-modules run=" in served.command and served.certificate.deployable
     known = load_file(tmp_path / "out" / "adapter_model.safetensors")
     save_file({name: tensor * 2 for name, tensor in known.items()}, tmp_path / "out" / "adapter_model.safetensors")
-    again = api.parity(tmp_path / "out", prompts=4)
+    again = forms.parity(tmp_path / "out", prompts=4)
     assert not again.deployable and "weights" in {check.name for check in again.failed()}
 
 
@@ -143,7 +143,7 @@ def exports(
     whole = tuned(folder / "whole", data, model, epochs=25)
     run = tuned(folder / "run", data, whole / "best_model", method="qlora", lora_rank=4, epochs=1, learning_rate=1e-4)
     for form in ("merged", "ollama"):
-        assert api.export(run, folder / form, form, prompts=6).certificate.deployable
+        assert forms.export(run, folder / form, form, prompts=6).certificate.deployable
     return {form: folder / form for form in ("merged", "ollama")}
 
 
@@ -220,7 +220,7 @@ def test_a_spoilt_folder_is_caught_by_name(case: str, export: Callable[[str], Pa
     spoil, name, words = FOLDERS[case]
     folder = export("merged")
     spoil(folder)
-    found = api.parity(folder, prompts=6)
+    found = forms.parity(folder, prompts=6)
     causes = {check.name: check.cause for check in found.failed()}
     assert not found.deployable and words in causes[name], causes
     assert words in (folder / "NOT-DEPLOYABLE.txt").read_text()
@@ -269,7 +269,7 @@ def test_a_spoilt_file_is_caught_by_name(case: str, export: Callable[[str], Path
     spoil, name, words = FILES[case]
     folder = export("ollama")
     spoil(next(folder.glob("*.gguf")))
-    found = api.parity(folder, prompts=6)
+    found = forms.parity(folder, prompts=6)
     causes = {check.name: check.cause for check in found.failed()}
     assert not found.deployable and words in causes[name], causes
 
@@ -288,7 +288,7 @@ def test_a_spoilt_modelfile_is_caught(old: str, new: str, export: Callable[[str]
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    assert "Modelfile" in {check.name for check in api.parity(path.parent, prompts=2).failed()}
+    assert "Modelfile" in {check.name for check in forms.parity(path.parent, prompts=2).failed()}
 
 
 # ---- what the figures are

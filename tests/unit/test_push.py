@@ -21,7 +21,7 @@ import pytest
 from conftest import Result
 from tunesmith.data.write import write_json
 from tunesmith.errors import TunesmithError
-from tunesmith.export.push import gather
+from tunesmith.exporting.push import gather
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 

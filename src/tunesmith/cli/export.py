@@ -8,7 +8,7 @@ from tunesmith.cli.options import Parser, positive, show_json
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
-    from tunesmith.export.parity import Certificate
+    from tunesmith.exporting.parity import Certificate
 
 
 def export(argv: list[str]) -> int:
@@ -43,11 +43,11 @@ def export(argv: list[str]) -> int:
     model = _one(options.run, options.model_path)
     if not options.output_dir:
         raise UsageError("where to?", where="--output-dir", fix=f"tunesmith export {model} -o exported")
-    from tunesmith import api
     from tunesmith.cli.progress import Bar
+    from tunesmith.exporting import forms
 
     with Bar() as bar:
-        done = api.export(
+        done = forms.export(
             model,
             options.output_dir,
             options.format,
@@ -76,11 +76,11 @@ def parity(argv: list[str]) -> int:
         "--prompts", type=positive, default=16, metavar="N", help="held-out prompts that both answer [16]"
     )
     options = parser.parse_args(argv)
-    from tunesmith import api
     from tunesmith.cli.progress import Bar
+    from tunesmith.exporting import forms
 
     with Bar() as bar:
-        found = api.parity(options.export, options.against, options.prompts, bar)
+        found = forms.parity(options.export, options.against, options.prompts, bar)
     show_json(found) if options.json else print(_table(found))
     return _status(found, options.json)
 

@@ -10,7 +10,7 @@ from tunesmith.cli.options import Parser, confirm, show_json
 from tunesmith.errors import Interrupted
 
 if TYPE_CHECKING:
-    from tunesmith.export.push import Parcel
+    from tunesmith.exporting.push import Parcel
 
 
 def push(argv: list[str]) -> int:
@@ -37,7 +37,7 @@ def push(argv: list[str]) -> int:
         "--token-file", metavar="FILE", help="where the token is [HF_TOKEN, else that of hf auth login]"
     )
     options = parser.parse_args(argv)
-    from tunesmith.export.push import gather, send
+    from tunesmith.exporting.push import gather, send
 
     parcel = gather(
         options.source,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from tunesmith.conversation import Message
-from tunesmith.export.runtime import Answer, Runtime
+from tunesmith.exporting.runtime import Answer, Runtime
 from tunesmith.recipe import FACTS
 from tunesmith.render import Renderer
 

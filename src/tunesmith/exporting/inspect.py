@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.export import gguf_file, merged
-from tunesmith.export.parity import Check, limits
-from tunesmith.export.weights import EMBEDDINGS, Weights
+from tunesmith.exporting import gguf_file, merged
+from tunesmith.exporting.parity import Check, limits
+from tunesmith.exporting.weights import EMBEDDINGS, Weights
 from tunesmith.models import read_json
 from tunesmith.render import Renderer, own_template
 

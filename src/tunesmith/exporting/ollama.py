@@ -13,7 +13,7 @@ import msgspec
 
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import DataError, ModelError
-from tunesmith.export.parity import Check, probes
+from tunesmith.exporting.parity import Check, probes
 from tunesmith.models import read_json
 from tunesmith.render import TEMPERATURE, TOP_P, Renderer
 

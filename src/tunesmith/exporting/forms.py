@@ -1,20 +1,58 @@
-"""What can be asked of an export, and what GGUF files are known to hold: told before torch is loaded."""
+"""What can be asked of an export, told before torch is loaded; and `ts.export`, which asks it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.scan import Progress
 from tunesmith.errors import UsageError, did_you_mean
+from tunesmith.models import find
 from tunesmith.recipe import FACTS
+from tunesmith.runs import refuse_removed
+
+if TYPE_CHECKING:
+    from tunesmith.exporting.export import Exported
+    from tunesmith.exporting.parity import Certificate
 
 FORMS = ("merged", "adapter", "gguf", "ollama", "vllm")
 FOLDER_TYPES = ("bf16", "f16")
 K_QUANTISER = "llama-quantize"
 PARITY = "parity.json"
+
+
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    form: str = "merged",
+    quantize: str | None = None,
+    **options: Any,
+) -> Exported:
+    """Write a run's model for another program and certify it; see `tunesmith.exporting.export.export`."""
+    refuse_form(form, quantize, options.get("unmerged", False))
+    refuse_target(Path(output).expanduser())
+    refuse_removed(model)
+    find(str(model))
+    from tunesmith.exporting.export import export as made
+
+    return made(str(model), Path(output), form, quantize, **options)
+
+
+def parity(
+    folder: str | os.PathLike[str],
+    against: str | None = None,
+    prompts: int = 16,
+    on_progress: Progress = lambda *_: None,
+) -> Certificate:
+    """Certify an export again; see `tunesmith.exporting.export.recheck`."""
+    refuse_no_export(Path(folder))
+    from tunesmith.exporting.export import recheck
+
+    return recheck(Path(folder), against, prompts, on_progress)
 
 
 @cache
@@ -48,6 +86,12 @@ def refuse_target(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         fix = "choose another -o, or delete it" if (target / PARITY).exists() else "choose another -o"
         raise UsageError("the output directory is not empty", where=str(target), fix=fix)
+
+
+def refuse_no_export(folder: Path) -> None:
+    """UsageError unless `tunesmith export` made the folder."""
+    if not (folder / PARITY).exists():
+        raise UsageError("not an export (no parity.json)", where=str(folder), fix="tunesmith export makes one")
 
 
 def quantisation(name: str) -> tuple[str, str, str]:

@@ -23,10 +23,10 @@ from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
-from tunesmith.export import gguf_file, inspect, merged, ollama, parity, runtime
-from tunesmith.export.forms import PARITY, is_k_quant, refuse_form, refuse_target
-from tunesmith.export.parity import Certificate, Check
-from tunesmith.export.weights import Weights
+from tunesmith.exporting import gguf_file, inspect, merged, ollama, parity, runtime
+from tunesmith.exporting.forms import PARITY, is_k_quant
+from tunesmith.exporting.parity import Certificate, Check
+from tunesmith.exporting.weights import Weights
 from tunesmith.models import facts, find
 from tunesmith.render import Renderer
 from tunesmith.runs import Run, run_of
@@ -74,10 +74,8 @@ def export(
     The export is there even where a check has failed: `certificate.deployable` tells, and so do the files in it.
     Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
     """
-    refuse_form(form, quantize, unmerged)
     source = find_source(model)
     target = Path(output).expanduser().absolute()
-    refuse_target(target)
     weights, renderer = Weights(source.folder), Renderer(source.folder)
     adapter = form == "adapter" or unmerged
     if adapter and not weights.changed():
@@ -341,9 +339,7 @@ def recheck(
     try:
         before = msgspec.json.decode((folder / PARITY).read_bytes(), type=Certificate)
     except (OSError, msgspec.MsgspecError):
-        raise UsageError(
-            "not an export (no whole parity.json)", where=str(folder), fix="tunesmith export makes one"
-        ) from None
+        raise UsageError("parity.json is damaged", where=str(folder), fix="export again") from None
     source = find_source(model or before.model)
     found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
     mark(folder, found)

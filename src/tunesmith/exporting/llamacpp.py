@@ -1,6 +1,6 @@
 """A process that serves one GGUF file by llama.cpp on loopback until its input is closed.
 
-python -m tunesmith.export.llamacpp FILE CONTEXT    the first line of its input is the key that it asks for
+python -m tunesmith.exporting.llamacpp FILE CONTEXT    the first line of its input is the key that it asks for
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.data.write import write_json
 from tunesmith.errors import ModelError
-from tunesmith.export.weights import Weights
+from tunesmith.exporting.weights import Weights
 from tunesmith.models import read_json
 from tunesmith.render import Renderer
 

@@ -184,7 +184,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path, context: int, stops: list[int]) -> None:
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
-        command = [sys.executable, "-m", "tunesmith.export.llamacpp", str(file), str(context)]
+        command = [sys.executable, "-m", "tunesmith.exporting.llamacpp", str(file), str(context)]
         self._stops, self._key = stops, secrets.token_hex()  # else any user of the machine could ask it
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.export.forms import K_QUANTISER, facts, quantisation
-from tunesmith.export.vocabulary import Vocabulary, vocabulary
-from tunesmith.export.weights import Weights
+from tunesmith.exporting.forms import K_QUANTISER, facts, quantisation
+from tunesmith.exporting.vocabulary import Vocabulary, vocabulary
+from tunesmith.exporting.weights import Weights
 from tunesmith.render import Renderer
 
 PHI3_TOKENS = ("<unk>", "<s>", "<|endoftext|>")
