@@ -48,8 +48,8 @@ WORDS = [
 
 
 def tale(number: int) -> str:
-    """A text of some ninety tokens, another one for each number."""
-    return " ".join(f"{WORDS[(number * 7 + i * (number % 5 + 1)) % len(WORDS)]} {i}," for i in range(22)) + " the end."
+    """A text of some ninety tokens. Each word tells which comes next, so that no two are about as likely."""
+    return " ".join(f"{WORDS[(number + i) % len(WORDS)]} {i}," for i in range(22)) + " the end."
 
 
 def tales(first: int, count: int) -> list[dict[str, str]]:
@@ -81,7 +81,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Path]) -> Ca
 
     def base(shape: str) -> Run:
         if shape not in found:
-            model = shaped(shape, folder / f"{shape}-random")
+            sure = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if shape == "gpt2" else {}
+            model = shaped(shape, folder / f"{shape}-random", **sure)
             found[shape] = tuned(folder / shape, data, model, epochs=40)
         return found[shape]
 

@@ -317,7 +317,7 @@ def _program(folder: Path, form: str, weights: Weights, renderer: Renderer) -> r
         return runtime.LlamaCpp(
             next(folder.glob("*.gguf")), min(CONTEXT, facts(weights.folder).context), renderer.stop_ids
         )
-    return runtime.Transformers(folder)
+    return runtime.plain_transformers(folder)
 
 
 def held_out(run: Run | None, count: int) -> list[tuple[Message, ...]]:

@@ -76,25 +76,20 @@ def parts(renderer: Renderer) -> Parts:
         raise refused
     start = one.split(TEXTS[1], 1)[0].removesuffix(before_user)
     head, _, tail = instructed.partition(TEXTS[0])
-    common = _common(start, head) if instructed else start
+    bos = renderer.special["bos_token"] if start.startswith(renderer.special["bos_token"]) else ""
     found = Parts(
-        common,
-        start.removeprefix(common),
+        bos,
+        start.removeprefix(bos),
         {"user": before_user, "assistant": opening},
         {"user": middle.removesuffix(opening), "assistant": after_answer},
         opening,
     )
     if instructed:
-        found.before["system"] = head.removeprefix(common)
+        found.before["system"] = head.removeprefix(bos)
         found.after["system"] = tail.partition(TEXTS[1])[0].removesuffix(before_user)
     if any(found.render(c) != renderer.text(c, True) for c in _tries(bool(instructed))):
         raise refused
     return found
-
-
-def _common(a: str, b: str) -> str:
-    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:size]
 
 
 def _tries(instructed: bool) -> list[tuple[Message, ...]]:

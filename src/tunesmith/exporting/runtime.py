@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -64,11 +65,17 @@ class Runtime(Protocol):
 
 
 class Loaded:
-    """A transformers model as a runtime's lower half: it writes and scores tokens."""
+    """A model in this process. `stops`: the tokens that end its answers; `tokenizer`: transformers' own, to render prompts."""
 
-    def __init__(self, model: nn.Module, stops: list[int], pad: int) -> None:
+    name = f"transformers {version('transformers')}"
+
+    def __init__(self, model: nn.Module, stops: list[int], pad: int, tokenizer: Any = None) -> None:
         self.model: Any = model.eval()
-        self._stops, self._pad = stops, pad
+        self._stops, self._pad, self._tokenizer = stops, pad, tokenizer
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "weight"} for m in messages]
+        return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False))
 
     def answers(self, prompts: Sequence[list[int]], most: int) -> list[Answer]:
         """All prompts in one batch, padded on the left."""
@@ -104,23 +111,16 @@ class Loaded:
         self.model = None
 
 
-class Transformers(Loaded):
-    """A model folder in plain transformers, which reads all of it: template, tokenizer, stop tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.name = f"transformers {version('transformers')}"
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        try:
-            model = _loader(folder).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from None
+def plain_transformers(folder: Path) -> Loaded:
+    """A folder in plain transformers (or peft), which reads all of it: weights, tokenizer, template, stop tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = _loader(folder).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        super().__init__(widened(model.to(models.device())), stops, self._tokenizer.pad_token_id or 0)
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        plain = [{k: v for k, v in msgspec.to_builtins(m).items() if k != "weight"} for m in messages]
-        return list(self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from None
+    stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return Loaded(widened(model.to(models.device())), stops, tokenizer.pad_token_id or 0, tokenizer)
 
 
 def _loader(folder: Path) -> Any:

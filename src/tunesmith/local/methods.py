@@ -79,6 +79,7 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
         target_modules=targets,
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
     )

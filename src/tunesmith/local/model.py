@@ -66,7 +66,9 @@ def load(
         if adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(adapter))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # of 4-bit GPT-2, now on its 16 bits
+                model = PeftModel.from_pretrained(model, str(adapter))
             model = model.merge_and_unload().requires_grad_(True) if merge else model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
