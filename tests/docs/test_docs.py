@@ -195,6 +195,40 @@ def test_the_guide_to_evaluating(
     assert all(f"**{code.replace('_', ' ')}**" in guide for code in CODES)
 
 
+def test_the_guide_to_deploying(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Our commands run as written; those of other programs are the ones that our own name; the tables are those of the facts."""
+    from training import fit
+    from tunesmith.exporting import forms, parity
+
+    guide = (ROOT / "docs/guides/deploying.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", guide, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    ours = [line for line in lines if line.startswith("tunesmith ")]
+    assert (len(lines), len(ours)) == (13, 10)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("When are you open?\nWhat does it cost?\n")
+    sample = ROOT / "src/tunesmith/assets/data/chat.jsonl"
+    fit(tmp_path / "my_run", sample, tiny, max_steps=4)
+    said = ""
+    for line in ours:
+        words = shlex.split(line)[1:] + (["--prompts", "2"] if "export " in line or "parity " in line else [])
+        status = cli.main(words)
+        assert status == 0 or words[0] == "test", (line, capsys.readouterr())  # so small a model never stops
+        said += capsys.readouterr().out
+    for line in set(lines) - set(ours):
+        assert line.replace("exported", str(tmp_path / "exported")) in said, line
+    limits = parity.facts()["limits"]
+    for name in forms.facts()["quantisations"]:
+        row = next(r for r in guide.splitlines() if re.match(rf"\| ([\w, ]*, )?{name}(, [\w, ]*)? \|", r))
+        assert f"| {limits[name]['drift']} |" in row and f"| {limits[name]['same']:.0%} |".replace("%", " %") in row, (
+            name
+        )
+    shapes = guide.partition("GGUF is written for ")[2].partition(", by what")[0].lower().replace("-", "")
+    assert all(re.sub(r"\d$", "", name) in shapes for name in forms.facts()["models"])
+
+
 def test_tree_is_free_of_machine_paths() -> None:
     tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
     if not tracked:

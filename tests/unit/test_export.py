@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from conftest import STARTER, Result, rows, write
 from shapes import shaped
 from training import fit
 from tunesmith import api
+from tunesmith.cli import main
 from tunesmith.errors import ModelError, TunesmithError, UsageError
 from tunesmith.exporting import forms, gguf_file, merged, parity
 from tunesmith.exporting.export import held_out
@@ -130,7 +136,7 @@ def test_the_command(form: str, run: Run, tmp_path: Path, cli: Callable[..., Res
     assert again.code == 2 and "the output directory is not empty" in again.err
 
 
-def test_mistakes_are_one_line(run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
+def test_mistakes_are_one_line(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, words in (
         ([], "one model is exported"),
         ([run, "--model-path", run], "one model is exported"),
@@ -144,10 +150,23 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path, cli: Callable[..., Resu
         ([run, "-o", "o", "--format", "vllm", "--unmerged"], "the model has no adapter"),
         (["nowhere/at/all", "-o", "o"], "no such model folder"),
     ):
-        done = cli("export", *given)
-        assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+        assert main(["export", *map(str, given)]) == 2, given
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
         assert not (tmp_path / "o").exists()
-    assert "not an export" in cli("parity", tmp_path).err
+    assert main(["parity", str(tmp_path)]) == 2 and "not an export" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, form, extra in (
+        ("xllamacpp", "ollama", "gguf"),
+        ("gguf", "gguf", "gguf"),
+        ("torch", "merged", "local"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(forms, "find_spec", lambda name, package=package: None if name == package else object())
+            with pytest.raises(UsageError, match=rf"{form} needs {package} -- pip install 'tunesmith\[{extra}\]'"):
+                forms.export(run, tmp_path / "out", form)
 
 
 def test_an_export_is_certified_again(run: Run, tmp_path: Path, cli: Callable[..., Result]) -> None:
@@ -354,3 +373,58 @@ def test_a_target_that_is_taken_or_a_form_that_is_none(run: Run, tmp_path: Path)
     for where in (tmp_path, tmp_path / "file"):
         with pytest.raises(UsageError, match="not empty"):
             forms.export(run, where)
+
+
+# ---- kills
+
+
+def test_a_killed_export_leaves_nothing_that_looks_whole(run: Run, tmp_path: Path) -> None:
+    """Killed at moments over all of its work; the next try succeeds and clears what was left."""
+    out = tmp_path / "exports" / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "export",
+        str(run),
+        "--format",
+        "gguf",
+        "-o",
+        str(out),
+        "--prompts",
+        "2",
+    ]
+    seen = set()
+    for moment in ("begun", "written", "asked"):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_for(out, moment, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+        seen |= {part.name for part in out.parent.glob("out.*.tmp")}
+        assert not list(out.parent.rglob("parity.json"))
+    assert len(seen) >= 3
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.parent.iterdir()] == ["out"] and (out / "parity.json").exists()
+
+
+def reached(out: Path, moment: str) -> bool:
+    """Whether an export is so far: its folder is there, its file is whole, the runtime has it open."""
+    files = list(out.parent.glob("out.*.tmp/*.gguf"))
+    if moment == "begun":
+        return bool(files)
+    whole = bool(files) and files[0].stat().st_size > 13_300_000
+    return whole and (moment == "written" or serving(str(files[0])))
+
+
+def serving(file: str) -> bool:
+    commands = (p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.parent.exists())
+    return any(b"tunesmith.exporting.llamacpp" in c and file.encode() in c for c in commands)
+
+
+def wait_for(out: Path, moment: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while not reached(out, moment):
+        assert process.poll() is None and time.monotonic() < end, moment
+        time.sleep(0.01)

@@ -22,7 +22,10 @@ PACKAGES = (
     "msgspec",
     "numpy",
     "jinja2",
+    "gguf",
+    "xllamacpp",
 )
+OPTIONAL = ("datasets", "gguf", "xllamacpp")  # for Hub data sets; for exports to llama.cpp
 
 
 def doctor(argv: list[str]) -> int:
@@ -44,7 +47,7 @@ def doctor(argv: list[str]) -> int:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    missing = [name for name, v in found.items() if v is None and name != "datasets"]
+    missing = [name for name, v in found.items() if v is None and name not in OPTIONAL]
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -6,6 +6,7 @@ import os
 import shutil
 import tomllib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMS = ("merged", "adapter", "gguf", "ollama", "vllm")
 FOLDER_TYPES = ("bf16", "f16")
+GGUF_PACKAGES = ("gguf", "xllamacpp")
 K_QUANTISER = "llama-quantize"
 PARITY = "parity.json"
 
@@ -68,6 +70,10 @@ def refuse_form(form: str, quantize: str | None, unmerged: bool) -> None:
         raise UsageError(
             f'no format "{form}"{did_you_mean(form, list(FORMS))}', where="--format", fix=f"one of {', '.join(FORMS)}"
         )
+    needed = {"torch": "local"} | (dict.fromkeys(GGUF_PACKAGES, "gguf") if form in ("gguf", "ollama") else {})
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise UsageError(f"{form} needs {package}", where="--format", fix=f"pip install 'tunesmith[{extra}]'")
     if unmerged and form != "vllm":
         raise UsageError(
             "only vLLM serves an adapter beside its base", where="--unmerged", fix="--format vllm, or adapter"

@@ -35,7 +35,7 @@ GREEDY = {
     "samplers": ["temperature"],
 }
 LIKELIEST = 32  # candidates of a next token that are looked at
-WIDE = 1 << 22  # numbers of a matrix that are widened to 32 bits at a time
+WIDE = 1 << 19  # numbers of a matrix that are widened to 32 bits at a time: 2 MB, which stay in the cache
 START = 600.0  # seconds in which llama.cpp must have read a model
 
 
