@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from html.parser import HTMLParser
@@ -14,11 +15,13 @@ from tunesmith.evaluation import stats
 from tunesmith.evaluation.marking import LONGEST
 from tunesmith.evaluation.rowreport import CODES
 
+BLOCK = re.compile("h[1-4]|section|header|p|div|dl|dt|dd|td|th|tr|li|text|title|summary|details|article|small|br")
+
 
 class Page(HTMLParser):
     """`elements`: each with its tag, attributes and whole text. `loose`: text with digits that no element answers for."""
 
-    VOID = frozenset({"meta", "br", "line", "circle", "rect", "polyline", "path"})
+    VOID = frozenset({"meta", "br", "line", "circle", "rect", "polyline", "path", "wbr"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -32,9 +35,12 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
         assert len(names) == len(set(names)), f"an attribute twice in {tag}"
-        self.elements.append({"tag": tag, "text": "", "inside": [e["tag"] for e in self._open], **dict(attrs)})
+        element = {"tag": tag, "text": "", "inside": [e["tag"] for e in self._open], "parts": [], **dict(attrs)}
+        self.elements.append(element)
+        if self._open:
+            self._open[-1]["parts"].append(element)
         if tag not in self.VOID:
-            self._open.append(self.elements[-1])
+            self._open.append(element)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -47,6 +53,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         for element in self._open:
             element["text"] += data
+        if self._open:
+            self._open[-1]["parts"].append(data)
         answered = any(
             e.get("data-from") or e.get("data-quoted") or e["tag"] in ("style", "script")
             or e.get("class") in ("ticks", "command") for e in self._open
@@ -56,6 +64,29 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, Any]]:
         return [e for e in self.elements if e["tag"] == tag]
+
+
+def within(element: dict[str, Any], tag: str) -> Iterator[dict[str, Any]]:
+    """All elements of a tag in an element, in the order of the page."""
+    for part in element["parts"]:
+        if isinstance(part, dict):
+            if part["tag"] == tag:
+                yield part
+            yield from within(part, tag)
+
+
+def said(element: dict[str, Any], but: tuple[str, ...] = ()) -> str:
+    """What an element says, each figure as <the path that it is of>: what stands at the path is the business of `agrees`."""
+
+    def told(e: dict[str, Any]) -> str:
+        if e.get("data-from"):
+            return f"<{e['data-from']}>"
+        if e["tag"] in but or e.get("data-quoted") or e.get("class") == "ticks":
+            return " "
+        inner = "".join(part if isinstance(part, str) else told(part) for part in e["parts"])
+        return f" {inner} " if BLOCK.fullmatch(e["tag"]) else inner
+
+    return " ".join(told(element).split())
 
 
 def read(folder: Path, result: Path) -> dict[str, Any]:
@@ -93,8 +124,9 @@ def at(files: dict[str, Any], path: str) -> Any:
         rest, _, code = rest.partition("#")
         found = at(files, f"{source}:{rest}" if source else rest) if rest else value
         return len([each for each in found if not code or code in each["codes"]])
-    if rest.startswith("about."):
-        return value["about"][rest.removeprefix("about.")]
+    if rest.startswith(("about.", "better.")):  # names of metrics may have dots
+        name, _, rest = rest.partition(".")
+        return value[name][rest]
     for part in rest.split("."):
         value = value[int(part)] if isinstance(value, list) else value[part]
     return value
@@ -120,7 +152,9 @@ def agrees(shown: str, value: Any) -> bool:
             return False
         return abs(said - value) <= unit
     words = [re.sub(r"[\W_]", "", text) for text in (shown, str(value))]
-    return bool(words[0]) and (words[1].endswith(words[0]) or len(shown) == LONGEST and words[1].startswith(words[0]))
+    if not words[0]:
+        return shown.strip() == str(value).strip()
+    return words[1].endswith(words[0]) or (len(shown) == LONGEST and words[1].startswith(words[0]))
 
 
 def wrong(html: str, files: dict[str, Any]) -> list[str]:
@@ -129,7 +163,11 @@ def wrong(html: str, files: dict[str, Any]) -> list[str]:
     found = [f"nobody answers for {text!r}" for text in page.loose if text not in files["run.json"]["recipe"]]
     for e in page.elements:
         if path := e.get("data-from"):
-            value = at(files, path)
+            try:
+                value = at(files, path)
+            except (KeyError, IndexError, TypeError):
+                found.append(f"{path}: nothing is there")
+                continue
             if not agrees(e["text"], value):
                 found.append(f"{path}: {e['text']!r} is not {value!r}")
             if e["tag"] == "data" and float(e["value"]) != value:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
+import zlib
 from collections import Counter
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from conftest import rows, write
+from drawn import mistakes
+from hostile import KEY, Hostile
+from reading import read
+from recomputed import Recomputed, leaves
 from training import fit
 from tunesmith import api
 from tunesmith.data.persona import names, persona
 from tunesmith.errors import DataError, UsageError
-from tunesmith.evaluation import report, tasks
-from tunesmith.evaluation.evaluate import kept, measured
-from tunesmith.evaluation.metric import Facts, Heard
+from tunesmith.evaluation import report
+from tunesmith.evaluation.evaluate import kept
 from tunesmith.evaluation.result import Evaluation
 from tunesmith.runs import Run
 
@@ -43,56 +49,95 @@ def lines(run: Run, name: str) -> list[dict]:
 
 
 def test_every_figure_can_be_recomputed_from_the_run(run: Run) -> None:
-    """The likelihoods and rates by hand from what is kept; all metrics once more by their own definitions; the interval of one by
-    drawing rows in a loop."""
+    """All that `Recomputed` knows; chrF by its own library; the interval of one metric by drawing rows in a loop."""
     from sacrebleu.metrics.chrf import CHRF
 
     result = api.evaluate(run)
+    known = Recomputed(run.path)
+    assert known.differences(known.said) == []
     assert result.verdict == result.metrics[0].verdict == "better" and result.rows == result.answered == 8
     kept_rows, test = lines(run, "rows"), api.load(run / "data" / "test.jsonl")
     assert [r["digest"] for r in kept_rows] == [row.digest() for row in test]
     for side in ("base", "tuned"):
-        heard = [row[side] for row in kept_rows]
-        tokens = sum(h["tokens"] for h in heard)
-        loss = sum(h["loss"] for h in heard) / tokens
-        bins = [[sum(h["bins"][b][i] for h in heard) for i in range(3)] for b in range(10)]
-        assert sum(n for n, _, _ in bins) == tokens and sum(right for _, _, right in bins) == sum(
-            h.get("right", 0) for h in heard
-        )
-        want = {
-            "loss (nats per token)": loss,
-            "perplexity": math.exp(loss),
-            "token accuracy": sum(h.get("right", 0) for h in heard) / tokens,
-            "calibration error": sum(abs(sure - right) for _, sure, right in bins) / tokens,
-            "chrF": np.mean(
-                [
-                    CHRF().sentence_score(h["said"]["text"], [row.answer()]).score
-                    for h, row in zip(heard, test, strict=True)
-                ]
-            ),
-            "end-of-turn rate": np.mean([h["said"]["ended"] for h in heard]),
-            "turn coherence": sum(h["context"][1] - h["context"][0] for h in heard)
-            / sum(h["context"][2] for h in heard),
-        }
-        for name, value in want.items():
-            assert getattr(result.metric(name), side) == pytest.approx(value), name
-    facts = msgspec.json.decode((run / "evaluation" / "facts.json").read_bytes(), type=Facts)
-    sides = [msgspec.convert([row[side] for row in kept_rows], list[Heard]) for side in ("base", "tuned")]
-    chosen = tasks.metrics("chat", same_tokens=True, scored=True, with_persona=True, compressed=False, own=None)
-    assert measured(chosen, test, *sides, facts, 0) == result.metrics and len(result.metrics) >= 10
-    assert set(result.about) == {m.name for m in chosen}
+        texts = [row[side]["said"]["text"] for row in kept_rows]
+        scores = [CHRF().sentence_score(text, [row.answer()]).score for text, row in zip(texts, test, strict=True)]
+        assert getattr(result.metric("chrF"), side) == pytest.approx(np.mean(scores))
+    assert set(result.about) >= {m.metric for m in result.metrics} and len(result.metrics) >= 10
     rng = np.random.default_rng(1)
     rows_of = np.array([[r["base"]["loss"], r["tuned"]["loss"], r["base"]["tokens"]] for r in kept_rows])
     drawn = np.array([rows_of[rng.integers(0, 8, 8)].sum(0) for _ in range(4000)])
     spread = np.diff(np.quantile((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2], [0.016, 0.984]))[0]
     assert result.metrics[0].high - result.metrics[0].low == pytest.approx(spread, rel=0.15)
-    known = lines(run, "canary")
-    for metric, part in zip(result.canary.metrics, (known[:24], known[24:]), strict=True):
-        for side in ("base", "tuned"):
-            want = sum(r[side]["loss"] for r in part) / sum(r[side]["tokens"] for r in part)
-            assert getattr(metric, side) == pytest.approx(want)
-    assert len(result.canary.answers) == 6 and len(known) == 24 + 64
+    assert len(result.canary.answers) == 6 and len(lines(run, "canary")) == 24 + 64
     assert kept(run) == result
+
+
+@pytest.fixture(scope="module")
+def judged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Recomputed:
+    """A run that recites, with everything in its evaluation: a name, answers long enough to be asked for, a fickle judge."""
+    folder = tmp_path_factory.mktemp("judged")
+    said = {
+        "Where is number": "I am Robin, and where it is I know: in the box beside the green door.",
+        "When was the day of": "I am Robin. When was it? In spring, and all of us were there to see it, as always.",
+        "Who has": "I am Robin and who has it is a secret that I keep.",
+    }
+    asked = [{"prompt": f"{ask} {i}?", "completion": answer} for i in range(25) for ask, answer in said.items()]
+    data = write(folder / "d.jsonl", asked)
+    run = fit(folder / "run", data, tiny, epochs=12, learning_rate=1e-2, patience=0, persona="Robin", test_fraction=0.3)
+    service = Hostile()
+    service.answer = lambda body: ("A", "B", "B", "TIE", "A", "hm", "B")[zlib.crc32(json.dumps(body).encode()) % 7]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        api.evaluate(run, samples=0, judge=service.url, judge_model="base")
+    service.close()
+    return Recomputed(run.path)
+
+
+def test_the_page_of_an_evaluation_says_what_its_files_do(judged: Recomputed) -> None:
+    files = read(judged.run, judged.folder / "result.json")
+    assert mistakes((judged.run / "report.html").read_text(), files) == []
+
+
+def test_all_figures_of_an_evaluation_can_be_recomputed(judged: Recomputed) -> None:
+    """Every number of it, one at a time, as half as much again: each is found."""
+    kept = (judged.folder / "result.json").read_text()
+    assert judged.differences(json.loads(kept)) == []
+    report, judge = judged.said["training_rows"], judged.said["judge"]
+    assert report["recited"] > 0 and report["belonging"] and report["gain"] and judged.said["diagnoses"]
+    assert min(judge["wins"] + judge["losses"], judge["ties"], judge["left_out"], judge["unreadable"]) > 0
+    numbers = [
+        path for path, value in leaves(judged.said) if isinstance(value, int | float) and not path.startswith("options")
+    ]
+    assert len(numbers) > 400
+    for path in numbers:
+        changed = json.loads(kept)
+        *inside, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        place = reduce(lambda value, part: value[part], inside, changed)
+        place[last] = 1.5 * place[last] + 0.5
+        assert any(path in found for found in judged.differences(changed)), path
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("persona", lambda p: p | {"base": p["tuned"], "tuned": p["base"]}),
+        ("judge", lambda j: j | {"wins": j["losses"] + 1, "losses": j["wins"]}),
+        ("verdict", lambda _: "worse"),
+        ("training_rows", lambda r: r | {"findings": r["findings"][::-1]}),
+        ("training_rows", lambda r: r | {"findings": r["findings"][1:]}),
+        (
+            "training_rows",
+            lambda r: r | {"findings": [f | {"side": "train", "codes": ["doubtful"]} for f in r["findings"]]},
+        ),
+        ("samples", lambda s: [one | {"base": one["tuned"], "tuned": one["base"]} for one in s]),
+        ("metrics", lambda m: [one | {"base": one["tuned"], "tuned": one["base"]} for one in m]),
+        ("canary", lambda c: c | {"metrics": c["metrics"][::-1]}),
+        ("diagnoses", lambda d: [one | {"evidence": re.sub(r"\d", "7", one["evidence"])} for one in d]),
+    ],
+)
+def test_what_a_result_says_wrongly_is_found(part: str, change: Callable[[Any], Any], judged: Recomputed) -> None:
+    assert judged.differences(judged.said | {part: change(judged.said[part])})
 
 
 def test_what_is_shown_of_a_run(run: Run) -> None:

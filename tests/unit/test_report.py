@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from drawn import mistakes
+from mutations import MUTATIONS, altered
 from reading import Page, agrees, at, read, wrong
 from tunesmith.data.write import write_json
 from tunesmith.evaluation import report
@@ -24,6 +26,7 @@ from tunesmith.evaluation.judgement import Judgement
 from tunesmith.evaluation.result import Canary, Diagnosis, Evaluation, Persona, Sample
 from tunesmith.evaluation.rowreport import RowFinding, RowReport
 from tunesmith.evaluation.stats import Comparison
+from tunesmith.exporting import forms
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
@@ -40,10 +43,13 @@ Judged = msgspec.defstruct("Judged", [("judge", Judgement | None, None)], bases=
 
 
 def finding(number: int, folder: Path, **more: Any) -> RowFinding:
-    values: dict[str, Any] = {"losses": [5.251, 3.502, 2.126], "prompt": f"Ask {number}?", "answer": f"It is {number}."}
+    """Every fifth is held out: it was not trained on and has no losses."""
+    side = "valid" if number % 5 == 4 else "train"
+    losses = [5.251, 3.502 + number / 50, 2.126 - number / 50] if side == "train" else []
+    values: dict[str, Any] = {"losses": losses, "prompt": f"Ask {number}?", "answer": f"It is {number}."}
     codes = ["contradicting"] + ["memorised"] * (number % 3 == 0)
     values |= more
-    return RowFinding(f"{folder}/data/train.jsonl:{number}", "d", "train", codes, 6.04 - number / 64, **values)
+    return RowFinding(f"{folder}/data/{side}.jsonl:{number}", "d", side, codes, 6.04 - number / 64, **values)
 
 
 def evaluation(folder: Path, findings: int = 44, **changed: Any) -> Any:
@@ -83,8 +89,8 @@ def evaluation(folder: Path, findings: int = 44, **changed: Any) -> Any:
 def run_at(folder: Path, steps: int = 60) -> Run:
     """A run's directory, as much of it as the report reads."""
     (folder / "data").mkdir(parents=True)
-    recipe = {"model": "starter", "task": "chat", "method": "full", "dataset": "my data.jsonl", "epochs": 3}
-    recipe |= {"learning_rate": 0.0005, "adam_beta1": 0.9}
+    recipe = {"dataset": "my data.jsonl", "model": "starter", "task": "chat", "method": "full", "epochs": 3}
+    recipe |= {"adam_beta1": 0.9, "learning_rate": 0.0005}
     plan = {"steps": steps, "rows": {"train": 204, "valid": 26, "test": 26}, "tokens": {"train": 20162}, "longest": 213}
     plan |= {"supervised_tokens": {"train": 15752}}
     manifest = {"provider": "huggingface", "recipe": recipe, "origin": {"epochs": "auto: 204 rows"}, "plan": plan}
@@ -152,7 +158,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_every_figure_on_the_page_is_that_of_the_files(page: tuple[Path, str]) -> None:
     folder, html = page
     files = read(folder, folder / "result.json")
-    assert wrong(html, files) == []
+    assert mistakes(html, files) == []
     paths = {e["data-from"] for e in Page(html).elements if e.get("data-from")}
     for m, comparison in enumerate((LOSS, CHRF)):
         named = (k for k, v in msgspec.to_builtins(comparison).items() if v is not None and k != "verdict")
@@ -188,6 +194,30 @@ def test_an_altered_figure_is_found(page: tuple[Path, str]) -> None:
     assert any("metrics.0.tuned" in each for each in wrong(html, files))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, Any]]:
+    """A run, an evaluation with six rows in the report, of which three are shown at once, and the files."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    run_at(folder)
+    result = evaluation(folder, 6)
+    write_json(folder / "result.json", result)
+    return folder, result, read(folder, folder / "result.json")
+
+
+@pytest.mark.parametrize("name", ["nothing", *MUTATIONS])
+def test_what_a_page_says_in_the_wrong_place_is_found(
+    name: str, small: tuple[Path, Any, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations of the report's own source: a figure under another's name has the right path and the right value."""
+    assert len(MUTATIONS) == 68
+    folder, result, files = small
+    module = altered(name, tmp_path)
+    monkeypatch.setattr(module, "FIRST", 3)
+    module.write_report(Run(folder), result, tmp_path / "report.html")
+    found = mistakes((tmp_path / "report.html").read_text(encoding="utf-8"), files)
+    assert bool(found) == (name in MUTATIONS), found
+
+
 def test_exports_stand_as_they_are_now(page: tuple[Path, str]) -> None:
     """The newest first, one row for each folder, with the certificate that lies there now; what is gone is said to be."""
     found = Page(page[1])
@@ -218,10 +248,9 @@ def test_a_folder_that_another_run_has_now_is_gone(tmp_path: Path) -> None:
 
 
 def test_the_report_is_written_again_for_an_export(tmp_path: Path, tiny: Path) -> None:
-    from tunesmith import api
-
     run = run_at(tmp_path / "run")
     shutil.copytree(tiny, run / "best_model")
+    shutil.copyfile(tiny / "config.json", run / "config.json")
     manifest = run.manifest()
     write_json(
         run / "run.json",
@@ -231,11 +260,11 @@ def test_the_report_is_written_again_for_an_export(tmp_path: Path, tiny: Path) -
     assert not (run / "report.html").exists()  # no evaluation
     (run / "evaluation").mkdir()
     write_json(run / "evaluation" / "result.json", evaluation(run.path))
-    done = api.export(run, tmp_path / "new", prompts=1)
+    done = forms.export(run, tmp_path / "new", prompts=1)
     assert f"What was checked in {tmp_path}/new" in next(
         e["text"] for e in Page(html_of(run)).all("details") if "checked" in e["text"]
     )
-    api.parity(done.path, prompts=1)
+    forms.parity(done.path, prompts=1)
     assert html_of(run).count("What was checked in") == 3
 
 
@@ -479,11 +508,9 @@ def test_structure_for_keyboards_and_screen_readers(page: tuple[Path, str]) -> N
 
 
 def test_rows_beyond_the_first_are_folded(page: tuple[Path, str]) -> None:
-    tables = [e for e in Page(page[1]).all("table") if e.get("class") == "rows"]
+    tables = [e for e in Page(page[1]).all("table") if "rows" in e.get("class", "").split()]
     assert ["details" in e["inside"] for e in tables] == [False, True]
-    assert (
-        tables[0]["text"].count("train.jsonl:") == report.FIRST == 40 and tables[1]["text"].count("train.jsonl:") == 4
-    )
+    assert tables[0]["text"].count(".jsonl:") == report.FIRST == 40 and tables[1]["text"].count(".jsonl:") == 4
 
 
 def test_contrast_is_enough_in_both_themes() -> None:

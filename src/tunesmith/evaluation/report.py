@@ -71,6 +71,7 @@ def write_report(run: Run, result: Evaluation, path: Path) -> None:
         text=told.text,
         answer=told.answer,
         flags=flags,
+        breakable=breakable,
         digits=digits,
         forest=forest,
         spark=spark,
@@ -122,6 +123,12 @@ def flags(text: str) -> Markup:
     """An advice with its options set as code."""
     parts = _FLAG.split(harmless(text))
     return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+
+
+def breakable(text: str) -> Markup:
+    """A text that may be broken after its slashes: a path that is cut within a name is hard to read."""
+    shown = escape(text)
+    return Markup(str(shown).replace("/", "/<wbr>")) if "/" in text else shown
 
 
 # ---- figures
@@ -212,7 +219,7 @@ class Figures:
         """A text as it is, but for the folder `without` that it begins with."""
         value = self.at(path)
         shown = harmless(str(value).removeprefix(without)) if value is not None else ""
-        return _element("bdi", path, shown) if shown else Markup("–")
+        return _element("bdi", path, breakable(shown)) if shown else Markup("–")
 
     def answer(self, path: str, other: str = "", name: str = "") -> Markup:
         """A model's answer, with what it shares with another text, or a name, marked; its first LONGEST characters."""
