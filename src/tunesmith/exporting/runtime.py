@@ -173,10 +173,14 @@ class _Wide:
             rows = weight[given].float()
             return rows if scale is None else rows * scale.float()
         rows = weight.t() if isinstance(self._module, Conv1D) else weight  # [out, in]
+        out = given.new_empty(*given.shape[:-1], rows.shape[0])
         step = max(1, WIDE // rows.shape[1])
-        parts = [linear(given, rows[i : i + step].float()) for i in range(0, rows.shape[0], step)]
-        out = torch.cat(parts, -1)
-        return out if bias is None else out + bias
+        # One piece for all: pieces that are freed lie between results, a gigabyte of them
+        wide = given.new_empty(step, rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step]
+            out[..., start : start + step] = linear(given, wide[: len(part)].copy_(part))
+        return out if bias is None else out.add_(bias)
 
 
 class LlamaCpp:
