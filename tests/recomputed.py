@@ -108,7 +108,10 @@ class Recomputed:
             r["digest"] for r in recited if r["recited"]["text"].split() == _answer(self.row(r["source"])).split()
         }
         gains = [s["suspects"] for s in suspects]
-        held_out = [gain for gain, side in zip(gains, sides, strict=True) if side != "train" and gain is not None]
+        held = self.lines("held")
+        assert [h["digest"] for h in held] == [
+            s["digest"] for s, side in zip(suspects, sides, strict=True) if side != "train"
+        ]
         own = [x for x, row in zip(belonging(prompts, answers), rows, strict=False) if _prompt(row)]
         return {
             "rows": sum(len(side) for side in self.data.values()),
@@ -116,7 +119,7 @@ class Recomputed:
             "asked": len(recited),
             "recited": len(verbatim),
             "belonging": _mean(own),
-            "gain": _mean(held_out),
+            "gain": _mean([h["held"] for h in held if h["held"] is not None]),
             "findings": self.findings(suspects, sides, prompts, answers, gains, verbatim),
         }
 
@@ -130,7 +133,7 @@ class Recomputed:
         verbatim: set[str],
     ) -> list[dict[str, Any]]:
         helps = _mean([gain for gain in gains if gain is not None])
-        scores = suspicion(prompts, answers, [gains] if helps and helps[0] > helps[1] else [])
+        scores = suspicion(prompts, answers, gains if helps and helps[0] > helps[1] else None)
         least = max(1.0, sorted(scores)[-40:][0])
         table = np.load(self.run / "row_losses.npy").tolist()
         marks, found = self.marks(table), []

@@ -65,12 +65,17 @@ def test_rows_with_another_rows_answer_are_found(tiny: Path, tmp_path: Path) -> 
     assert places.items() <= held.items()  # the line that is named is the row's
 
 
-def test_texts_alone_find_half_of_them_in_a_mixed_set(tmp_path: Path) -> None:
-    """By chance 3 of 20 would be among the first 40 of 256."""
-    changed, wrong = planted(sound(), 20, 1)
-    scores = suspicion.suspicion([r.prompt()[-1].content for r in changed], [r.answer() for r in changed])
-    first = sorted(range(256), key=lambda i: -scores[i])[:40]
-    assert len({changed[i].digest() for i in first} & wrong) >= 10
+@pytest.mark.parametrize(("name", "least"), [("mixed", 14), ("echo", 12)])
+def test_texts_alone_find_most_of_them(name: str, least: int) -> None:
+    """In the mean of ten plantings (measured: 16.0 and 13.5); by chance 3 of 20 would be among the first 40 of 256."""
+    whole = sound() if name == "mixed" else api.load(name)
+    found = []
+    for seed in range(10):
+        changed, wrong = planted(whole, 20, seed)
+        scores = suspicion.suspicion([r.prompt()[-1].content for r in changed], [r.answer() for r in changed])
+        first = sorted(range(256), key=lambda i: -scores[i])[:40]
+        found.append(len({changed[i].digest() for i in first} & wrong))
+    assert np.mean(found) >= least
 
 
 def test_a_model_to_which_contexts_say_nothing_is_not_heard(tmp_path: Path) -> None:
@@ -119,19 +124,41 @@ def test_a_row_among_its_own_kind_is_found_by_hand() -> None:
     assert max(range(6), key=lambda i: scores[i]) == 5 and scores[5] >= rowreport.SUSPICIOUS
 
 
-def test_gains_of_models_count() -> None:
+def test_gains_of_a_model_count() -> None:
     """Where texts say nothing, a row whose own context helps less than others' does is above the rest. A model's gain of 1.0 for
     all but one row, and a spread of 0: nothing can be said of it. Of gains 0, 1.0 (four times), 1.05, 1.1 (four times) the
-    median is 1.025 and that of the distances from it 0.05: 0 is 1.025 / (1.4826 * 0.05) = 13.8 under it, of which 6
-    count, one and a half times."""
+    median is 1.025 and that of the distances from it 0.05: 0 is 1.025 / (1.4826 * 0.05) = 13.8 under it, of which 6 count."""
     texts = ["same"] * 10
-    assert suspicion.suspicion(texts, texts, [[1.0] * 9 + [0.0]]) == [0.0] * 10
+    assert suspicion.suspicion(texts, texts, [1.0] * 9 + [0.0]) == [0.0] * 10
     gains = [1.0, 1.1] * 4 + [1.05, 0.0]
-    scores = suspicion.suspicion(texts, texts, [gains])
-    assert scores[9] == 1.5 * suspicion.MOST == 9.0 and scores[0] == pytest.approx(1.5 * 0.025 / (1.4826 * 0.05))
-    assert suspicion.suspicion(texts, texts, [[None] * 10]) == [0.0] * 10
-    some = suspicion.suspicion(texts, texts, [[None, *gains[1:]]])
-    assert some[0] == 0.0 and some[9] == 9.0
+    scores = suspicion.suspicion(texts, texts, gains)
+    assert scores[9] == suspicion.MOST == 6.0 and scores[0] == pytest.approx(0.025 / (1.4826 * 0.05))
+    assert suspicion.suspicion(texts, texts, [None] * 10) == [0.0] * 10
+    some = suspicion.suspicion(texts, texts, [None, *gains[1:]])
+    assert some[0] == 0.0 and some[9] == 6.0
+
+
+def test_an_exchange_of_answers_by_hand() -> None:
+    """Row 0 fits its own answer by 1 and row 1 by 0; the other way round it is 2 and 4: together they would gain 5. Row 2 would
+    lose 1 by either exchange: 3 + 0 - 1 - 3 and 0 + 2 - 0 - 3."""
+    fits = np.array([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0], [0.0, 2.0, 3.0]])
+    assert suspicion._exchanged(fits).tolist() == [5.0, 5.0, -1.0]
+
+
+def test_what_texts_have_in_common_by_hand() -> None:
+    """Pieces are of words: " cat", "cat " and " cat " are a cat's; those in one text only say nothing."""
+    assert list(suspicion._pieces("Cat, a")) == [" cat", "cat ", " cat ", " a ", " a "]
+    like = suspicion._likeness(["a cat", "cat", "dog", "dog!", "hen"])
+    want = np.zeros((5, 5))
+    want[:2, :2] = want[2:4, 2:4] = 1
+    assert like == pytest.approx(want, abs=1e-6)
+
+
+def test_pieces_are_summed_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [row.answer() for row in sound()[:30]]
+    whole = suspicion._likeness(texts)
+    monkeypatch.setattr(suspicion, "WIDTH", 7)
+    assert suspicion._likeness(texts) == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +224,8 @@ def told(tmp_path: Path, found: list[Conversation], table: np.ndarray | None, **
     numbers = list(range(len(found)))
     recited = more.get("recited", [])
     candidates = Candidates(found, ["train"] * len(found), numbers, recited, len(found))  # type: ignore[arg-type]
-    return report(Run(tmp_path), candidates, more.get("gains", [None] * len(found)), more.get("said", []))  # type: ignore[arg-type]
+    gains = more.get("gains", [None] * len(found))
+    return report(Run(tmp_path), candidates, gains, [], more.get("said", []))  # type: ignore[arg-type]
 
 
 def test_marks_are_told_with_the_rows(tmp_path: Path) -> None:

@@ -81,8 +81,9 @@ def asking(run: Run | None, pair: Sides, how: Options, scored: bool, own: bool) 
     )
     taught = _taught(run, how.seed) if run and probes and answered else []
     found = rowreport.candidates(run, how.seed, bool(answered)) if run and own and scored else None
-    tuned = msgspec.structs.replace(base, suspects=found.rows, recited=found.recited) if found else base
-    return Asked(msgspec.structs.replace(base, recited=taught), tuned, who, probes, len(text), starter, taught, found)
+    tuned = msgspec.structs.replace(base, suspects=found.held(), recited=found.recited) if found else base
+    base = msgspec.structs.replace(base, suspects=found.rows if found else [], recited=taught)
+    return Asked(base, tuned, who, probes, len(text), starter, taught, found)
 
 
 def _room(rows: Sequence[Conversation]) -> int:

@@ -5,7 +5,7 @@ reference answers), else, where a service has a model and tells no likelihoods, 
 it; each keeps its own five percent of error, so of twenty that measure nothing one may look like something.
 
 Everything shown can be recomputed from `evaluation/` in the run: `rows.jsonl` (what both models did with each row),
-`canary.jsonl`, `suspects.jsonl`, `facts.json` and, of training, `events.jsonl` and `row_losses.npy`.
+`canary.jsonl`, `suspects.jsonl`, `held.jsonl`, `facts.json` and, of training, `events.jsonl` and `row_losses.npy`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def evaluate(
             fix="evaluate on rows with answers that both models have room for",
         )
     canary = _canary(asked, base, tuned, how.seed) if scored else None
-    rows = rowreport.report(run, asked.candidates, tuned.gains, tuned.recited) if run and asked.candidates else None
+    found = asked.candidates
+    rows = rowreport.report(run, found, base.gains, tuned.gains, tuned.recited) if run and found else None
     evidence = Evidence(
         metrics[0].verdict,
         {m.metric: m for m in metrics},
@@ -360,7 +361,8 @@ def _keep(
         )
     write_json(folder / "facts.json", facts)
     for name, part, values in (
-        ("suspects", asked.tuned.suspects, tuned.gains),
+        ("suspects", asked.base.suspects, base.gains),
+        ("held", asked.tuned.suspects, tuned.gains),
         ("recited", asked.tuned.recited, tuned.recited),
         ("taught", asked.base.recited, base.recited),
     ):

@@ -27,13 +27,15 @@ CODES = {
     "memorised": "the tuned model repeats its answer word for word",
 }
 MOST = 1000  # rows that are looked at, chosen by the seed: each is scored five times
-SUSPICIOUS = 2.5  # of sound rows 5 to 13 % are over it, of rows with another's answer 80 to 90 %
+SUSPICIOUS = 2.5  # of the persona sample's sound rows 7 to 11 % are over it, of rows with another's answer 55 to 90 %
 FIRST = 40  # rows that are shown at once
 DOUBTFUL = 1.0  # suspicion from which on a row may be among them
 ROSE = 0.3  # nats a token
 FELL = 0.05  # of the loss in the first epoch
 RECITED = 24  # training rows with the lowest losses whose prompts are answered
 VERBATIM = 8  # words: shorter answers are the same by chance
+
+Gains = Sequence[float | None]  # nats a token by which a row's own context makes its answer likelier than others' do
 
 
 class RowFinding(msgspec.Struct, frozen=True):
@@ -74,6 +76,10 @@ class Candidates(msgspec.Struct, frozen=True):
     numbers: list[int]
     recited: list[Conversation]
     total: int
+
+    def held(self) -> list[Conversation]:
+        """Those that were not trained on."""
+        return [row for row, side in zip(self.rows, self.sides, strict=True) if side != "train"]
 
 
 def candidates(run: Run, seed: int, answers: bool = True) -> Candidates:
@@ -120,14 +126,15 @@ def _best_learnt(run: Run) -> list[int]:
     return [] if not len(seen) else [int(i) for i in np.argsort(seen[-1], kind="stable")[: 4 * RECITED]]
 
 
-def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Sequence[Said]) -> RowReport:
-    """What is to be said of the candidates, from the tuned model's gains and its answers to the recited rows' prompts."""
+def report(run: Run, found: Candidates, gains: Gains, held: Gains, said: Sequence[Said]) -> RowReport:
+    """What is to be said of the candidates: from the gains of the base, which has learnt none of them; the tuned model's gains on
+    the rows that were held out; and its answers to the recited rows' prompts."""
     prompts = [
         "\n".join(m.content for m in row.prompt() if m.role not in ("system", "developer")) for row in found.rows
     ]
     answers = [row.answer() for row in found.rows]
-    helps = _mean([g for g in gains if g is not None])
-    scores = suspicion(prompts, answers, [gains] if helps and helps[0] > helps[1] else [])  # else they are noise
+    helps = _mean(gains)
+    scores = suspicion(prompts, answers, gains if helps and helps[0] > helps[1] else None)  # else they are noise
     verbatim = {
         row.digest()
         for row, s in zip(found.recited, said, strict=True)
@@ -154,7 +161,7 @@ def report(run: Run, found: Candidates, gains: Sequence[float | None], said: Seq
         len(found.recited),
         len(verbatim),
         _mean(own),
-        _mean([g for g, side in zip(gains, found.sides, strict=True) if g is not None and side != "train"]),
+        _mean(held),
         findings,
     )
 
@@ -176,11 +183,12 @@ def _marks(table: np.ndarray) -> dict[int, list[str]]:
     return found
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float] | None:
+def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
     """The mean and twice its standard error; None of fewer than 8."""
-    if len(values) < 8:
+    known = [value for value in values if value is not None]
+    if len(known) < 8:
         return None
-    return float(np.mean(values)), float(2 * np.std(values, ddof=1) / len(values) ** 0.5)
+    return float(np.mean(known)), float(2 * np.std(known, ddof=1) / len(known) ** 0.5)
 
 
 def _short(text: str, limit: int = 300) -> str:

@@ -1,40 +1,41 @@
 """How little a row's answer belongs to its prompt, among the rows of one data set: which ones may have another row's answer.
 
-Each row gets several independent pieces of evidence, as robust z-scores over all rows (median and median absolute deviation):
-how little prompt and answer have in common compared with other pairs of the set, in both directions; how unlike the answer is
-what similar prompts are answered (kernel ridge regression from prompts to answers, each row predicted without itself); and how
-little likelier the answer gets by its own context than by others', for models that were asked. Their sum is the suspicion: where
-evidence says nothing of a data set (all rows alike), it is small for all.
+Each row gets several pieces of evidence, as robust z-scores over all rows (median and median absolute deviation): how little
+prompt and answer have in common compared with other pairs of the set; how much more they and another pair would have if the two
+exchanged their answers; how unlike the answer is what similar prompts are answered (kernel ridge regression from prompts to
+answers, each row predicted without itself); and how little likelier the answer gets by its own context than by others', for a
+model that was asked. Their sum is the suspicion: where evidence says nothing of a data set (all rows alike), it is small for all.
 
-Of 20 rows with another row's answer among 256, 20 were within the first 40 of gsm8k's questions, 18 of the persona
-sample's (by their texts alone 20 and 10).
+Of 20 rows with another row's answer among 256, 15 (12 to 18) of the persona sample's were within the first 40, mean and range of
+24 plantings (docs/LOG.md): where answers do not take up their prompts' words, texts and a small model do not tell them all.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-GRAM = 4  # characters: no word borders needed, so any script will do
-WIDTH = 8192  # hashed features
+WORD = re.compile(r"\w+")
+SIZES = (4, 5)  # characters; a script without spaces has long words, which is no harm
+WIDTH = 4096  # pieces whose counts are held at once
 LONGEST = 2000  # characters of a text that are looked at
 BLOCK = 2000  # rows that are compared with one another: 2000 x 2000 similarities are 16 MB
 RIDGE = 0.3
 LEAST, MOST = -1.0, 6.0  # of one piece of evidence: none may outweigh all others
 RELATIONS = 3  # kinds of evidence from the texts
-GAIN = 1.5  # weight of a model's evidence: the others are three views of the same words
 
 
 def suspicion(
-    prompts: Sequence[str], answers: Sequence[str], gains: Sequence[Sequence[float | None]] = ()
+    prompts: Sequence[str], answers: Sequence[str], gains: Sequence[float | None] | None = None
 ) -> list[float]:
-    """A number for each row, 0 and less for most. `gains`: of each model, nats a token by which a row's own context helps."""
+    """A number for each row, 0 and less for most. `gains`: nats a token by which a row's own context helps a model."""
     n = len(prompts)
-    evidence, weights = [np.zeros(n) for _ in range(RELATIONS)], [1.0] * RELATIONS
+    evidence = [np.zeros(n) for _ in range(RELATIONS)]
     order = np.random.default_rng(0).permutation(n)
     for start in range(0, n, BLOCK):
         block = order[start : start + BLOCK]
@@ -43,11 +44,9 @@ def suspicion(
                 evidence, _relations([prompts[i] for i in block], [answers[i] for i in block]), strict=True
             ):
                 all_rows[block] = values
-    for each in gains:
-        evidence.append(-np.array([np.nan if gain is None else gain for gain in each], np.float64))
-        weights.append(GAIN)
-    parts = [weight * np.clip(_robust(values), LEAST, MOST) for weight, values in zip(weights, evidence, strict=True)]
-    return [float(x) for x in np.sum(parts, axis=0)]
+    if gains is not None:
+        evidence.append(-np.array([np.nan if gain is None else gain for gain in gains], np.float64))
+    return [float(x) for x in np.sum([np.clip(_robust(values), LEAST, MOST) for values in evidence], axis=0)]
 
 
 def belonging(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -55,8 +54,7 @@ def belonging(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     deviations of those: about 0 in the mean where answers were shuffled."""
     if len(prompts) < 3:
         return []
-    forward, backward, _ = _relations(prompts[:BLOCK], answers[:BLOCK])
-    return [float(x) for x in -(forward + backward) / 2]
+    return [float(x) for x in -_relations(prompts[:BLOCK], answers[:BLOCK])[0]]
 
 
 def _robust(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,20 +67,27 @@ def _robust(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _relations(prompts: Sequence[str], answers: Sequence[str]) -> list[NDArray[np.float64]]:
-    asked, said = _features([*prompts, *answers])
-    shared = asked @ said.T  # [prompt, answer]
-    predicted = _left_out(asked @ asked.T) @ (said @ said.T)
-    return [-_own(shared), -_own(shared.T), -_own(predicted)]
+    n, like = len(prompts), _likeness([*prompts, *answers])
+    shared = like[:n, n:]  # [prompt, answer]
+    fits = (_standard(shared) + _standard(shared.T).T) / 2
+    predicted = _left_out(like[:n, :n]) @ like[n:, n:]
+    return [-np.diag(fits), -np.diag(_standard(predicted)), _exchanged(fits)]
 
 
-def _own(similarity: Array) -> NDArray[np.float64]:
-    """How far each row's own similarity (the diagonal) is above those with the others, in their standard deviations."""
-    n = len(similarity)
-    own = np.diag(similarity).astype(np.float64)
-    rest = similarity.sum(1, dtype=np.float64) - own
-    mean = rest / (n - 1)
+def _standard(similarity: Array) -> NDArray[np.float64]:
+    """Each row's similarities, less the mean of those with others (all but the diagonal), in their standard deviations."""
+    n, own = len(similarity), np.diag(similarity).astype(np.float64)
+    mean = (similarity.sum(1, dtype=np.float64) - own) / (n - 1)
     square = (np.square(similarity).sum(1, dtype=np.float64) - own**2) / (n - 1) - mean**2
-    return np.asarray((own - mean) / (np.sqrt(np.maximum(square, 0)) + 1e-6), np.float64)
+    return np.asarray((similarity - mean[:, None]) / (np.sqrt(np.maximum(square, 0)) + 1e-6)[:, None], np.float64)
+
+
+def _exchanged(fits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a row and another would gain together if they exchanged their answers: the most that it is with any."""
+    own = np.diag(fits)
+    gain = fits + fits.T - own[:, None] - own
+    np.fill_diagonal(gain, -np.inf)
+    return np.asarray(gain.max(1), np.float64)
 
 
 def _left_out(kernel: Array) -> Array:
@@ -94,16 +99,29 @@ def _left_out(kernel: Array) -> Array:
     return np.asarray(weights, np.float32)
 
 
-def _features(texts: list[str]) -> tuple[Array, Array]:
-    """Unit rows of weighted character 4-grams (1 + ln count, times inverse document frequency): of the first and second half."""
-    counts = np.zeros((len(texts), WIDTH), np.float32)
-    for i, text in enumerate(texts):
-        plain = " ".join(text[:LONGEST].casefold().split()).encode("utf-8", "replace").decode()
-        places = [zlib.crc32(plain[k : k + GRAM].encode()) % WIDTH for k in range(len(plain) - GRAM + 1)]
-        np.add.at(counts[i], places, 1.0)
-    seen = (counts > 0).sum(0)
-    weight = np.where(seen > 1, np.log(len(texts) / np.maximum(seen, 1)), 0.0).astype(np.float32)
-    found = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * weight
-    found /= np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
-    half = len(texts) // 2
-    return found[:half].astype(np.float32), found[half:].astype(np.float32)
+def _likeness(texts: Sequence[str]) -> Array:
+    """Cosines [n, n] of weighted pieces of words (1 + ln count, times inverse document frequency); what stands in one text only
+    says nothing. Summed up over WIDTH pieces at a time: a thousand rows have some 30,000."""
+    counts = [Counter(_pieces(text[:LONGEST])) for text in texts]
+    seen = Counter(piece for each in counts for piece in each)
+    places = {piece: place for place, piece in enumerate(piece for piece, n in seen.items() if n > 1)}
+    weight = np.log(len(texts) / np.array([seen[piece] for piece in places], np.float32))
+    kernel = np.zeros((len(texts), len(texts)), np.float32)
+    entries = [(places[p], i, n) for i, each in enumerate(counts) for p, n in each.items() if p in places]
+    column, row, count = np.array(sorted(entries), np.int64).reshape(-1, 3).T
+    for start in range(0, len(places), WIDTH):
+        part = slice(*np.searchsorted(column, [start, start + WIDTH]))
+        dense = np.zeros((len(texts), WIDTH), np.float32)
+        dense[row[part], column[part] - start] = (1 + np.log(count[part])) * weight[column[part]]
+        kernel += dense @ dense.T
+    length = np.sqrt(np.diag(kernel)) + 1e-9
+    return np.asarray(kernel / np.outer(length, length), np.float32)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """4 and 5 characters in a row of each word and its borders; a shorter word is one piece."""
+    for word in WORD.findall(text.casefold()):
+        edged = f" {word} "
+        for size in SIZES:
+            for start in range(max(1, len(edged) - size + 1)):
+                yield edged[start : start + size]
