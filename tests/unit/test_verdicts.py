@@ -93,10 +93,11 @@ def test_cannot_tell_says_how_many_rows() -> None:
 @pytest.mark.parametrize("rows", [8, 12, 40, 200])
 @pytest.mark.parametrize("kind", ["normal", "tailed", "skewed", "rare"])
 def test_equal_models_are_told_apart_in_five_of_a_hundred_test_sets_at_most(rows: int, kind: str) -> None:
-    """1,000 test sets of differences without an effect, of four shapes: at most 5 % of verdicts are wrong, within two standard
-    errors of such a count (1.4 %). "skewed": one tail alone; the interval of the bootstrap alone gives 7.1 % of 12 rows."""
+    """1,000 test sets (of 200 rows 400) of differences without an effect, of four shapes: at most 5 % of verdicts are wrong,
+    within two standard errors of such a count (1.4 %). "skewed" has one tail alone."""
     rng, wrong = np.random.default_rng(rows), 0
-    for seed in range(1000):
+    sets = 400 if rows == 200 else 1000
+    for seed in range(sets):
         difference = {
             "normal": lambda: rng.normal(0, 0.3, rows),
             "tailed": lambda: rng.exponential(1, rows) * rng.choice([-1, 1], rows),
@@ -107,7 +108,7 @@ def test_equal_models_are_told_apart_in_five_of_a_hundred_test_sets_at_most(rows
         }[kind]()
         base = rng.normal(3, 1, rows)
         wrong += against(base, base + difference, seed=seed % 4).verdict != "cannot tell"
-    assert wrong <= 64
+    assert wrong / sets <= 0.064
 
 
 def test_a_tail_widens_the_interval_to_its_side() -> None:
@@ -115,7 +116,11 @@ def test_a_tail_widens_the_interval_to_its_side() -> None:
     0.715: 1 - s * 3 / g * (cbrt(1 + g * (+-0.715 - g / 60)) - 1) = -0.450 and 8.146."""
     found = against(np.zeros(10), np.array([0.0] * 9 + [10.0]))
     assert found.low is not None and found.high is not None
-    assert found.low == pytest.approx(-0.450, abs=0.001) and found.high == pytest.approx(8.146, abs=0.001)
+    assert found.low == 0 and found.high == pytest.approx(8.146, abs=0.001)  # nine share the lowest: no tail there
+    spread = against(np.zeros(10), np.array([i / 1000 for i in range(9)] + [10.0]))
+    assert spread.low == pytest.approx(-0.447, abs=0.005)
+    rates = against(np.zeros(12), np.array([-1.0] * 10 + [0.0] * 2))  # none lies beyond what two rows have
+    assert rates.verdict == "better" and rates.high is not None and rates.high < -0.5
     even = against(np.zeros(10), np.array([-1.0, 1.0] * 5))
     assert even.low is not None and even.high is not None and -even.low == pytest.approx(even.high, rel=0.1)
 

@@ -107,7 +107,10 @@ def _influence(base: Array, tuned: Array, figure: Figure) -> Array:
 
 def _skewed(influence: Array) -> tuple[float, float]:
     """Ends of the 95 % interval around the difference, by Hall's transformed t (1992), which corrects for skewness:
-    with u = mean / s and g the skewness, sqrt(n) ((1 + g u / 3)^3 - 1) / g + g / (6 sqrt(n)) is nearly a t. (0, 0): no spread."""
+    with u = mean / s and g the skewness, sqrt(n) ((1 + g u / 3)^3 - 1) / g + g / (6 sqrt(n)) is nearly a t.
+
+    0: no end is told on this side. There is no spread; or two rows share the utmost value, as with rates, so that a tail that was
+    not seen is none."""
     n, spread = len(influence), float(influence.std())
     if not 0 < spread < math.inf:
         return 0.0, 0.0
@@ -116,8 +119,9 @@ def _skewed(influence: Array) -> tuple[float, float]:
     ends = [end - skew / (6 * n) for end in (-t, t)]
     if abs(skew) > 1e-6:  # else the root loses all digits
         ends = [3 / skew * (float(np.cbrt(1 + skew * end)) - 1) for end in ends]
-    scale = spread * math.sqrt(n / (n - 1))
-    return -scale * ends[1], -scale * ends[0]
+    scale, order = spread * math.sqrt(n / (n - 1)), np.sort(influence)
+    low, high = (math.isclose(*pair, rel_tol=0, abs_tol=1e-9 * spread) for pair in (order[:2], order[-2:]))
+    return 0.0 if low else -scale * ends[1], 0.0 if high else -scale * ends[0]
 
 
 def _tail(n: int) -> float:
