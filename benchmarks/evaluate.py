@@ -23,6 +23,10 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k_test.j
 
 def rows(path: Path, count: int) -> Path:
     """gsm8k's questions as a data set."""
+    if not SHARED.exists():
+        sys.exit(
+            f"{SHARED}: no such file -- put gsm8k's test rows there, a JSON object with question and answer a line"
+        )
     found = [json.loads(line) for line in SHARED.read_text().splitlines()[:count]]
     path.write_text("".join(json.dumps({"prompt": r["question"], "completion": r["answer"]}) + "\n" for r in found))
     return path

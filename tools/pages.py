@@ -38,7 +38,8 @@ What `tunesmith evaluate` measures, by `--task`. Made from the tables in `src/tu
 Both models are judged on the same held-out rows. A metric is computed from sums over rows, and the difference is tuned - base.
 
 - **Interval**: {100 * stats.LEVEL:.0f} %, by the expanded percentile bootstrap (Efron 1979; Hesterberg 2015): in each of
-  {stats.RESAMPLES:,} samples as many rows are drawn with replacement, the same for both models.
+  {stats.RESAMPLES:,} samples as many rows are drawn with replacement, the same for both models. Where the differences have a long
+  tail, widened to the end of Hall's transformed t (1992), which corrects for skewness.
 - **Test**: paired permutation (Fisher 1935): in each of {stats.RESAMPLES:,} trials base and tuned change places in a row by the
   throw of a coin.
 - **Verdict**: *better* or *worse* where the interval excludes zero, p is at most {stats.SURE}, and there are {stats.FEWEST} rows

@@ -226,6 +226,29 @@ def test_what_was_judged_before_the_service_failed_is_kept(hostile: Hostile, tmp
     assert transcripts(path) == [] == transcripts(tmp_path / "none")
 
 
+def test_no_reply_is_paid_for_twice(hostile: Hostile, tmp_path: Path) -> None:
+    """Not among other rows, nor after another judge: its replies are kept too, and counted where they belong."""
+    hostile.answer, path = perfect, tmp_path / "judge.jsonl"
+    hostile.models["other"] = {}
+    chat, rows = "POST /chat/completions", prompts(8)
+
+    def judged_by(model: str, those: list[int]) -> Judgement:
+        n = len(those)
+        asked = [rows[i] for i in those]
+        return judged(asked, [""] * n, ["no"] * n, [BEST] * n, url=hostile.url, model=model, path=path)
+
+    whole = judged_by("base", list(range(8)))
+    assert hostile.count(chat) == 16 and whole.wins == 8
+    few = judged_by("base", [6, 1, 3, 4])
+    assert hostile.count(chat) == 16 and (few.rows, few.wins, len(few.transcripts)) == (4, 4, 8)
+    assert judged_by("other", [0, 1]).wins == 2 and hostile.count(chat) == 20
+    assert (
+        figures(transcripts(path), 2, "other", service=hostile.url).transcripts
+        == judged_by("other", [0, 1]).transcripts
+    )
+    assert judged_by("base", list(range(8))) == whole and hostile.count(chat) == 20
+
+
 def test_ctrl_c_loses_nothing(tmp_path: Path, hostile: Hostile) -> None:
     hostile.answer = perfect
     path = tmp_path / "judge.jsonl"

@@ -10,6 +10,7 @@ import pytest
 from tunesmith.conversation import Conversation, Message
 from tunesmith.data.language import words
 from tunesmith.evaluation import chat
+from tunesmith.evaluation.chat import loops, self_repetition
 from tunesmith.evaluation.metric import Facts, Heard, Said, measure
 
 METRICS = {metric.name: metric for metric in chat.METRICS}
@@ -64,10 +65,9 @@ def test_distinct_is_the_mean_over_the_rows_that_both_answer() -> None:
 
 def test_distinct_over_all_answers_counts_a_pair_once() -> None:
     """Each answer is all different; together ab bc ab are 2 of 3 pairs, and no pair reaches over the end ("c a")."""
-    found = measure(
-        METRICS["distinct-2 over all answers"], [row()] * 2, [said("a b c"), said("a b")], [said("x y")] * 2, Facts()
-    )
-    assert found and (found.base, found.tuned) == (pytest.approx(2 / 3), 1 / 2)
+    base, tuned = [said("a b c"), said("a b"), Heard()], [said("x y"), said("x y"), Heard()]  # the third was not asked
+    found = measure(METRICS["distinct-2 over all answers"], [row()] * 3, base, tuned, Facts())
+    assert found and (found.base, found.tuned, found.rows) == (pytest.approx(2 / 3), 1 / 2, 2)
     assert found.low is None and found.verdict == ""
     whole = METRICS["distinct-2 over all answers"].whole
     assert whole and whole([row()], [said("a")], Facts()) is None and whole([row()], [Heard()], Facts()) is None
@@ -78,6 +78,25 @@ def test_self_repetition() -> None:
     assert columns("self-repetition", said("a b c d a b c d")) == (pytest.approx(1 / 5), 1)
     assert columns("self-repetition", said("no " * 100)) == (pytest.approx(96 / 97), 1)
     assert columns("self-repetition", said("no no no")) == (0, 1) and columns("self-repetition", said("")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("48 / 2 = " + "0" * 24, True),
+        ("48 / 2 = " + "0" * 12, False),
+        ("It is " + "-10" * 18 + "-120" * 5 + "-12=120>>120-120", True),  # one that wavers
+        ("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15", False),
+        ("It is 10" + "-10" * 8, True),
+        ("A box. " + "The box is by the door. " * 4, True),
+        ("It is on the shelf. " + "The box is by the door. " * 2, False),  # said twice is no loop
+        ("The box is by the door. " * 9 + "It is green.", False),  # it came out of it
+        ("", False),
+    ],
+)
+def test_an_ending_that_loops(text: str, want: bool) -> None:
+    assert loops(text) is want
+    assert self_repetition("0" * 99) == 0  # one word: what words do not show
 
 
 def test_turn_coherence_is_nats_a_token_over_all_rows() -> None:

@@ -14,7 +14,7 @@ from tunesmith.evaluation import code
 from tunesmith.evaluation.code import edit_similarity, judge, normal, pass_at_k, program, same_patterns, test_of, valid
 from tunesmith.evaluation.metric import Facts, Heard, Metric, Said
 from tunesmith.evaluation.sandbox import Limits
-from tunesmith.evaluation.syntax import code_of, kinds, language, languages
+from tunesmith.evaluation.syntax import code_of, kinds, language, languages, parses
 
 HUMANEVAL = ROOT.parent / "shared" / "data" / "humaneval.jsonl"
 METRICS = {metric.name: metric for metric in code.METRICS}
@@ -143,6 +143,12 @@ def test_pattern_consistency() -> None:
     assert 0 < same_patterns("x = = 1", "x = 1", "python") <= 1
     assert columns("pattern consistency", row("x = 1"), heard("f(1)")) == (pytest.approx(6 / 9), 1)
     assert columns("pattern consistency", row("```sql\nx\n```"), heard("f(1)")) is None
+
+
+def test_python_is_parsed_to_its_end() -> None:
+    """Cut at 20,000 characters it would end within a text."""
+    whole = "x = 1\n" * 3300 + 'y = """' + "z" * 1000 + '"""\n'
+    assert parses("python", whole) and not parses("python", whole + "(")
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,8 @@ def test_the_same_rows_are_paired_whatever_their_order(tmp_path: Path) -> None:
 def test_the_seed_is_that_of_the_interval(tmp_path: Path) -> None:
     other = [[loss * 0.9 + i % 3, n] for i, (loss, n) in enumerate(LOSSES)]
     one, two = evaluated(made(tmp_path / "a")), evaluated(made(tmp_path / "b"), other)
-    low = [table([one, two], seed).pairs[0].comparison.low for seed in (0, 0, 1)]  # type: ignore[union-attr]
-    assert low[0] == low[1] != low[2]
+    p = [table([one, two], seed).pairs[0].comparison.p for seed in (0, 0, 1)]  # type: ignore[union-attr]
+    assert p[0] == p[1] != p[2]
 
 
 def test_other_tokenizers_are_compared_by_byte(tmp_path: Path) -> None:
@@ -158,6 +158,7 @@ def test_why_they_cannot_be_paired(tmp_path: Path) -> None:
         "D has no evaluated rows": made(tmp_path / "d"),
         "of E does not say which rows": evaluated(made(tmp_path / "e"), digests=False),
         "a service does not say": evaluated(made(tmp_path / "f"), [(None, 0)] * 12),
+        "2 of 12 rows have no loss: they are longer": evaluated(made(tmp_path / "g"), [(None, 0)] * 2 + LOSSES[2:]),
     }
     found = table([one, *cases.values()])
     for pair, reason in zip(found.pairs, cases, strict=True):

@@ -97,9 +97,10 @@ def test_none_leaves_a_row_out_and_classes_work(file: Callable[[str], str]) -> N
         (
             "def f(answer): return float('nan')",
             "f",
-            "d.jsonl:7: f gave nan -- return a finite number, or True or False",
+            "d.jsonl:7: f gave nan -- return a finite number (up to 1e+100), or True or False",
         ),
         ("def f(answer): return float('-inf')", "f", "f gave -inf"),
+        ("def f(answer): return 1e308", "f", "f gave 1e+308"),
         ("def f(answer): return '0.5'", "f", "f gave a value of type str"),
         ("def f(answer): return [1]", "f", "f gave a value of type list"),
         ("def f(answer): return 10 ** 400", "f", "f gave a value of type int"),
@@ -109,6 +110,14 @@ def test_what_goes_wrong_says_where(file: Callable[[str], str], text: str, name:
     with pytest.raises(UsageError) as caught:
         columns(f"{file(text)}:{name}")
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_line_is_told_where_the_path_is_relative(
+    file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(file("def f(answer):\n    return 1 / 0")).parent)
+    with pytest.raises(UsageError, match="f raised ZeroDivisionError in line 2"):
+        columns("mine.py:f")
 
 
 def test_specs_that_name_nothing(tmp_path: Path) -> None:

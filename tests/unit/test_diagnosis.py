@@ -66,6 +66,15 @@ ROSE = evals(3.0, 2.5, 2.7, 2.9, first=4.0)
 ALIKE = [["a b c d", "a b c d"], ["e f g h", "e f g h"]] * 4
 MIXED = [["a b c d", "e f g h"], ["e f g h", "a b c d"]] * 4
 ENDLESS, CUT = metric("end-of-turn rate", 0.9, 0.1, "worse"), Said("a b c d e", False, 5)
+LOOP = "The sum is " + "0" * 40
+
+
+def looping(loops: int, straight: int, ended: int) -> list[Heard]:
+    """Answers that were cut in a loop, cut in the middle of other words, and that ended."""
+    cut = [Said(LOOP, False, 40)] * loops + [Said("a b c d e", False, 40)] * straight
+    return [Heard(9.0, 9, said=said) for said in [*cut, *[Said("yes", True, 2)] * ended]]
+
+
 LOSS = metric("loss (nats per token)", 4.0, 3.0, "better")
 
 CASES: dict[str, tuple[str, Evidence, list[str], Evidence]] = {  # name, what fires, what it says, what is near and does not
@@ -159,6 +168,18 @@ CASES: dict[str, tuple[str, Evidence, list[str], Evidence]] = {  # name, what fi
         ["60%", "50%"],
         Evidence("better", LOSS | metric("self-repetition", 0.5, 0.54, "worse")),
     ),
+    "repetition of a few characters": (
+        "repetition",
+        Evidence("better", LOSS, rows=answers(*["x"] * 20), base=looping(2, 0, 18), tuned=looping(11, 0, 9)),
+        ["55%", "10%"],
+        Evidence("better", LOSS, rows=answers(*["x"] * 20), base=looping(2, 0, 18), tuned=looping(10, 0, 10)),
+    ),
+    "repetition of a few characters, the base's own": (
+        "repetition",
+        Evidence("better", LOSS, rows=answers(*["x"] * 20), base=looping(11, 0, 9), tuned=looping(16, 0, 4)),
+        ["80%", "55%"],
+        Evidence("better", LOSS, rows=answers(*["x"] * 20), base=looping(13, 0, 7), tuned=looping(16, 0, 4)),
+    ),
     "never stops": (
         "never stops",
         Evidence("better", LOSS | metric("end-of-turn rate", 0.9, 0.6, "worse"), run="a/run"),
@@ -170,6 +191,38 @@ CASES: dict[str, tuple[str, Evidence, list[str], Evidence]] = {  # name, what fi
         Evidence("better", LOSS | metric("end-of-turn rate", 0.0, 0.05)),
         ["5%", "0%"],
         Evidence("better", LOSS | metric("end-of-turn rate", 0.3, 0.15)),
+    ),
+    "never stops, which is no loop": (  # of what does not loop 10 of 16 ended, or all
+        "never stops",
+        Evidence(
+            "better",
+            LOSS | metric("end-of-turn rate", 0.9, 0.5, "worse"),
+            rows=answers(*["x"] * 20),
+            tuned=looping(4, 6, 10),
+        ),
+        ["50%"],
+        Evidence(
+            "better",
+            LOSS | metric("end-of-turn rate", 0.9, 0.5, "worse"),
+            rows=answers(*["x"] * 20),
+            tuned=looping(10, 0, 10),
+        ),
+    ),
+    "never stops, in a loop": (  # where none ends, none has learnt to
+        "never stops",
+        Evidence(
+            "better",
+            LOSS | metric("end-of-turn rate", 0.9, 0.05, "worse"),
+            rows=answers(*["x"] * 20),
+            tuned=looping(19, 0, 1),
+        ),
+        ["5%"],
+        Evidence(
+            "better",
+            LOSS | metric("end-of-turn rate", 0.9, 0.1, "worse"),
+            rows=answers(*["x"] * 20),
+            tuned=looping(18, 0, 2),
+        ),
     ),
     "never stops, which is no wonder": (  # of answers with 5 tokens that were cut, references have 4, or 12
         "never stops",

@@ -17,10 +17,11 @@ from hostile import KEY, Hostile
 from training import fit
 from tunesmith import api
 from tunesmith.cli import main
-from tunesmith.cli.evaluate import figure
+from tunesmith.cli.evaluate import figure, settled
 from tunesmith.errors import DataError
 from tunesmith.evaluation import observe as observing
 from tunesmith.evaluation.result import Evaluation
+from tunesmith.evaluation.stats import MOST, Comparison
 from tunesmith.runs import Run
 
 QUICK = ("--rows", "4", "--samples", "0", "--max-tokens", "8")
@@ -125,6 +126,10 @@ def test_every_option_does_what_it_says(run: Run, tmp_path: Path, asked: Callabl
         (["--max-tokens", "0"], "whole number"),
         (["--metric", "re:("], "re:"),
         (["--sample", "3"], "unknown option --sample"),
+        (["--judge-key-file", "key"], "--judge-key-file: a judge's key, and no judge"),
+        (["--base-url", "http://127.0.0.1:1/v1"], "--base-url: neither model is a service's"),
+        (["--api-key-file", "key"], "--api-key-file: neither model is a service's"),
+        (["--judge", "nowhere", "--judge-model", "m"], "--judge: no address of a service"),
     ],
 )
 def test_what_cannot_be_asked(run: Run, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +155,63 @@ def test_a_judge(run: Run, service: Hostile, asked: Callable[..., str]) -> None:
     told = json.loads(asked(*words, "--json"))["judge"]
     assert (told["rows"], told["ties"], told["model"]) == (4, 4, "base")
     assert len((run / "evaluation" / "judge.jsonl").read_text().splitlines()) == 8 - 2 * told["equal"]
+
+
+def test_a_judge_that_is_not_there_is_told_at_once(
+    run: Run, service: Hostile, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is asked anything."""
+    monkeypatch.setattr("tunesmith.remote.service.HELLO", 0.1)
+    monkeypatch.setattr(observing, "_asked", lambda *_: pytest.fail("a model was asked"))
+    words = ["evaluate", str(run), "--rows", "5", "--samples", "0", "--max-tokens", "9", "--seed", "77", "--judge"]
+    assert main([*words, "http://127.0.0.1:9/v1", "--judge-model", "base"]) == 1
+    assert "not reached" in capsys.readouterr().err
+    assert main([*words, service.url, "--judge-model", "nobody"]) == 2
+    assert 'the service has no model "nobody"' in capsys.readouterr().err
+    service.fault("POST /chat/completions", "status", 1, status=401)
+    assert main([*words, service.url, "--judge-model", "base"]) == 2
+    assert service.count("POST /chat/completions") == 2
+
+
+def test_a_judge_that_fails_costs_its_own_figures_alone(
+    run: Run, service: Hostile, asked: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.remote.service.PATIENCE", 0.1)
+
+    def gone(body: dict[str, Any]) -> str:
+        service.fault("POST /chat/completions", "status", 10_000, status=503)
+        return "A"
+
+    service.answer = gone
+    out = asked(run, "--rows", 5, "--samples", 0, "--max-tokens", 9, "--judge", service.url, "--judge-model", "base")
+    assert "HTTP 503" in out and "\nverdict: better" in out
+    told = msgspec.json.decode((run / "evaluation" / "result.json").read_bytes(), type=Evaluation).judge
+    assert told and told.comparison is None and told.missing == 5 and "HTTP 503" in told.failure
+    assert "HTTP 503" in (run / "report.html").read_text()
+
+
+def test_the_rows_that_were_measured_are_counted(run: Run, asked: Callable[..., str]) -> None:
+    assert "on 4 held-out rows, by matches word" in asked(run, *QUICK, "--metric", "re:word")
+
+
+def test_rows_that_are_needed_in_words() -> None:
+    m = Comparison("x", 1.0, 1.1, 0.1, rows_needed=123)
+    assert settled(m) == " (about 123 rows like these would settle it)"
+    assert settled(msgspec.structs.replace(m, rows_needed=MOST)).startswith(" (more than a million rows")
+    assert settled(msgspec.structs.replace(m, rows_needed=None)) == ""
+
+
+def test_marks_of_another_data_set_are_said_to_be_none(
+    run: Run, tmp_path: Path, cli: Callable[..., Result], asked: Callable[..., str]
+) -> None:
+    asked(run, *QUICK)
+    result = msgspec.json.decode((run / "evaluation" / "result.json").read_bytes(), type=Evaluation)
+    assert result.training_rows
+    codes = ",".join(sorted({code for row in result.training_rows.findings for code in row.codes}))
+    other = write(tmp_path / "other.jsonl", [{"prompt": f"Else {i}?", "completion": f"No {i}."} for i in range(9)])
+    for dataset, warned in ((other, True), (run.recipe().dataset, False)):
+        done = cli("data", "convert", dataset, "-o", tmp_path / f"{warned}.jsonl", "--drop-codes", codes, "--run", run)
+        assert done.code == 0 and (f"rows that {run} marks is here" in done.err) is warned
 
 
 def test_a_hosted_model_is_judged_by_its_answers(

@@ -66,9 +66,16 @@ def test_every_figure_can_be_recomputed_from_the_run(run: Run) -> None:
     rng = np.random.default_rng(1)
     rows_of = np.array([[r["base"]["loss"], r["tuned"]["loss"], r["base"]["tokens"]] for r in kept_rows])
     drawn = np.array([rows_of[rng.integers(0, 8, 8)].sum(0) for _ in range(4000)])
-    spread = np.diff(np.quantile((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2], [0.016, 0.984]))[0]
-    assert result.metrics[0].high - result.metrics[0].low == pytest.approx(spread, rel=0.15)
-    assert len(result.canary.answers) == 6 and len(lines(run, "canary")) == 24 + 64
+    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / drawn[:, 2], [0.016, 0.984])
+    near, m = 0.1 * (high - low), result.metrics[0]
+    assert min(abs(m.low - low), abs(m.high - high)) < near  # the other end may be further out, by Hall's t
+    assert m.low < low + near and m.high > high - near
+    known = lines(run, "canary")
+    for metric, part in zip(result.canary.metrics, (known[:24], known[24:]), strict=True):
+        for side in ("base", "tuned"):
+            want = sum(r[side]["loss"] for r in part) / sum(r[side]["tokens"] for r in part)
+            assert getattr(metric, side) == pytest.approx(want)
+    assert len(result.canary.answers) == 6 and len(known) == 24 + 64
     assert kept(run) == result
 
 
@@ -251,6 +258,40 @@ def test_trained_rows_are_refused(run: Run, tmp_path: Path) -> None:
     for sides in ({"model": str(run), "against": "starter"}, {"model": "starter", "against": str(run / "best_model")}):
         with pytest.raises(DataError, match="72 of 80"):
             api.evaluate(**sides, dataset=str(reworded))
+
+
+def test_trained_rows_are_refused_however_the_model_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, dataset = tmp_path / "link", str(run / "data" / "train.jsonl")
+    link.symlink_to(run / "best_model")
+    monkeypatch.chdir(run / "best_model")
+    for name in (".", "../best_model", str(link), "../final_model"):
+        with pytest.raises(DataError, match="64 of 64 rows ask what"):
+            api.evaluate(model=name, against="starter", dataset=dataset)
+
+
+def test_what_an_evaluation_before_left_does_not_stand_beside_the_new_one(run: Run) -> None:
+    api.evaluate(run, rows=2, samples=0, max_tokens=4)
+    stale = [run / "evaluation" / f"{name}.jsonl" for name in ("recited", "taught")]
+    assert stale[1].exists()
+    stale[0].touch()
+    none = api.evaluate(run, rows=0)
+    assert not any(path.exists() for path in stale) and (run / "evaluation" / "suspects.jsonl").exists()
+    assert "what answers show of pitfalls: there are 0" in none.unavailable
+
+
+def test_a_metric_of_ones_own_has_a_name_and_a_direction_of_its_own(run: Run, tmp_path: Path) -> None:
+    own = tmp_path / "m.py"
+    own.write_text(
+        "def perplexity(answer): return 1\ndef style(answer): return 1\ndef lossless(answer): return len(answer)"
+    )
+    for name in ("perplexity", "style"):
+        with pytest.raises(UsageError, match=f'--metric: there is a metric "{name}" already'):
+            api.evaluate(run, metric=f"{own}:{name}")
+    found = api.evaluate(run, rows=2, samples=0, max_tokens=4, metric=f"{own}:lossless")
+    assert report.direction(found, found.metrics[0]) == 1 and report.direction(found, found.metrics[1]) == -1
+    assert found.canary and report.direction(found, found.canary.metrics[0]) == -1
 
 
 def test_another_evaluation_leaves_the_runs_own_alone(run: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tunesmith.evaluation.stats import Array, Comparison, compare
+from tunesmith.evaluation.stats import MOST, Array, Comparison, compare
 
 
 def table(values: Array, weights: Array | float = 1.0) -> Array:
@@ -53,7 +53,8 @@ def test_the_p_value_is_that_of_all_exchanges() -> None:
 
 
 def test_a_figure_of_any_sums() -> None:
-    """Perplexity: exp(sum of losses / sum of tokens). Its interval against the bootstrap written out in full."""
+    """Perplexity: exp(sum of losses / sum of tokens). Its interval against the bootstrap written out in full,
+    which ends up to an eighth nearer to zero where Hall's is wider."""
     rng = np.random.default_rng(7)
     base, tuned = rng.normal(50, 8, 60), rng.normal(45, 8, 60)
 
@@ -64,7 +65,7 @@ def test_a_figure_of_any_sums() -> None:
     draws = rng.integers(0, 60, (10_000, 60))
     want = np.exp(tuned[draws].sum(1) / 600) - np.exp(base[draws].sum(1) / 600)
     assert found.base == pytest.approx(math.exp(base.sum() / 600))
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(want, [0.0236, 0.9764])), rel=0.1)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(want, [0.0236, 0.9764])), rel=0.125)
 
 
 def test_weights_of_their_own() -> None:
@@ -90,21 +91,53 @@ def test_cannot_tell_says_how_many_rows() -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 12, 40, 200])
-@pytest.mark.parametrize("kind", ["normal", "skewed", "rare"])
+@pytest.mark.parametrize("kind", ["normal", "tailed", "skewed", "rare"])
 def test_equal_models_are_told_apart_in_five_of_a_hundred_test_sets_at_most(rows: int, kind: str) -> None:
-    """400 test sets of differences without an effect, of three shapes: at most 5 % of verdicts are wrong."""
+    """1,000 test sets (of 200 rows 400) of differences without an effect, of four shapes: at most 5 % of verdicts are wrong,
+    within two standard errors of such a count (1.4 %). "skewed" has one tail alone."""
     rng, wrong = np.random.default_rng(rows), 0
-    for seed in range(400):
+    sets = 400 if rows == 200 else 1000
+    for seed in range(sets):
         difference = {
             "normal": lambda: rng.normal(0, 0.3, rows),
-            "skewed": lambda: rng.exponential(1, rows) * rng.choice([-1, 1], rows),
+            "tailed": lambda: rng.exponential(1, rows) * rng.choice([-1, 1], rows),
+            "skewed": lambda: rng.exponential(1, rows) - 1,
             "rare": lambda: rng.choice(
                 [-1.0, 0.0, 1.0], rows, p=[0.1, 0.8, 0.1]
             ),  # a rate of 0 or 1 a row, mostly alike
         }[kind]()
         base = rng.normal(3, 1, rows)
         wrong += against(base, base + difference, seed=seed % 4).verdict != "cannot tell"
-    assert wrong <= 20
+    assert wrong / sets <= 0.064
+
+
+def test_a_tail_widens_the_interval_to_its_side() -> None:
+    """Hall's interval by hand, of differences 0 (nine times) and 10: mean 1, s 3.162, skewness g 2.667, t 2.262 / sqrt(10) =
+    0.715: 1 - s * 3 / g * (cbrt(1 + g * (+-0.715 - g / 60)) - 1) = -0.450 and 8.146."""
+    found = against(np.zeros(10), np.array([0.0] * 9 + [10.0]))
+    assert found.low is not None and found.high is not None
+    assert found.low == 0 and found.high == pytest.approx(8.146, abs=0.001)  # nine share the lowest: no tail there
+    spread = against(np.zeros(10), np.array([i / 1000 for i in range(9)] + [10.0]))
+    assert spread.low == pytest.approx(-0.447, abs=0.005)
+    rates = against(np.zeros(12), np.array([-1.0] * 10 + [0.0] * 2))  # none lies beyond what two rows have
+    assert rates.verdict == "better" and rates.high is not None and rates.high < -0.5
+    even = against(np.zeros(10), np.array([-1.0, 1.0] * 5))
+    assert even.low is not None and even.high is not None and -even.low == pytest.approx(even.high, rel=0.1)
+
+
+def test_what_is_rounding_is_no_difference() -> None:
+    base = np.full(8, 0.1) * 3
+    for tuned in (np.full(8, 0.3), np.full(8, 0.3) + 1e-15):
+        found = against(base, tuned)
+        assert (found.verdict, found.difference, found.rows_needed) == ("cannot tell", 0.0, None)
+    assert against(base, base - 1e-6).verdict == "better"
+
+
+def test_the_number_of_rows_needed_has_an_end() -> None:
+    for tiny in (1e-9, 1e-200, 5e-324):
+        difference = np.array([1.0, -1.0] * 10 + [tiny * 21])
+        found = compare("x", table(np.zeros(21)), table(difference), False)
+        assert found.rows_needed in (None, MOST), found
 
 
 def test_a_planted_difference_is_found_at_the_documented_rate() -> None:

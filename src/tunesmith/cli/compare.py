@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.cli.evaluate import settled
 from tunesmith.cli.options import Parser, natural, show_json
 
 if TYPE_CHECKING:
@@ -90,10 +91,8 @@ def show(found: Table) -> None:
             print(f"  {pair.letter}  cannot be paired: {pair.reason}")
             continue
         _, _, difference, interval, word = _figures(told)
-        more = f" (about {told.rows_needed} rows like these would settle it)" if told.rows_needed else ""
-        print(
-            f"  {pair.letter}  {told.metric}: {difference}, 95 % interval {interval}, on {told.rows} rows: {word}{more}"
-        )
+        told_of = f"{told.metric}: {difference}, 95 % interval {interval}, on {told.rows} rows: {word}{settled(told)}"
+        print(f"  {pair.letter}  {told_of}")
 
 
 def _figures(m: Comparison) -> tuple[str, str, str, str, str]:

@@ -11,8 +11,6 @@ from tunesmith.cli.options import Parser, columns, natural, positive, show_json
 from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tunesmith.conversation import Conversation
     from tunesmith.data.store import Conversations
 
@@ -61,14 +59,15 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
     if options.system is not None and not options.system.strip():
         raise UsageError("an empty system message", where="--system", fix="--system-how strip takes it away")
     tests = [where(options.where)] if options.where else []
-    if options.drop_codes or options.run:
-        tests.append(_unmarked(options.drop_codes, options.run))
+    marked = _marked(options.drop_codes, options.run) if options.drop_codes or options.run else set()
+    tests.append(lambda row: row.digest() not in marked)
     if options.max_emoji is not None:
         tests.append(max_emoji(options.max_emoji))
-    sources, read = [], []
+    sources, read, dropped = [], [], 0
     for name in options.dataset:
         rows = load(name, columns(options.columns), near_duplicates=False).require().conversations
         read.append(len(rows))
+        dropped += sum(row.digest() in marked for row in rows) if marked else 0
         rows = [row for row in rows if all(test(row) for test in tests)]
         if options.system is not None or options.system_how == "strip":
             rows = [with_system(row, options.system, options.system_how) for row in rows]
@@ -103,13 +102,18 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
             fix="loosen --where, --max-emoji, --max-tokens or --drop-codes",
         )
     left_out = sum(read) - sum(map(len, sources))
+    if marked and not dropped:
+        print(
+            f"warning: none of the {len(marked)} rows that {options.run} marks is here -- give the data set of that run",
+            file=sys.stderr,
+        )
     if left_out:
         print(f"{left_out} of {sum(read)} rows are left out by the options", file=sys.stderr)
     return rows
 
 
-def _unmarked(codes: str | None, run: str | None) -> Callable[[Conversation], bool]:
-    """Whether a conversation has none of the marks that a run's evaluation gives rows."""
+def _marked(codes: str | None, run: str | None) -> set[str]:
+    """The digests of the rows that a run's evaluation marks with one of the codes."""
     if not (codes and run):
         raise UsageError("--drop-codes and --run go together", fix="--drop-codes contradicting --run RUN")
     from tunesmith import api
@@ -125,8 +129,7 @@ def _unmarked(codes: str | None, run: str | None) -> Callable[[Conversation], bo
     result = kept(api.find_run(run))
     if result is None or result.training_rows is None:
         raise UsageError("no evaluation with a report on the rows", where=run, fix=f"tunesmith evaluate {run}")
-    marked = {row.digest for row in result.training_rows.findings if wanted & set(row.codes)}
-    return lambda row: row.digest() not in marked
+    return {row.digest for row in result.training_rows.findings if wanted & set(row.codes)}
 
 
 def _without_metadata(rows: Conversations, strip: bool) -> list[Conversation]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from tunesmith.evaluation.judgement import Judgement
     from tunesmith.evaluation.result import Diagnosis, Evaluation
+    from tunesmith.evaluation.stats import Comparison
 
 SHOWN = 3  # prompts with both answers; the report has more
 
@@ -122,10 +123,19 @@ def show(result: Evaluation) -> None:
     if result.unavailable:
         print(f"\n  not to be had: {result.unavailable}")
     first = result.metrics[0]
-    more = f" (about {first.rows_needed} rows like these would settle it)" if first.rows_needed else ""
-    print(f"\nverdict: {result.verdict}{more}, on {result.rows} held-out rows, by {first.metric}")
+    print(f"\nverdict: {result.verdict}{settled(first)}, on {first.rows} held-out rows, by {first.metric}")
     if result.report:
         print(f"report:  {result.report}")
+
+
+def settled(m: Comparison) -> str:
+    """How many rows would settle what cannot be told."""
+    if not m.rows_needed:
+        return ""
+    from tunesmith.evaluation.stats import MOST
+
+    many = "more than a million" if m.rows_needed >= MOST else f"about {m.rows_needed}"
+    return f" ({many} rows like these would settle it)"
 
 
 def diagnosed(found: Sequence[Diagnosis]) -> None:
@@ -137,7 +147,8 @@ def diagnosed(found: Sequence[Diagnosis]) -> None:
 def spoken(judge: Judgement) -> str:
     """What the judge said, in a line or two."""
     if judge.comparison is None:
-        return f"the judge {judge.model} could be understood on no row"
+        why = f": {judge.failure}" if judge.failure else ""
+        return f"the judge {judge.model} could be understood on no row{why}"
     c = judge.comparison
     interval = "" if c.low is None or c.high is None else f", 95 % interval of the lead {c.low:+.2f} … {c.high:+.2f}"
     bias = (

@@ -11,7 +11,7 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import conversations
 from tunesmith.data.split import prompt_key
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation import code, rowreport
 from tunesmith.evaluation.observe import Ask
 from tunesmith.evaluation.sides import Sides, asked_in
@@ -36,6 +36,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     judge_model: str | None = None
     judge_key_file: str | None = None
     seed: int = 0
+
+    def check(self) -> None:
+        """UsageError where what is said of a judge does not go together."""
+        fix = "--judge URL --judge-model NAME"
+        if bool(self.judge) != bool(self.judge_model):
+            raise UsageError("a judge has an address and a model", where="--judge", fix=fix)
+        if self.judge_key_file and not self.judge:
+            raise UsageError("a judge's key, and no judge", where="--judge-key-file", fix=fix)
+        if self.judge and not self.rows:
+            raise UsageError("a judge needs answers", where="--judge", fix="--rows 100")
 
 
 class Asked(msgspec.Struct, frozen=True):

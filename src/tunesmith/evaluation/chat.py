@@ -17,7 +17,9 @@ from tunesmith.data.language import words
 from tunesmith.evaluation.metric import Facts, Heard, Metric
 
 Columns = Callable[[Conversation, Heard, Facts], tuple[float, ...] | None]
-REPEATED = 4  # words: shorter runs come again in any good text ("of the", "you can use")
+TAILS = (24, 96, 384)  # characters of an ending that is looked at for a loop: of turns of up to 6, 30 and 126
+VARIED = 1 / 3  # of the runs of four characters in an ending are different ones at least: of prose nearly all
+REPEATED = 4  # words, or characters: shorter runs come again in any good text ("of the", "you can use")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)  # fenced, also where the end was cut off, and inline
 # Latin; full-width, Arabic, Greek, Ethiopic. What goes on after it is an address or an operator: "?q=1", "x?.y"
 _QUESTION = re.compile(r"\?(?![\w=&%/]|\.\w)|[\uff1f\u061f\u037e\u1367]")
@@ -69,6 +71,12 @@ def self_repetition(text: str) -> float:
     """Share of a text's word 4-grams that stood in it before, 0 to 1; 0 where it has fewer than four words."""
     unique = distinct(text, REPEATED)
     return 0.0 if unique is None else 1 - unique
+
+
+def loops(text: str) -> bool:
+    """Whether a text ends in a loop: the same few characters again and again, which are one word in "0000…" and "-10-10…"."""
+    ends = (text[-tail:] for tail in TAILS if tail <= len(text))
+    return any(len(set(ngrams(end, REPEATED))) < VARIED * (len(end) - REPEATED + 1) for end in ends)
 
 
 def turn_coherence(_: Conversation, heard: Heard, __: Facts) -> tuple[float, ...] | None:

@@ -229,7 +229,12 @@ def _pair(runs: Sequence[Run], entries: Sequence[Entry], judged: Sequence[list[_
         common = (Counter(digests) & Counter(row.digest for row in theirs)).total()
         return without(f"judged on other rows: {common} of {len(first)} and {len(other)} are the same")
     losses = [[row.tuned.loss for row in side] for side in (ours, theirs)]
-    if any(loss is None for side in losses for loss in side):
+    unread = sum(None in pair for pair in zip(*losses, strict=True))
+    if 0 < unread < len(ours):
+        return without(
+            f"{unread} of {len(ours)} rows have no loss: they are longer than the context of one of the models"
+        )
+    if unread:
         return without("a service does not say how likely a reference is to its model: there is no loss to compare")
     tokens = [[row.tuned.tokens for row in side] for side in (ours, theirs)]
     name, weight = "loss (nats per token)", tokens[0]

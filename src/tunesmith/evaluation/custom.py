@@ -22,6 +22,7 @@ from tunesmith.evaluation.instruct import instruction
 from tunesmith.evaluation.metric import Facts, Heard, Metric
 
 SECONDS = 1.0  # that a pattern may take over one answer: one that backtracks without end would never return
+LARGEST = 1e100  # of a value: sums of larger ones, and their squares, come to infinity
 PARAMETERS: dict[str, Callable[[Conversation, Heard], Any]] = {  # what a function may ask for, by name
     "prompt": lambda row, heard: instruction(row),
     "answer": lambda row, heard: heard.said.text if heard.said else "",
@@ -145,19 +146,24 @@ def _parameters(function: Callable[..., Any], where: str) -> list[str]:
 
 
 def _number(value: Any, name: str, where: str) -> float:
-    """A number from what a function gave. Raises UsageError for anything else, nan and infinity among it."""
+    """A number from what a function gave. Raises UsageError for anything else, nan and what is over LARGEST among it."""
     try:
         number = float(value) if not isinstance(value, str | bytes) else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         shown = value if isinstance(value, float) else f"a value of type {type(value).__name__}"
-        raise UsageError(f"{name} gave {shown}", where=where, fix="return a finite number, or True or False")
+        raise UsageError(
+            f"{name} gave {shown}", where=where, fix=f"return a finite number (up to {LARGEST:g}), or True or False"
+        )
     return number
 
 
 def _said(error: BaseException, path: Path) -> str:
     """The error, and the line of the user's file that it came from."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    path = path.resolve()
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path
+    ]
     place = f" in line {lines[-1]}" if lines else ""
     return f"{type(error).__name__}{place}: {str(error)[:200]}"

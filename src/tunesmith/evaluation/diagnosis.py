@@ -15,8 +15,9 @@ import msgspec
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
+from tunesmith.evaluation.chat import loops
 from tunesmith.evaluation.instruct import rouge_l
-from tunesmith.evaluation.metric import Heard
+from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.evaluation.result import Canary, Diagnosis
 from tunesmith.evaluation.rowreport import RowReport
 from tunesmith.evaluation.stats import Comparison
@@ -26,6 +27,7 @@ LEVEL = 0.02  # relative change of the training loss that is none
 FORGOT = 0.10  # relative rise of the loss on general text
 RECITED = 0.5  # share of the best-learnt rows that are repeated word for word
 REPEATS = 0.33  # of an answer's runs of four words
+LOOPED = 0.5  # of the answers, and 0.2 more than of the base's: a small model loops in a third of long sums
 ENDS = 0.7  # of the answers, and 0.2 fewer than of the base's
 ALIKE = 0.01  # ROUGE-L: no difference
 ANSWERS = 8  # fewer say nothing of habits
@@ -36,14 +38,16 @@ PITFALLS = {  # every name that a diagnosis can have, and when it is said: for d
     "shuffled answers": "Prompts and their own answers have no more in common than prompts and other rows' answers (within twice "
     "the standard error, 16 rows at least), and the tuned model finds answers no likelier after their own prompt.",
     "never stops": f"It ended under {100 * ENDS:.0f} % of its answers by itself, 20 points fewer than the base; or under 10 %. "
-    "Not where most answers that were cut had less room than their references.",
+    "Not where most answers that were cut had less room than their references. Where some end, those that are cut in a loop "
+    "(the same few characters again and again) do not count: the end is learnt, and they are repetition.",
     "overfitting": f"The last two validation losses are over {RISE} times the lowest, and the training loss went on falling. "
     "Where early stopping ended the run: over the lowest at all, and more than twice as many epochs had been asked for.",
     "memorisation": f"Asked the training rows that it knows best ({ANSWERS} at least), it repeats {100 * RECITED:.0f} % and more "
     "of the answers word for word.",
     "loss of general capability": "The loss on general text or on the starter's questions is worse, by over "
     f"{100 * FORGOT:.0f} %.",
-    "repetition": f"Self-repetition is worse, over {REPEATS}, and 0.05 over the base's.",
+    "repetition": f"Self-repetition is worse, over {REPEATS}, and 0.05 over the base's; or over {100 * LOOPED:.0f} % of its "
+    "answers are cut in a loop, 20 points more than of the base's.",
     "inconsistent outputs": f"Answers to one prompt are no more alike (ROUGE-L within {ALIKE}) than answers to different "
     "prompts, and less so than the base's by over twice the standard error. Only of prompts that were answered several times.",
     "style not learnt": "The style score is under 0.5, less than 0.2 over the base's, and not better than that.",
@@ -215,18 +219,31 @@ def forgetting(e: Evidence) -> Iterator[Diagnosis]:
 
 
 def repetition(e: Evidence) -> Iterator[Diagnosis]:
+    """The same words again and again; or the same few characters, which are one word, until the limit."""
+    fix = "fewer --epochs or a lower --learning-rate; see whether training answers repeat themselves"
     m = e.metrics.get("self-repetition")
     if m and m.rows >= ANSWERS and m.tuned > REPEATS and m.tuned > m.base + 0.05 and m.verdict == "worse":
-        yield Diagnosis(
-            "repetition",
-            "warning",
-            f"{m.tuned:.0%} of the runs of four words in its answers stood in them before (the base: {m.base:.0%})",
-            "fewer --epochs or a lower --learning-rate; see whether training answers repeat themselves",
+        evidence = (
+            f"{m.tuned:.0%} of the runs of four words in its answers stood in them before (the base: {m.base:.0%})"
         )
+        yield Diagnosis("repetition", "warning", evidence, fix)
+        return
+    before, after = ([_looped(said) for h in side if (said := h.said)] for side in (e.base, e.tuned))
+    if len(after) >= ANSWERS and len(before) >= ANSWERS and fmean(after) > max(LOOPED, fmean(before) + 0.2):
+        evidence = f"{fmean(after):.0%} of its answers end in a loop (the base: {fmean(before):.0%})"
+        yield Diagnosis("repetition", "warning", evidence, fix)
+
+
+def _looped(said: Said) -> bool:
+    """Whether an answer was cut in the middle of a loop."""
+    return said.ended is False and loops(said.text)
 
 
 def endless(e: Evidence) -> Iterator[Diagnosis]:
-    """Answers that no longer end, though the references would have had room (which a small --max-tokens does not leave)."""
+    """Answers that no longer end, though the references would have had room (which a small --max-tokens does not leave).
+
+    An end that was not learnt is missing after every answer. So where some end, those that loop do not count.
+    """
     m = e.metrics.get("end-of-turn rate")
     cut = [
         h.said.tokens < h.tokens / max(1, sum(x.role == "assistant" for x in row.messages))
@@ -235,7 +252,11 @@ def endless(e: Evidence) -> Iterator[Diagnosis]:
     ]
     if cut and fmean(cut) > 0.5:
         return
-    if m and m.rows >= ANSWERS and m.tuned < ENDS and (m.tuned < m.base - 0.2 or m.tuned < 0.1):
+    if not m or m.rows < ANSWERS:
+        return
+    straight = m.rows - sum(_looped(h.said) for h in e.tuned if h.said)
+    fewer = m.tuned < m.base - 0.2 and m.tuned * m.rows < ENDS * straight
+    if m.tuned < ENDS and (fewer or m.tuned < 0.1):
         yield Diagnosis(
             "never stops",
             "error",

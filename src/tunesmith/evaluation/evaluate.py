@@ -24,14 +24,14 @@ from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress
 from tunesmith.data.split import prompt_key
 from tunesmith.data.write import write_json, write_jsonl
-from tunesmith.errors import DataError, UsageError, did_you_mean
+from tunesmith.errors import DataError, ServiceError, UsageError, did_you_mean
 from tunesmith.evaluation import code, likelihood, persona, rowreport, tasks
 from tunesmith.evaluation.asking import Asked, Options, asking, trained
 from tunesmith.evaluation.custom import metric_from
 from tunesmith.evaluation.diagnosis import ANSWERS, Evidence, diagnose
 from tunesmith.evaluation.domain import mine_terms
-from tunesmith.evaluation.instruct import chrf
-from tunesmith.evaluation.judgement import Judgement
+from tunesmith.evaluation.judge import greet, judged
+from tunesmith.evaluation.judgement import Judgement, figures, preferred
 from tunesmith.evaluation.metric import Facts, Heard, Metric, Said, measure
 from tunesmith.evaluation.observe import Observed, prompt_of
 from tunesmith.evaluation.result import Canary, Evaluation, Persona, Sample
@@ -76,20 +76,24 @@ def evaluate(
     """
     how = msgspec.convert(options, Options, strict=True)
     task = _task(how.task, run)
-    own = metric_from(how.metric) if how.metric else None
-    if bool(how.judge) != bool(how.judge_model):
-        raise UsageError("a judge has an address and a model", where="--judge", fix="--judge URL --judge-model NAME")
-    if how.judge and not how.rows:
-        raise UsageError("a judge needs answers", where="--judge", fix="--rows 100")
+    own = tasks.named_apart(metric_from(how.metric)) if how.metric else None
+    how.check()
     pair = sides(run, model, against, dataset, columns)
     models, progress = Models(run, base_url, api_key_file), on_progress or (lambda *_: None)
+    if (base_url or api_key_file) and not (models.hosted(pair.base) or models.hosted(pair.tuned)):
+        where = "--base-url" if base_url else "--api-key-file"
+        raise UsageError(
+            "neither model is a service's", where=where, fix="leave it out; a judge's are --judge, --judge-key-file"
+        )
     other = "-".join(_other(model, against, dataset, how.task, how.metric))
     scored = not (models.hosted(pair.base) or models.hosted(pair.tuned))
 
     of_run = run if run and not dataset and not against and _within(pair.tuned, run) else None
     asked = asking(run, pair, how, scored, of_run is not None)
+    if how.judge and how.judge_model:
+        greet(how.judge, how.judge_model, how.judge_key_file, progress)
     notes = [] if scored else [NEVER]
-    if how.rows and len(asked.base.answered) < ANSWERS:
+    if len(asked.base.answered) < ANSWERS:
         notes.append(f"what answers show of pitfalls: there are {len(asked.base.answered)}, and {ANSWERS} are needed")
     if run is None and task in ("domain", "persona"):
         notes.append("terms, words and style: they are mined from the training rows of a run, and none is named")
@@ -307,35 +311,26 @@ def _samples(
 def _judgement(
     how: Options, pair: Sides, asked: Asked, base: Observed, tuned: Observed, folder: Path | None, progress: Progress
 ) -> Judgement:
-    """What a third model thinks of the answers; every request and reply is in judge.jsonl."""
-    from tunesmith.evaluation.judge import judged
-
+    """What a third model thinks of the answers; every reply is in judge.jsonl. Where it fails, why: the rest stands without."""
     assert how.judge and how.judge_model
     answered = asked.base.answered
     rows = [pair.rows[i] for i in answered]
-    found = judged(
-        [prompt_of(row) for row in rows],
-        [row.answer() for row in rows],
-        *([said.text for i in answered if (said := side.heard[i].said)] for side in (base, tuned)),
-        url=how.judge,
-        model=how.judge_model,
-        key_file=how.judge_key_file,
-        automatic=[_preferred(row, base.heard[i], tuned.heard[i]) for row, i in zip(rows, answered, strict=True)],
-        path=folder / "judge.jsonl" if folder else None,
-        seed=how.seed,
-        progress=progress,
-    )
+    try:
+        found = judged(
+            [prompt_of(row) for row in rows],
+            [row.answer() for row in rows],
+            *([said.text for i in answered if (said := side.heard[i].said)] for side in (base, tuned)),
+            url=how.judge,
+            model=how.judge_model,
+            key_file=how.judge_key_file,
+            automatic=[preferred(row, base.heard[i], tuned.heard[i]) for row, i in zip(rows, answered, strict=True)],
+            path=folder / "judge.jsonl" if folder else None,
+            seed=how.seed,
+            progress=progress,
+        )
+    except ServiceError as error:
+        return figures([], len(rows), how.judge_model, service=how.judge, failure=str(error))
     return msgspec.structs.replace(found, transcripts=[])
-
-
-def _preferred(row: Conversation, base: Heard, tuned: Heard) -> int:
-    """Whom a row speaks for: 1 the tuned model, -1 the base. By the reference's likelihood, else by chrF of the answers."""
-    if base.loss is not None and tuned.loss is not None:
-        gain = base.loss - tuned.loss
-    else:
-        before, after = (chrf(side.said.text, row.answer()) if side.said else 0.0 for side in (base, tuned))
-        gain = after - before
-    return (gain > 0) - (gain < 0)
 
 
 # ---- what is kept
@@ -366,9 +361,12 @@ def _keep(
         ("recited", asked.tuned.recited, tuned.recited),
         ("taught", asked.base.recited, base.recited),
     ):
-        if part:
+        path = folder / f"{name}.jsonl"
+        if not part:
+            path.unlink(missing_ok=True)  # of an evaluation before, with other figures
+        else:
             write_jsonl(
-                folder / f"{name}.jsonl",
+                path,
                 ({"source": r.source, "digest": r.digest(), name: v} for r, v in zip(part, values, strict=True)),
             )
     report = (run if folder == run / "evaluation" else folder) / "report.html"

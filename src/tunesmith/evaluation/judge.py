@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,10 +23,13 @@ from tunesmith.conversation import Conversation, Message
 from tunesmith.data.scan import Progress
 from tunesmith.data.write import write_jsonl
 from tunesmith.errors import ServiceError
-from tunesmith.evaluation.judgement import ORDERS, VERDICTS, Judgement, Transcript, figures
+from tunesmith.evaluation.judgement import EARLIER, ORDERS, VERDICTS, Judgement, Transcript, figures
 from tunesmith.hosted import address, local_address
 from tunesmith.recipe import FACTS
 from tunesmith.remote.many import AT_ONCE, many
+
+if TYPE_CHECKING:
+    from tunesmith.remote.service import Service
 
 REPLY_TOKENS = 512  # three sentences and the verdict; a judge that has not come to it by then is unreadable
 MALFORMED = (400, 413, 422)  # said of one request alone: it is too long for the judge, or a filter refuses its text
@@ -113,16 +117,16 @@ def judged(
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> Judgement:
-    """`judge` by a service's model. The transcripts are kept in `path` (judge.jsonl), also when it is interrupted, and asked
-    for again only where they are not there yet. Raises UsageError for a wrong address or no key, ServiceError as `judge`."""
+    """`judge` by a service's model. The transcripts are kept in `path` (judge.jsonl), beside those of earlier evaluations, also
+    when it is interrupted, and asked for again only where they are not there yet. Raises UsageError for a wrong address or no
+    key, ServiceError as `judge`."""
     from tunesmith.remote.answers import Answers
-    from tunesmith.remote.service import Service
 
-    service = Service(address(url, "--judge"), key_file)
-    service.say = lambda text: progress(len(prompts), 0.0, text)
+    service = _service(url, key_file, lambda text: progress(len(prompts), 0.0, text))
     if not local_address(service.base_url) and service.base_url.startswith("http:"):
         service.say(f"{service.base_url} is http: prompts, answers and key can be read on the way")
     kept: list[Transcript] = []
+    known = transcripts(path) if path else []
 
     def tell(done: int, total: int) -> None:
         progress(len(prompts), done / max(1, total), f"asking the judge {model}")
@@ -137,7 +141,7 @@ def judged(
             model,
             service=service.base_url,
             automatic=automatic,
-            known=transcripts(path) if path else (),
+            known=known,
             seed=seed,
             keep=kept.append,
             on_progress=tell,
@@ -145,7 +149,30 @@ def judged(
     finally:
         if path and kept:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(path, sorted(kept, key=lambda t: (t.row, t.order)))
+            now = {t.asked for t in kept}
+            earlier = [msgspec.structs.replace(t, row=EARLIER) for t in known if t.asked and t.asked not in now]
+            write_jsonl(path, [*sorted(kept, key=lambda t: (t.row, t.order)), *earlier])
+
+
+def greet(url: str, model: str, key_file: str | None, progress: Progress) -> None:
+    """Ask the judge for a word: a wrong address, key or name is told before anything else is done. Raises as `judged`; a service
+    that refuses this very request is there."""
+    from tunesmith.remote.answers import Answers
+
+    service = _service(url, key_file, lambda text: progress(0, 0.0, text))
+    try:
+        Answers(service, model)([Conversation((Message("user", "Say A."),))], max_tokens=1)
+    except ServiceError as error:
+        if error.status not in MALFORMED:
+            raise
+
+
+def _service(url: str, key_file: str | None, say: Callable[[str], None]) -> Service:
+    from tunesmith.remote.service import Service
+
+    service = Service(address(url, "--judge"), key_file)
+    service.say = say
+    return service
 
 
 def transcripts(path: Path) -> list[Transcript]:
@@ -162,7 +189,8 @@ def transcripts(path: Path) -> list[Transcript]:
 def _requests(
     row: int, prompt: Conversation, reference: str, answers: tuple[str, str], judge: str, seed: int
 ) -> Iterator[_Request]:
-    """The two requests of a row, with another mark each: a word that none of its texts holds."""
+    """The two requests of a row, with another mark each: a word that none of its texts holds, and that comes of what the row
+    asks, so that the request is the same among other rows."""
     facts = _facts()
     one = len(prompt.messages) == 1
     asked = "\n\n".join(m.content if one else f"{m.role}: {m.content}" for m in prompt.messages)
@@ -170,7 +198,7 @@ def _requests(
     base, tuned = (_whole(answer) for answer in answers)
     for order in ORDERS:
         first, second = (base, tuned) if order == ORDERS[0] else (tuned, base)
-        chance = random.Random(f"{seed} {row} {order}")
+        chance = random.Random(f"{seed} {prompt.digest()} {order}")
         mark = f"{chance.getrandbits(64):016x}"
         while any(mark in text for text in (*texts.values(), base, tuned)):
             mark = f"{chance.getrandbits(64):016x}"

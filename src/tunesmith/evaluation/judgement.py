@@ -11,17 +11,22 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.conversation import Conversation
+from tunesmith.evaluation.instruct import chrf
+from tunesmith.evaluation.metric import Heard
 from tunesmith.evaluation.stats import Comparison, compare
 
 ORDERS = ("base first", "tuned first")
 VERDICTS = ("A", "B", "TIE")
+EARLIER = -1
 
 
 class Transcript(msgspec.Struct, frozen=True):
     """A request to the judge and what came of it: a line of judge.jsonl.
 
-    `row`: number of the prompt, from 0. `order`: one of ORDERS, or "equal" where nobody was asked. `read`: one of VERDICTS,
-    "unreadable", or "refused" by the service. `asked`: hash of judge and request. `lengths`: characters of base and tuned.
+    `row`: number of the prompt, from 0; EARLIER: of another evaluation, kept so that it need not be paid for again.
+    `order`: one of ORDERS, or "equal" where nobody was asked. `read`: one of VERDICTS, "unreadable", or "refused" by the
+    service. `asked`: hash of judge and request. `lengths`: characters of base and tuned.
     """
 
     row: int
@@ -74,6 +79,7 @@ def figures(
     failure: str = "",
 ) -> Judgement:
     """The judgement that transcripts of so many rows amount to; all of it can be recomputed from judge.jsonl."""
+    found = [one for one in found if one.row != EARLIER]
     by_row: dict[int, list[Transcript]] = {}
     for one in found:
         by_row.setdefault(one.row, []).append(one)
@@ -103,8 +109,18 @@ def figures(
         agreement=agreement,
         kappa=kappa,
         length_bias=rank_correlation(preferences, longer),
-        transcripts=list(found),
+        transcripts=found,
     )
+
+
+def preferred(row: Conversation, base: Heard, tuned: Heard) -> int:
+    """Whom a row speaks for: 1 the tuned model, -1 the base. By the reference's likelihood, else by chrF of the answers."""
+    if base.loss is not None and tuned.loss is not None:
+        gain = base.loss - tuned.loss
+    else:
+        before, after = (chrf(side.said.text, row.answer()) if side.said else 0.0 for side in (base, tuned))
+        gain = after - before
+    return (gain > 0) - (gain < 0)
 
 
 def preference(said: Sequence[Transcript]) -> int | None:

@@ -88,7 +88,8 @@ def measure(
         figures = [metric.whole(rows, side, facts) for side in (base, tuned)]
         if figures[0] is None or figures[1] is None:
             return None
-        return Comparison(metric.name, figures[0], figures[1], figures[1] - figures[0], rows=len(rows))
+        answered = sum(b.said is not None and t.said is not None for b, t in zip(base, tuned, strict=True))
+        return Comparison(metric.name, figures[0], figures[1], figures[1] - figures[0], rows=answered)
     assert metric.columns
     pairs = [
         (before, after)

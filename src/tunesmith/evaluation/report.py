@@ -111,9 +111,9 @@ def commands(run: Run, result: Evaluation, path: Path, dataset: str) -> dict[str
 
 def direction(result: Evaluation, m: Comparison) -> int:
     """1 where higher is better, -1 where lower is, 0 where it is not known (of results kept before it was written down)."""
-    if m.metric.startswith("loss"):
-        return -1
     word = result.better.get(m.metric)
+    if word is None and m.metric.startswith("loss"):  # of the canary, or kept before it was written down
+        return -1
     if word is None and m.verdict in ("better", "worse"):
         return 1 if (m.difference > 0) == (m.verdict == "better") else -1
     return {"higher": 1, "lower": -1, None: 0}[word]

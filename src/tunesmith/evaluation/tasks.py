@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.convert import emoji_in
+from tunesmith.errors import UsageError
 from tunesmith.evaluation import chat, code, compression, domain, instruct, likelihood, persona
 from tunesmith.evaluation.metric import Metric
 
@@ -38,6 +39,16 @@ def metrics(
     if not same_tokens:  # nats a token of two tokenizers say nothing of one another
         found = [metric for metric in found if metric.columns is not chat.turn_coherence]
     return list({metric.name: metric for metric in found}.values())
+
+
+def named_apart(own: Metric) -> Metric:
+    """The user's own metric. Raises UsageError where one of those here has its name: one of the two would be lost."""
+    known = {m.name for m in (*likelihood.METRICS, likelihood.PER_BYTE, *(m for task in TASKS.values() for m in task))}
+    if own.name in known:
+        raise UsageError(
+            f'there is a metric "{own.name}" already', where="--metric", fix="give the function another name"
+        )
+    return own
 
 
 def is_compressed(rows: Sequence[Conversation]) -> bool:
