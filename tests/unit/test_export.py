@@ -237,7 +237,28 @@ def test_numbers_that_16_bits_cannot_hold_are_refused(tmp_path: Path) -> None:
         ({"model_type": "opt"}, "GGUF: no model of the type opt"),
         ({"hidden_act": "relu"}, "llama.cpp computes no llama with activation relu"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "with rope scaling dynamic"),
-        ({"model_type": "mistral", "sliding_window": 32}, "computes no mistral with sliding_window 32"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (
+            {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}},
+            "yarn positions with beta_fast",
+        ),
+        (
+            {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            "yarn positions with mscale 0.7",
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "rope_parameters": {
+                    **ROPE,
+                    "rope_type": "longrope",
+                    "long_factor": [1.0],
+                    "short_factor": [1.0],
+                    "attention_factor": 1.2,
+                },
+            },
+            "longrope positions with attention_factor 1.2",
+        ),
         (
             {
                 "model_type": "gemma2",
@@ -255,6 +276,30 @@ def test_a_model_that_it_would_compute_otherwise_is_refused(
     config = json.loads((STARTER / "config.json").read_text()) | changed
     with pytest.raises(ModelError, match=words):
         gguf_file.model_facts(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "context"),
+    [
+        ({"model_type": "mistral", "sliding_window": 600}, 600),
+        ({"model_type": "mistral", "sliding_window": None}, 2048),
+        ({"model_type": "qwen2", "sliding_window": 600, "use_sliding_window": False}, 2048),
+        ({"model_type": "qwen2", "sliding_window": 600, "use_sliding_window": True}, 600),
+        (
+            {
+                "model_type": "phi3",
+                "rope_parameters": {**ROPE, "rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]},
+            },
+            64,
+        ),
+    ],
+)
+def test_a_context_ends_where_it_would_compute_otherwise(changed: dict[str, Any], context: int, tmp_path: Path) -> None:
+    config = json.loads((STARTER / "config.json").read_text()) | changed
+    known = gguf_file.model_facts(config, tmp_path)
+    found = gguf_file.settings(config, known)
+    assert found[f"{known['arch']}.context_length"] == context
+    assert not [key for key in found if "sliding_window" in key]
 
 
 def test_a_tokenizer_that_it_lacks_is_refused(tmp_path: Path) -> None:
@@ -332,6 +377,33 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="is not in the base"):
         Weights(folder)
+
+
+def test_what_an_adapter_holds_besides_is_not_lost_in_silence(tmp_path: Path) -> None:
+    folder = adapters(tmp_path, "adapter", shaped("llama", tmp_path / "llama"), modules_to_save=["lm_head"])
+    with pytest.raises(ModelError, match=r"an adapter with other weights cannot be merged \(base_model.model.lm_head"):
+        Weights(folder)
+
+
+def test_names_are_words_of_a_shell_and_paths_are_whole(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / "My run;touch PWNED"
+    shutil.copytree(run.path, named)
+    monkeypatch.chdir(tmp_path)
+    done = forms.export(named.name, "out", "ollama", prompts=2)
+    assert done.command.startswith("ollama create my-run-touch-pwned -f ") and done.command.endswith(
+        "my-run-touch-pwned"
+    )
+    assert Path(done.model).name == "My-run-touch-PWNED-f16.gguf" and done.certificate.model == str(
+        named / "best_model"
+    )
+    monkeypatch.chdir("/")
+    assert forms.parity(tmp_path / "out", prompts=2).deployable
+    (tmp_path / "out" / "Modelfile").unlink()
+    assert "Modelfile" in next(c.found for c in forms.parity(tmp_path / "out", prompts=2).failed())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**Not deployable.**" in card and "certificate | failed" in card
 
 
 def test_shards_are_as_large_as_they_may_be_and_load(tmp_path: Path) -> None:

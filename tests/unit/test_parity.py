@@ -173,6 +173,11 @@ def four_bits(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return bits.dequantize_4bit(packed, state).reshape(tensor.shape).to(tensor.dtype)
 
 
+def dropped(folder: Path, name: str) -> None:
+    path = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != name}, path, metadata={"format": "pt"})
+
+
 def one_number(tensor: torch.Tensor) -> torch.Tensor:
     tensor[3] += 1
     return tensor
@@ -212,6 +217,33 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {  # what is done,
         "model.norm.weight differs",
     ),
     "a setting": (lambda f: edit(f / "config.json", rms_norm_eps=1e-2), "settings", "rms_norm_eps is 0.01, not 1e-06"),
+    "a further stop token": (
+        lambda f: edit(f / "generation_config.json", eos_token_id=[2, 13]),
+        "generation",
+        "generation_config.json has another eos_token_id",
+    ),
+    "a temperature": (lambda f: edit(f / "generation_config.json", temperature=9.0), "generation", "another temperature"),
+    "another end": (
+        lambda f: edit(f / "tokenizer_config.json", eos_token="<|im_start|>"),
+        "tokenizer",
+        "tokenizer_config.json is not the one of training",
+    ),
+    "a second weights file": (
+        lambda f: save_file({"x": torch.zeros(2)}, f / "more.safetensors"),
+        "files",
+        "more.safetensors does not belong to it",
+    ),
+    "no numbers": (
+        lambda f: changed_weights(f, lambda n, t: t * float("nan") if n == "model.norm.weight" else t),
+        "weights",
+        "model.norm.weight differs",
+    ),
+    "no embedding": (lambda f: dropped(f, "model.embed_tokens.weight"), "weights", "model.embed_tokens.weight is missing"),
+    "half a tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text()[:900]) and None,
+        "tokenizer",
+        "tokenizer.json is not the one of training",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "files", "not a whole safetensors file"),
 }  # fmt: skip
 
@@ -242,6 +274,16 @@ def gguf_tensor(file: Path, name: str, change: Callable[[np.ndarray[Any, Any]], 
     tensor.data[:] = change(tensor.data.copy())
 
 
+def flipped(data: np.ndarray[Any, Any]) -> Any:
+    data[3].view(np.uint8)[5] ^= 1
+    return data
+
+
+def nothing(data: np.ndarray[Any, Any]) -> Any:
+    data[7] = np.nan
+    return data
+
+
 def gguf_template(file: Path) -> None:
     data = file.read_bytes()
     assert data.count(b"<|im_start|>assistant\n{% endif") == 1
@@ -261,6 +303,23 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "weights",
         "blk.1.attn_q.weight differs",
     ),
+    "a word for another": (
+        lambda f: f.write_bytes(f.read_bytes().replace("Ġwater".encode(), "Ġwatre".encode(), 1)),
+        "vocabulary",
+        "the vocabulary is not the one of training: tokens",
+    ),
+    "another padding": (
+        lambda f: gguf_field(f, "tokenizer.ggml.padding_token_id", 7),
+        "vocabulary",
+        "padding_token_id",
+    ),
+    "a bit": (lambda f: gguf_tensor(f, "blk.0.ffn_up.weight", flipped), "weights", "blk.0.ffn_up.weight differs"),
+    "a row of no numbers": (
+        lambda f: gguf_tensor(f, "token_embd.weight", nothing),
+        "weights",
+        "token_embd.weight differs",
+    ),
+    "gone": (lambda f: f.unlink(), "files", "0 GGUF files"),
     "cut short": (lambda f: f.write_bytes(f.read_bytes()[:300_000]), "files", "not a whole GGUF file"),
 }
 
@@ -279,6 +338,7 @@ def test_a_spoilt_file_is_caught_by_name(case: str, export: Callable[[str], Path
     ("old", "new"),
     [
         ("<|im_start|>user", "<|im_start|>User"),
+        ("{{ .Content }}<|im_end|>\n", "{{ .Content }}<|im_end|>\n" * 2),
         ('PARAMETER stop "<|im_end|>"\n', ""),
         ("temperature 0.7", "temperature 1.5"),
         ("num_ctx", "num_ctx_"),
@@ -288,7 +348,7 @@ def test_a_spoilt_modelfile_is_caught(old: str, new: str, export: Callable[[str]
     path = export("ollama") / "Modelfile"
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new, 1))
     assert "Modelfile" in {check.name for check in forms.parity(path.parent, prompts=2).failed()}
 
 
@@ -300,8 +360,11 @@ class Stand:
 
     name = "a stand-in"
 
-    def __init__(self, answers: list[Answer], likeliest: list[list[dict[int, float]]]) -> None:
-        self._answers, self._likeliest = answers, iter(likeliest)
+    def __init__(self, answers: list[Answer], likeliest: list[list[dict[int, float]]], ends: bool = True) -> None:
+        self._answers, self._likeliest, self._ends = answers, iter(likeliest), ends
+
+    def ends(self, prompt: list[int], token: int) -> bool:
+        return self._ends and token == 2
 
     def answers(self, prompts: list[list[int]], most: int) -> list[Answer]:
         return self._answers[: len(prompts)]
@@ -359,12 +422,17 @@ def test_greedy_answers_by_hand(answer: Answer, exact: float, passed: bool) -> N
 
 
 def test_an_answer_that_goes_on_after_its_end_is_caught() -> None:
-    sure, other = [[{3: -0.1}, {4: -0.1}, {2: -0.1}]], [[{3: -0.1}, {4: -0.1}, {9: -0.1}]]
-    assert parity.stopping(Stand([Answer([], True)], []), OWN, sure).passed  # type: ignore[arg-type]
-    over = parity.stopping(Stand([Answer([2, 5, 6, 7], False)], []), OWN, sure)  # type: ignore[arg-type]
-    assert not over.passed and "no stop token there" in over.cause
-    untried = parity.stopping(Stand([], []), OWN, other)  # type: ignore[arg-type]
-    assert untried.passed and "not tried" in untried.found
+    """The end-of-turn token must end an answer, and be about as likely where the run's own model ended."""
+    limit = {"same": 0.95}
+    sure, other = [[{3: -0.1}, {4: -0.1}, {2: -0.1, 9: -2.0}]], [[{3: -0.1}, {4: -0.1}, {9: -0.1, 2: -0.7}]]
+    near = [[{3: -0.1}, {4: -0.1}, {9: -0.1, 2: -0.5}]]
+
+    def found(likeliest: list[list[dict[int, float]]], ends: bool = True) -> Check:
+        return parity.stopping(Stand([], [], ends), OWN, likeliest, limit)  # type: ignore[arg-type]
+
+    assert found(sure).passed and found(near).passed
+    assert not found(sure, ends=False).passed and "it is no stop token there" in found(sure, ends=False).cause
+    assert not found(other).passed and found(other).cause == "it no longer ends its answers"
 
 
 # ---- Ollama's template

@@ -7,6 +7,7 @@ target's name is whole, and says in parity.json whether it may be deployed.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import shutil
 import time
@@ -21,17 +22,17 @@ from tunesmith.conversation import Message
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
-from tunesmith.errors import ModelError, UsageError
+from tunesmith.errors import ModelError, TunesmithError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.exporting import gguf_file, inspect, merged, ollama, parity, runtime
-from tunesmith.exporting.forms import PARITY, is_k_quant
+from tunesmith.exporting.forms import PARITY, REFUSED, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
-from tunesmith.models import facts, find
+from tunesmith.models import facts, find, read_json
 from tunesmith.render import Renderer
 from tunesmith.runs import Run, run_of
 
-REFUSED = "NOT-DEPLOYABLE.txt"
+SAID = (PARITY, REFUSED, "README.md", "model_info.json")  # what is written about an export
 CONTEXT = 8192  # tokens for which a runtime reserves memory by itself
 SYSTEM_ROWS = 2000  # training rows that are looked at for a common system prompt
 
@@ -75,7 +76,7 @@ def export(
     Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
     """
     source = find_source(model)
-    target = Path(output).expanduser().absolute()
+    target = Path(output).expanduser().resolve()
     weights, renderer = Weights(source.folder), Renderer(source.folder)
     adapter = form == "adapter" or unmerged
     if adapter and not weights.changed():
@@ -87,7 +88,7 @@ def export(
     building = begun(target)
     building.mkdir()
     try:
-        _refuse_disk(weights, target.parent, 1 if adapter else 2)
+        _refuse_disk(_need(weights, source.folder, adapter, quantize), target.parent)
         maker = _Maker(source, weights, renderer, building, quantize, on_progress)
         maker.adapter() if adapter else maker.model() if form in ("merged", "vllm") else maker.gguf()
         if form == "ollama":
@@ -95,19 +96,8 @@ def export(
         command = maker.command(form, target, adapter)
         form = "adapter" if adapter and form != "vllm" else form
         certificate = certify(building, source, form, maker.quantize, prompts=prompts, on_progress=on_progress)
-        mark(building, certificate)
-        said = card.Export(
-            form=form,
-            quantize=maker.quantize,
-            weights=maker.file,
-            command=command,
-            runtime=certificate.runtime,
-            deployable=certificate.deployable,
-            failed=[f"{c.name} ({c.cause or c.found})" for c in certificate.failed()],
-            license=license,
-            data_license=data_license,
-        )
-        card.write_card(source.run, said, building) if source.run else card.write_plain(source.name, said, building)
+        told = {"weights": maker.file, "command": command, "license": license, "data_license": data_license}
+        mark(building, source, certificate, told)
         size = sum(f.stat().st_size for f in building.rglob("*") if f.is_file())
         publish(building, target)
     finally:
@@ -124,16 +114,22 @@ def find_source(model: str) -> Source:
     """A run (its best model), a folder in one, a model folder or a name. Raises ModelError."""
     path = Path(model)
     best = path / "best_model"
-    folder = find(str(best) if best.is_dir() else model)
+    folder = find(str(best) if best.is_dir() else model).resolve()
     return Source(model, folder, run_of(folder))
 
 
-def _refuse_disk(weights: Weights, folder: Path, models: int) -> None:
-    need, free = models * merged.size(weights), shutil.disk_usage(folder).free
+def _need(weights: Weights, folder: Path, adapter: bool, quantize: str | None) -> int:
+    """Bytes that an export takes while it is made."""
+    if adapter:
+        return (folder / "adapter_model.safetensors").stat().st_size
+    return merged.size(weights) * (2 if quantize == "f32" or quantize and is_k_quant(quantize) else 1)
+
+
+def _refuse_disk(need: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
     if need > free:
-        raise UsageError(
-            f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", where=str(folder), fix="choose another -o"
-        )
+        short = f"{need / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
+        raise UsageError(short, where=str(folder), fix="choose another -o")
 
 
 class _Maker:
@@ -182,20 +178,26 @@ class _Maker:
         write_bytes(self._folder / "Modelfile", text.encode())
 
     def _called(self) -> str:
+        """The run's name as that of a file, of a model and as a word of a shell."""
         run = self._source.run
-        return (run.path.resolve() if run else self._source.folder.resolve()).name
+        name = (run.path.resolve() if run else self._source.folder.resolve()).name
+        return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
 
     def command(self, form: str, target: Path, adapter: bool) -> str:
         """What runs the export, as a shell takes it."""
         where, name = shlex.quote(str(target)), self._called()
         if form == "ollama":
-            return f"ollama create {name} -f {shlex.quote(str(target / 'Modelfile'))} && ollama run {name}"
+            called = name.lower()
+            return f"ollama create {called} -f {shlex.quote(str(target / 'Modelfile'))} && ollama run {called}"
         if form == "gguf":
             return f"llama-server -m {shlex.quote(str(target / self.file))} --jinja"
         if form == "vllm" and adapter:
             config = msgspec.json.decode((self._folder / "adapter_config.json").read_bytes())
             base = shlex.quote(str(config["base_model_name_or_path"]))
-            lora = f"--enable-lora --max-lora-rank {_rank(config['r'])} --lora-modules {name}={where}"
+            if config.get("use_dora"):
+                raise UsageError("vLLM serves no DoRA", where="--unmerged", fix="leave it out: the model is merged")
+            rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+            lora = f"--enable-lora --max-lora-rank {_rank(rank)} --lora-modules {name}={where}"
             return f"vllm serve {base} {lora} --chat-template {shlex.quote(str(target / 'chat_template.jinja'))}"
         if form == "vllm":
             return f"vllm serve {where} --served-model-name {name}"
@@ -208,7 +210,10 @@ def _rank(rank: int) -> int:
 
 
 def _context(weights: Weights) -> int:
-    return min(CONTEXT, facts(weights.folder).context)
+    """Tokens for which a runtime of GGUF files is started."""
+    config = gguf_file.text_config(weights.config)
+    known = gguf_file.settings(config, gguf_file.model_facts(config, weights.folder))
+    return min(CONTEXT, next(int(n) for key, n in known.items() if key.endswith(".context_length")))
 
 
 def system_of(run: Run | None) -> str | None:
@@ -234,9 +239,12 @@ def certify(
 ) -> Certificate:
     """Compare an export with the model that it was made of, in the program that will run it."""
     weights, renderer = Weights(source.folder), Renderer(source.folder)
-    asked = [renderer.prompt_ids(p) for p in held_out(source.run, prompts)]
-    room = facts(weights.folder).context - parity.ANSWER - 1
-    asked = [ids for ids in asked if len(ids) <= room] or [ids[-room:] for ids in asked[:1]]
+    context = _context(weights) if form in ("gguf", "ollama") else facts(weights.folder).context
+    room, rows = context - parity.ANSWER - 1, held_out(source.run, prompts)
+    rows = [row for row in rows if len(renderer.prompt_ids(row)) <= room]
+    if not rows:
+        raise ModelError(f"its context of {context} tokens is too short for a prompt", where=source.name)
+    asked = [renderer.prompt_ids(row) for row in rows]
     total, done = 2 * (len(asked) + 1), 0
 
     def told(count: int) -> None:
@@ -246,22 +254,29 @@ def certify(
 
     checks: list[Check] = []
     name = "none"
-    try:
-        for each in _files(folder, source, weights, renderer, form, quantize):
-            checks.append(each)
-    except ModelError as error:
-        checks.append(Check("files", False, str(error), "whole", error.message))
-    try:
+
+    def take(found: Iterator[Check], what: str) -> None:
+        """Checks as they come; whatever breaks them off is a finding about the export."""
+        try:
+            checks.extend(found)
+        except (TunesmithError, OSError, ValueError, LookupError, TypeError, AssertionError, RuntimeError) as error:
+            checks.append(
+                Check(what, False, f"{type(error).__name__}: {error}", "whole", getattr(error, "message", str(error)))
+            )
+
+    def running() -> Iterator[Check]:
+        nonlocal name
         own = _observed(source, renderer, asked, told)
-        checks += _trained_on_4_bits(source, renderer, own)
-        program = _program(folder, form, weights, renderer)
+        yield from _trained_on_4_bits(source, renderer, own)
+        program = _program(folder, form, context, renderer)
         name = program.name
         try:
-            checks += parity.behaviour(program, renderer, own, quantize, told)
+            yield from parity.behaviour(program, renderer, own, rows, quantize, told)
         finally:
             program.close()
-    except ModelError as error:  # the export cannot be run at all: that is a finding about it
-        checks.append(Check("runs", False, str(error), "loads and answers", error.message))
+
+    take(_files(folder, source, weights, renderer, form, quantize), "files")
+    take(running(), "runs")
     return Certificate(
         deployable=all(check.passed for check in checks),
         model=str(source.folder),
@@ -274,6 +289,7 @@ def certify(
         prompts=len(asked),
         probes=len(parity.probes()[0]),
         tunesmith=version("tunesmith"),
+        files={p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in SAID},
     )
 
 
@@ -281,7 +297,7 @@ def _files(
     folder: Path, source: Source, weights: Weights, renderer: Renderer, form: str, quantize: str
 ) -> Iterator[Check]:
     if form in ("gguf", "ollama"):
-        file = next(folder.glob("*.gguf"))
+        file = _gguf(folder)
         yield from inspect.gguf_checks(file, weights, renderer, quantize)
         if form == "ollama":
             text = (folder / "Modelfile").read_text(encoding="utf-8")
@@ -312,12 +328,18 @@ def _trained_on_4_bits(source: Source, renderer: Renderer, own: parity.Own) -> l
     return [msgspec.structs.replace(drift, name="trained on 4-bit weights", cause=cause)]
 
 
-def _program(folder: Path, form: str, weights: Weights, renderer: Renderer) -> runtime.Runtime:
+def _program(folder: Path, form: str, context: int, renderer: Renderer) -> runtime.Runtime:
     if form in ("gguf", "ollama"):
-        return runtime.LlamaCpp(
-            next(folder.glob("*.gguf")), min(CONTEXT, facts(weights.folder).context), renderer.stop_ids
-        )
+        return runtime.LlamaCpp(_gguf(folder), context, renderer.stop_ids)
     return runtime.plain_transformers(folder)
+
+
+def _gguf(folder: Path) -> Path:
+    """The one GGUF file of an export."""
+    found = list(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise ModelError(f"{len(found)} GGUF files", where=str(folder), fix="export again")
+    return found[0]
 
 
 def held_out(run: Run | None, count: int) -> list[tuple[Message, ...]]:
@@ -342,18 +364,28 @@ def recheck(
         raise UsageError("parity.json is damaged", where=str(folder), fix="export again") from None
     source = find_source(model or before.model)
     found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
-    mark(folder, found)
+    said = read_json(folder / "model_info.json").get("export", {})
+    mark(folder, source, found, {k: said.get(k, "") for k in ("weights", "command", "license", "data_license")})
     if source.run:
         refresh_report(source.run)
     return found
 
 
-def mark(folder: Path, certificate: Certificate) -> None:
-    """parity.json, and of a failed export a file that nobody overlooks."""
+def mark(folder: Path, source: Source, certificate: Certificate, told: dict[str, str]) -> None:
+    """parity.json, the card, and of a failed export a file that nobody overlooks."""
+    failed = [f"{c.name} ({c.cause or c.found})" for c in certificate.failed()]
+    said = card.Export(
+        form=certificate.form,
+        quantize=certificate.quantize,
+        runtime=certificate.runtime,
+        deployable=certificate.deployable,
+        failed=failed,
+        **told,
+    )
+    card.write_card(source.run, said, folder) if source.run else card.write_plain(source.name, said, folder)
     write_json(folder / PARITY, certificate)
     if certificate.deployable:
         (folder / REFUSED).unlink(missing_ok=True)
         return
-    lines = [f"{c.name}: {c.cause or c.found} (found: {c.found}; wanted: {c.limit})" for c in certificate.failed()]
-    text = "This export is not the model that was trained. Do not deploy it.\n\n" + "\n".join(lines) + "\n"
+    text = "This export is not the model that was trained. Do not deploy it.\n\n" + "\n".join(failed) + "\n"
     write_bytes(folder / REFUSED, text.encode())

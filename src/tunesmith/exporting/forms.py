@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tomllib
@@ -25,6 +26,7 @@ FOLDER_TYPES = ("bf16", "f16")
 GGUF_PACKAGES = ("gguf", "xllamacpp")
 K_QUANTISER = "llama-quantize"
 PARITY = "parity.json"
+REFUSED = "NOT-DEPLOYABLE.txt"
 
 
 def export(
@@ -36,7 +38,7 @@ def export(
 ) -> Exported:
     """Write a run's model for another program and certify it; see `tunesmith.exporting.export.export`."""
     refuse_form(form, quantize, options.get("unmerged", False))
-    refuse_target(Path(output).expanduser())
+    refuse_target(Path(output).expanduser().resolve())
     refuse_removed(model)
     find(str(model))
     from tunesmith.exporting.export import export as made
@@ -98,6 +100,12 @@ def refuse_no_export(folder: Path) -> None:
     """UsageError unless `tunesmith export` made the folder."""
     if not (folder / PARITY).exists():
         raise UsageError("not an export (no parity.json)", where=str(folder), fix="tunesmith export makes one")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quantisation(name: str) -> tuple[str, str, str]:

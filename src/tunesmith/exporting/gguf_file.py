@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,22 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, known["arch"])
     try:
         places = targets(weights, config, known)
-        tensors = {n: (t, _type(t, weights.shapes[n], large, outer)) for n, t in places.items()}
+        tensors = {n: (t, kind_of(t, weights.shapes[n], large, outer)) for n, t in places.items()}
         writer.add_type("model")
         writer.add_name(_called(name, known, renderer))
         writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        kinds: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        for key, value in settings(config, known).items():
-            kinds[type(value)](key, value)
         embedding = next(n for n, (t, _) in tensors.items() if t == "token_embd.weight")
-        _add_vocabulary(writer, vocabulary(renderer, weights.shapes[embedding][0], facts()["pretokenizers"]))
+        words = vocabulary(renderer, weights.shapes[embedding][0], facts()["pretokenizers"])
+        adders: dict[type, Any] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        for key, value in (settings(config, known) | vocabulary_fields(words)).items():
+            adders[type(value)](key, value)
         writer.add_chat_template(renderer.template)
         extra = {n: (t, "F32") for n, t in rope_factors(config).items()}
         for source, (target, dtype) in tensors.items():
@@ -62,7 +69,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for source, (_, dtype) in tensors.items():
-            data = _converted(arranged(weights.read(source), source, config, known), dtype, source)
+            data = converted(arranged(weights.read(source), source, config, known), dtype, source)
             writer.write_tensor_data(data)
             told(data.nbytes)
         for values, _ in extra.values():
@@ -91,19 +98,31 @@ def model_facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         (config[k] for k in ("hidden_activation", "hidden_act", "activation_function") if config.get(k)), None
     )
     wrong = [f"activation {activation}"] if activation not in (None, known["activation"]) else []
-    wrong += [f"{k} {config[k]}" for k in known.get("without", []) if config.get(k)]
     wrong += [
         f"{k} {config[k]}"
         for k, other in known.get("same", {}).items()
         if k in config and config[k] != config.get(other)
     ]
-    scaling = rope(config)["rope_type"]
-    wrong += [f"rope scaling {scaling}"] if scaling not in ("default", "linear", "yarn", "llama3", "longrope") else []
+    wrong += _unknown_positions(config, known) if known.get("rotary", True) else []
     if wrong:
         raise ModelError(
             f"llama.cpp computes no {kind} with {', '.join(wrong)}", where=str(folder), fix="export --format merged"
         )
     return known
+
+
+def _unknown_positions(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """Settings of rotary positions that a GGUF file cannot hold."""
+    turns = rope(config)
+    kind = turns.pop("rope_type")
+    taken: list[str] | None = facts()["scaling"].get(kind)
+    if taken is None:
+        return [f"rope scaling {kind}"]
+    part = turns.pop("partial_rotary_factor")
+    usual = facts()["scaling_defaults"]
+    other = {k: v for k, v in turns.items() if k not in (*taken, "rope_theta") and v != usual.get(k)}
+    wrong = [f"{kind} positions with {k} {v}" for k, v in other.items()]
+    return wrong + ([f"partial_rotary_factor {part}"] if part != 1 and not known.get("partial") else [])
 
 
 def requantise(source: Path, target: Path, name: str) -> None:
@@ -116,17 +135,29 @@ def requantise(source: Path, target: Path, name: str) -> None:
 
 def settings(config: dict[str, Any], known: dict[str, Any]) -> dict[str, int | float | str]:
     """The shape of a model, its norms and its positions, under GGUF's names."""
-    only_if = known.get("only_if", {})
     found: dict[str, Any] = {}
     for key, sources in facts()["fields"].items():
         value = _first(config, sources)
         if key == "feed_forward_length":
             value = value or 4 * config["n_embd"]  # GPT-2 says nothing where it is so
-        if value is not None and all(config.get(only_if[s]) for s in sources if s in only_if):
+        if value is not None:
             found[key] = value
+    if known.get("windows"):
+        found["attention.sliding_window"] = config["sliding_window"]
+    found["context_length"] = min(found["context_length"], *_ends(config, known))
     if known.get("rotary", True):
         found |= _positions(config)
     return {f"{known['arch']}.{key}": value for key, value in found.items()}
+
+
+def _ends(config: dict[str, Any], known: dict[str, Any]) -> list[int]:
+    """Tokens after which llama.cpp would compute otherwise: a sliding window that it lacks, the second list of long positions."""
+    window = (
+        config.get("sliding_window") if config.get("use_sliding_window", True) and not known.get("windows") else None
+    )
+    turns = rope(config)
+    old = turns.get(OLD_CONTEXT) or config.get(OLD_CONTEXT) if turns["rope_type"] == "longrope" else None
+    return [int(end) for end in (window, old) if end] or [sys.maxsize]
 
 
 def _positions(config: dict[str, Any]) -> dict[str, int | float | str]:
@@ -190,7 +221,7 @@ def _name(names: Any, source: str, weights: Weights) -> str:
     return str(found)
 
 
-def _type(target: str, shape: tuple[int, ...], large: str, outer: str) -> str:
+def kind_of(target: str, shape: tuple[int, ...], large: str, outer: str) -> str:
     """32 bits for vectors and learnt positions, as llama.cpp computes with them; matrices whose rows are no blocks, 16."""
     if len(shape) == 1 or target == "position_embd.weight":
         return "F32"
@@ -228,7 +259,7 @@ def arranged(tensor: Tensor, name: str, config: dict[str, Any], known: dict[str,
     return tensor
 
 
-def _converted(tensor: Tensor, dtype: str, name: str) -> np.ndarray[Any, Any]:
+def converted(tensor: Tensor, dtype: str, name: str) -> np.ndarray[Any, Any]:
     """A tensor's bytes in a GGUF type, part by part. ModelError where a number is too large for it, or none."""
     import gguf
 
@@ -270,23 +301,13 @@ def _first(config: dict[str, Any], names: list[str]) -> Any:
     return next((config[n] for n in names if config.get(n) is not None), None)
 
 
-def _add_vocabulary(writer: Any, words: Vocabulary) -> None:
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.merges:
-        writer.add_token_merges(words.merges)
-    if words.scores:
-        writer.add_token_scores(words.scores)
-        writer.add_add_space_prefix(words.space_prefix)
-    if words.bos is not None:
-        writer.add_bos_token_id(words.bos)
-    if words.unknown is not None:
-        writer.add_unk_token_id(words.unknown)
-    for add, number in zip(
-        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), words.eos, strict=False
-    ):
-        add(number)
-    writer.add_pad_token_id(words.pad)
-    writer.add_add_bos_token(words.add_bos)
+def vocabulary_fields(words: Vocabulary) -> dict[str, Any]:
+    """A vocabulary under GGUF's names."""
+    ends = dict(zip(("eos", "eot", "eom"), words.eos, strict=False))
+    ids = {"bos": words.bos, "unknown": words.unknown, **ends, "padding": words.pad}
+    found: dict[str, Any] = {f"{name}_token_id": number for name, number in ids.items() if number is not None}
+    found |= {"model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types}
+    found |= {"add_bos_token": words.add_bos}
+    found |= {"merges": words.merges} if words.merges else {}
+    found |= {"scores": words.scores, "add_space_prefix": words.space_prefix} if words.scores else {}
+    return {f"tokenizer.ggml.{name}": value for name, value in found.items()}

@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.exporting import gguf_file, merged
+from tunesmith.exporting.forms import PARITY, REFUSED, facts
 from tunesmith.exporting.parity import Check, limits
+from tunesmith.exporting.vocabulary import vocabulary
 from tunesmith.exporting.weights import EMBEDDINGS, Weights
 from tunesmith.models import read_json
-from tunesmith.render import Renderer, own_template
+from tunesmith.render import TOKENIZER_FILES, Renderer, own_template
 
+TOKENIZER = tuple(name for name in TOKENIZER_FILES if name not in ("generation_config.json", "chat_template.jinja"))
+OURS = ("config.json", "model.safetensors.index.json", PARITY, REFUSED, "README.md", "model_info.json")
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types, which have 16 values each
 
 
@@ -26,20 +31,43 @@ BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types, which hav
 def folder_checks(folder: Path, weights: Weights, renderer: Renderer) -> Iterator[Check]:
     """The files of a merged export."""
     there = Weights(folder)
-    config = there.config
-    text = config.get("text_config", config)
+    kind = merged.TYPES["f16" if str(there.config.get("dtype")) == "float16" else "bf16"]
+    wanted, generation = merged.configuration(weights, renderer, kind)
+    yield from _said(folder, renderer, generation)
+    text, own = gguf_file.text_config(there.config), gguf_file.text_config(weights.config)
+    yield _rope_base(gguf_file.rope(text)["rope_theta"], gguf_file.rope(own)["rope_theta"])
+    yield _settings(wanted, there.config)
+    yield _tied_head(weights, bool(there.config.get("tie_word_embeddings")), _head(there))
+    yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {kind}")
+    yield _files(folder)
+
+
+def _said(folder: Path, renderer: Renderer, generation: dict[str, Any]) -> Iterator[Check]:
+    """What a folder says besides its weights: template, stop tokens, generation, tokenizer."""
     yield _template(own_template(folder), renderer)
-    yield _stops(_as_list(read_json(folder / "generation_config.json").get("eos_token_id")), renderer)
-    own = gguf_file.text_config(weights.config)
-    yield _rope_base(gguf_file.rope(text).get("rope_theta"), gguf_file.rope(own).get("rope_theta"))
-    ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config", "use_cache"}
-    yield _settings(
-        {k: v for k, v in weights.config.items() if k not in ignored},
-        {k: v for k, v in config.items() if k not in ignored},
-    )
-    yield _tied_head(weights, bool(config.get("tie_word_embeddings")), _head(there))
-    kind = merged.TYPES["f16" if str(config.get("dtype")) == "float16" else "bf16"]
-    yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {kind}", 0.0)
+    found = read_json(folder / "generation_config.json")
+    yield _stops(_as_list(found.get("eos_token_id")), renderer)
+    wrong = sorted(k for k in {*found, *generation} if found.get(k) != generation.get(k))
+    cause = f"generation_config.json has another {', '.join(wrong)}" if wrong else ""
+    yield Check("generation", not wrong, cause or "sampling and limits as they were", "as it was", cause)
+    changed = [n for n in TOKENIZER if not _same_file(renderer.folder / n, folder / n)]
+    cause = f"{', '.join(changed)} is not the one of training" if changed else ""
+    yield Check("tokenizer", not changed, cause or "every file the same", "every byte", cause)
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    if not a.exists() or not b.exists():
+        return a.exists() == b.exists()
+    return filecmp.cmp(a, b, shallow=False)
+
+
+def _files(folder: Path) -> Check:
+    """Whether only what belongs to the export is there: a second weights file would be loaded too."""
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    expected = {*(index.values() if index else ["model.safetensors"]), *TOKENIZER_FILES, *OURS}
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in expected)
+    cause = f"{', '.join(extra)} does not belong to it" if extra else ""
+    return Check("files", not extra, cause or "those of the export alone", "no others", cause)
 
 
 def _merged_errors(there: Weights, weights: Weights, kind: torch.dtype) -> Iterator[tuple[str, float, str]]:
@@ -73,18 +101,12 @@ def relative(want: Tensor, have: Tensor) -> float:
 
 def adapter_checks(folder: Path, own: Path, renderer: Renderer) -> Iterator[Check]:
     """The files of an adapter that is exported as it is."""
-    yield _template(own_template(folder), renderer)
-    yield _stops(_as_list(read_json(folder / "generation_config.json").get("eos_token_id")), renderer)
+    yield from _said(folder, renderer, read_json(renderer.folder / "generation_config.json"))
     yield _settings(read_json(own / "adapter_config.json"), read_json(folder / "adapter_config.json"))
     name = "adapter_model.safetensors"
     same = filecmp.cmp(own / name, folder / name, shallow=False)
-    yield Check(
-        "weights",
-        same,
-        "every byte the same" if same else "the files differ",
-        "every byte",
-        "" if same else f"{name} differs",
-    )
+    said, cause = ("every byte the same", "") if same else ("the files differ", f"{name} differs")
+    yield Check("weights", same, said, "every byte", cause)
 
 
 # ---- a GGUF file
@@ -98,38 +120,61 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
         reader = gguf.GGUFReader(file)
     except Exception as error:  # whatever its bytes make the library do
         raise ModelError(f"not a whole GGUF file: {error}", where=str(file)) from None
-    fields = {name: field.contents() for name, field in reader.fields.items() if name != "tokenizer.ggml.tokens"}
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     config = gguf_file.text_config(weights.config)
     known = gguf_file.model_facts(config, weights.folder)
     wanted = gguf_file.settings(config, known)
+    tensors = {t.name: t for t in reader.tensors}
     yield _template(fields.get("tokenizer.chat_template"), renderer)
     stops = [fields.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom")]
     yield _stops([s for s in stops if s is not None], renderer)
+    size = next(s[0] for n, s in weights.shapes.items() if n.endswith(EMBEDDINGS))
+    words = gguf_file.vocabulary_fields(vocabulary(renderer, size, facts()["pretokenizers"]))
+    yield _vocabulary(words, fields)
     base = f"{known['arch']}.rope.freq_base"
     yield _rope_base(fields.get(base), wanted.get(base))
     yield _settings(wanted, {k: fields.get(k) for k in wanted})
-    tensors = {t.name: t for t in reader.tensors}
     tied = bool(weights.config.get("tie_word_embeddings"))
     head = tensors.get("output.weight")
-    same = head is None or bool((head.data == tensors["token_embd.weight"].data).all())
-    yield _tied_head(weights, tied and head is None or tied and same, same)
-    limit = limits(quantize)["weights"]
-    yield _weights(_gguf_errors(tensors, weights, config, known, limit), f"within {limit:.1%} of the run's own", limit)
+    same = (
+        head is None or "token_embd.weight" in tensors and np.array_equal(head.data, tensors["token_embd.weight"].data)
+    )
+    yield _tied_head(weights, tied and same, same)
+    errors = _gguf_errors(tensors, weights, config, known, quantize)
+    exact = quantize in facts()["quantisations"]
+    yield _weights(
+        errors, f"as the run's own gives it in {quantize}" if exact else f"near the run's own, by {quantize}"
+    )
+
+
+def _vocabulary(wanted: dict[str, Any], fields: dict[str, Any]) -> Check:
+    """Every token with its text, type, merges or scores: an id alone says nothing."""
+    wrong = [name.rpartition(".")[2] for name, value in wanted.items() if not _near(fields.get(name), value)]
+    found = f"{len(wanted['tokenizer.ggml.tokens'])} tokens as in training"
+    cause = f"the vocabulary is not the one of training: {', '.join(wrong)}" if wrong else ""
+    return Check("vocabulary", not wrong, cause or found, "every token", cause)
 
 
 def _gguf_errors(
-    tensors: dict[str, Any], weights: Weights, config: dict[str, Any], known: dict[str, Any], limit: float
+    tensors: dict[str, Any], weights: Weights, config: dict[str, Any], known: dict[str, Any], quantize: str
 ) -> Iterator[tuple[str, float, str]]:
+    """Tensors that are not what the run's own give: byte for byte, or within its limit in a type that we do not make."""
     import gguf
 
+    kinds = facts()["quantisations"].get(quantize)
     for source, target in gguf_file.targets(weights, config, known).items():
         if target not in tensors:
             yield target, 1.0, "is missing"
             continue
-        have = torch.from_numpy(gguf.quants.dequantize(tensors[target].data, tensors[target].tensor_type).copy())
-        want = gguf_file.arranged(weights.read(source), source, config, known)
+        there, want = tensors[target], gguf_file.arranged(weights.read(source), source, config, known)
+        if kinds:
+            kind = gguf_file.kind_of(target, tuple(want.shape), kinds[0], kinds[1])
+            bytes_there, bytes_wanted = there.data.view(np.uint8).reshape(-1), gguf_file.converted(want, kind, target)
+            if there.tensor_type.name == kind and np.array_equal(bytes_there, bytes_wanted.view(np.uint8).reshape(-1)):
+                continue
+        have = torch.from_numpy(gguf.quants.dequantize(there.data, there.tensor_type).copy())
         error = relative(want.reshape(have.shape) if want.numel() == have.numel() else want, have)
-        if error > limit:
+        if kinds or not error <= limits(quantize)["weights"]:
             yield target, error, "differs"
 
 
@@ -169,6 +214,8 @@ def _settings(wanted: dict[str, Any], there: dict[str, Any]) -> Check:
 
 
 def _near(a: Any, b: Any) -> bool:
+    if isinstance(b, list) and b and isinstance(b[0], float):
+        return isinstance(a, list) and np.allclose(a, b, rtol=1e-6)
     if isinstance(a, float) and isinstance(b, int | float):
         return abs(a - b) <= 1e-6 * max(abs(b), 1e-30)
     return bool(a == b)
@@ -187,11 +234,12 @@ def _tied_head(weights: Weights, tied_there: bool, same: bool) -> Check:
 
 def _head(there: Weights) -> bool:
     """Whether a head that stands in the files is the embedding."""
-    embedding = next(n for n in there.files if n.endswith(EMBEDDINGS))
-    return "lm_head.weight" not in there.files or torch.equal(there.read("lm_head.weight"), there.read(embedding))
+    embedding = next((n for n in there.files if n.endswith(EMBEDDINGS)), "")
+    heads = "lm_head.weight" in there.files
+    return not heads or bool(embedding) and torch.equal(there.read("lm_head.weight"), there.read(embedding))
 
 
-def _weights(errors: Iterator[tuple[str, float, str]], wanted: str, limit: float) -> Check:
+def _weights(errors: Iterator[tuple[str, float, str]], wanted: str) -> Check:
     wrong = list(errors)
     if not wrong:
         return Check("weights", True, f"every tensor {wanted}", wanted)

@@ -19,7 +19,6 @@ from tunesmith.render import Renderer
 TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 SHORT = {torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 SHARD = 5_000_000_000  # bytes of a file, as the Hub recommends
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens")
 
 
 def dtype(weights: Weights, quantize: str | None) -> torch.dtype:
@@ -61,16 +60,21 @@ def size(weights: Weights) -> int:
 
 
 def _write_configuration(weights: Weights, renderer: Renderer, folder: Path, kind: torch.dtype) -> None:
-    """config.json in the type of the weights, and generation_config.json that stops where training's answers ended."""
-    config = dict(weights.config)
-    for key in ("quantization_config", "torch_dtype", "_name_or_path"):
-        config.pop(key, None)
-    write_json(folder / "config.json", config | {"dtype": str(kind).removeprefix("torch.")})
     renderer.save(folder)
+    for name, value in zip(
+        ("config.json", "generation_config.json"), configuration(weights, renderer, kind), strict=True
+    ):
+        write_json(folder / name, value)
+
+
+def configuration(weights: Weights, renderer: Renderer, kind: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json in the type of the weights, and generation_config.json that stops where training's answers ended."""
+    left_out = ("quantization_config", "torch_dtype", "_name_or_path")
+    config = {k: v for k, v in weights.config.items() if k not in left_out}
     stops = renderer.stop_ids
     kept = {k: v for k, v in read_json(weights.folder / "generation_config.json").items() if v is not None}
     end = {"eos_token_id": stops[0] if len(stops) == 1 else stops, "pad_token_id": renderer.pad_id}
-    write_json(folder / "generation_config.json", kept | end)
+    return config | {"dtype": str(kind).removeprefix("torch.")}, kept | end
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], most: int) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import msgspec
 
@@ -151,9 +152,9 @@ def own_system(rows: Sequence[Conversation]) -> str | None:
 
 def modelfile_check(text: str, renderer: Renderer, system: str | None, file: str, context: int) -> Check:
     """Whether a Modelfile is the one of the run."""
-    wanted = modelfile(file, renderer, system, context).splitlines()
-    there = text.splitlines()
-    wrong = [line for line in wanted if line not in there] + [line for line in there if line not in wanted]
-    found = f"{len(wanted)} lines: template, stops, sampling, system prompt"
-    cause = f"the Modelfile is not the one of training, first: {wrong[0]}" if wrong else ""
-    return Check("Modelfile", not wrong, found, "as in training", cause)
+    wanted = modelfile(file, renderer, system, context)
+    lines = zip_longest(wanted.splitlines(), text.splitlines(), fillvalue="(nothing)")
+    wrong = next((there for line, there in lines if there != line), None if text == wanted else "a line break")
+    found = f"{len(wanted.splitlines())} lines: template, stops, sampling, system prompt"
+    cause = f"the Modelfile is not the one of training, first: {wrong}" if wrong else ""
+    return Check("Modelfile", not wrong, cause or found, "as in training", cause)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from tunesmith.conversation import Message
+from tunesmith.errors import DataError
 from tunesmith.exporting.runtime import Answer, Runtime
 from tunesmith.recipe import FACTS
 from tunesmith.render import Renderer
@@ -22,6 +23,8 @@ from tunesmith.render import Renderer
 ANSWER = 64  # tokens of a greedy answer
 PLACES = 8  # at which a prompt's answer is looked into
 PROMPTS = 16
+ADDED = 64  # tokens of a model's own that are tried within a text
+LESS = 0.5  # nats by which another token may be likelier where an answer ended
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -53,7 +56,7 @@ class Own(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """parity.json. `deployable`: every check has passed."""
+    """parity.json. `deployable`: every check has passed. `files`: the hash (SHA-256) of each file that was checked."""
 
     deployable: bool
     model: str
@@ -66,6 +69,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     prompts: int
     probes: int
     tunesmith: str
+    files: dict[str, str] = {}
 
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
@@ -108,45 +112,67 @@ def observe(model: Any, prompts: list[list[int]], stop: int, told: Callable[[int
 
 
 def behaviour(
-    runtime: Runtime, renderer: Renderer, own: Own, quantize: str, told: Callable[[int], object]
+    runtime: Runtime,
+    renderer: Renderer,
+    own: Own,
+    rows: Sequence[tuple[Message, ...]],
+    quantize: str,
+    told: Callable[[int], object],
 ) -> Iterator[Check]:
     """All that the runtime is asked, beside what the run's own model did."""
-    yield tokens(runtime, renderer)
+    yield tokens(runtime, renderer, rows)
     answers = runtime.answers(own.prompts, ANSWER)
     told(1)
     found = []
     for row, text in enumerate(own.texts):
         found.append(runtime.next_tokens(text, own.places(row)))
         told(1)
-    yield stopping(runtime, own, found)
+    yield stopping(runtime, own, found, limits(quantize))
     yield from probabilities(own, found, limits(quantize))
-    yield greedy(own, answers, limits(quantize))
+    if limits(quantize)["answers"]:  # of 5 and 4 bits few stay the same, which says nothing
+        yield greedy(own, answers, limits(quantize))
 
 
-def tokens(runtime: Runtime, renderer: Renderer) -> Check:
-    """Whether a prompt becomes the same tokens as in training, for every probe."""
-    wrong = []
-    for text in probes()[0]:
-        message = (Message("user", text),)
-        if runtime.prompt(message) != renderer.prompt_ids(message):
-            wrong.append(text)
-    count = len(probes()[0])
-    found = f"{count - len(wrong)} of {count} probes give the same token ids"
-    cause = f"the runtime cuts text otherwise than in training, first {wrong[0]!r}" if wrong else ""
+def tokens(runtime: Runtime, renderer: Renderer, rows: Sequence[tuple[Message, ...]] = ()) -> Check:
+    """Whether prompts become the same tokens as in training: every probe, each token of the model's own within a text, several
+    turns with and without a system prompt, and the `rows` themselves."""
+    wrong, count = [], 0
+    for messages in [*_conversations(renderer), *rows]:
+        try:
+            want = renderer.prompt_ids(messages)
+        except DataError:  # a template that refuses system prompts
+            continue
+        count += 1
+        if runtime.prompt(messages) != want:
+            wrong.append(messages[-1].content)
+    found = f"{count - len(wrong)} of {count} prompts give the same token ids"
+    cause = f"the runtime renders or cuts text otherwise than in training, first {wrong[0][:80]!r}" if wrong else ""
     return Check("token ids", not wrong, found, f"{count} of {count}", cause, 1 - len(wrong) / count)
 
 
-def stopping(runtime: Runtime, own: Own, found: Sequence[Sequence[dict[int, float]]]) -> Check:
-    """Whether the runtime ends an answer where it finds the end-of-turn token likeliest: a lost stop token is written as text."""
-    ends = [
-        text[:-1]
-        for text, answer, theirs in zip(own.texts, own.answers, found, strict=True)
-        if answer.ended and max(theirs[-1], key=theirs[-1].__getitem__) == own.stop
+def _conversations(renderer: Renderer) -> list[tuple[Message, ...]]:
+    texts = probes()[0]
+    added = [t.content for t in renderer.tokenizer.get_added_tokens_decoder().values()][:ADDED]
+    one = [(Message("user", text),) for text in (*texts, *(f"call {token} now" for token in added))]
+    several = [
+        (Message("user", a), Message("assistant", b), Message("user", c))
+        for a, b, c in zip(texts[::5], texts[1::5], texts[2::5], strict=False)
     ]
-    over = sum(answer != Answer([], True) for answer in runtime.answers(ends, 4)) if ends else 0
-    said = f"{len(ends) - over} of {len(ends)} answers end at the end-of-turn token"
-    cause = "the runtime goes on after the end-of-turn token: it is no stop token there" if over else ""
-    return Check("stopping", not over, said if ends else "no answer ended within the limit: not tried", "all", cause)
+    system = Message("system", "Answer briefly.")
+    return [*one, *several, *((system, *turns) for turns in (one[0], *several))]
+
+
+def stopping(runtime: Runtime, own: Own, found: Sequence[Sequence[dict[int, float]]], limit: dict[str, float]) -> Check:
+    """Whether the runtime ends an answer at the end-of-turn token, and finds that token likely where the run's own model does."""
+    ends = [theirs[-1] for theirs, answer in zip(found, own.answers, strict=True) if answer.ended]
+    missed = sum(there.get(own.stop, float("-inf")) < max(there.values()) - LESS for there in ends)
+    works = runtime.ends(own.prompts[0], own.stop)
+    said = f"{len(ends) - missed} of {len(ends)} answers would end where they did in training"
+    if not works:
+        cause = "the runtime goes on after the end-of-turn token: it is no stop token there"
+    else:
+        cause = "it no longer ends its answers" if missed > round((1 - limit["same"]) * len(ends)) else ""
+    return Check("stopping", not cause, said, f"{limit['same']:.0%}, and the token ends an answer", cause)
 
 
 def probabilities(own: Own, found: Sequence[Sequence[dict[int, float]]], limit: dict[str, float]) -> Iterator[Check]:

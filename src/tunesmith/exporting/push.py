@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,15 @@ import msgspec
 
 from tunesmith import card
 from tunesmith.errors import RunError, ServiceError, TunesmithError, UsageError
+from tunesmith.exporting.forms import sha256
 from tunesmith.models import read_json
 from tunesmith.remote.objects import hidden
 from tunesmith.removal import MODEL_FILES
 from tunesmith.runs import Run, open_run, refuse_removed, run_of
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-SAID = ("README.md", "model_info.json", "parity.json")  # written by Tunesmith, with paths in them
-MODEL = (*WEIGHTS, "*.gguf", *MODEL_FILES, "Modelfile", *SAID, "NOT-DEPLOYABLE.txt")
+SAID = ("README.md", "model_info.json", "parity.json", "NOT-DEPLOYABLE.txt")  # written by Tunesmith, with paths in them
+MODEL = (*WEIGHTS, "*.gguf", *MODEL_FILES, "Modelfile", *SAID)
 LOADED = (
     *WEIGHTS,
     "config.json",
@@ -121,6 +123,10 @@ def gather(
 def _opened(path: Path, force: bool) -> tuple[Path, Run | None]:
     """The folder whose model is sent, and the run that made it."""
     if certificate := read_json(path / "parity.json"):
+        for name, digest in (certificate.get("files") or {}).items():
+            if not (path / name).is_file() or sha256(path / name) != digest:
+                fix = f"tunesmith parity {shlex.quote(str(path))}"
+                raise UsageError(f"{name} has changed since it was certified", where=str(path), fix=fix)
         if certificate.get("deployable") is not True and not force:
             failed = ", ".join(c["name"] for c in certificate.get("checks", []) if not c["passed"])
             fix = "export it again, or --force"

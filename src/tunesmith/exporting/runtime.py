@@ -6,6 +6,7 @@ import json
 import secrets
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -57,6 +58,10 @@ class Runtime(Protocol):
 
     def answers(self, prompts: Sequence[list[int]], most: int) -> list[Answer]: ...
 
+    def ends(self, prompt: list[int], token: int) -> bool:
+        """Whether an answer is at its end where this token is drawn."""
+        ...
+
     def next_tokens(self, ids: list[int], places: Sequence[int]) -> list[dict[int, float]]:
         """For each place, the likeliest tokens after ids[:place] with their log-probabilities (nats)."""
         ...
@@ -99,6 +104,9 @@ class Loaded:
     def _answer(self, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         return Answer(ids[:end], end is not None)
+
+    def ends(self, prompt: list[int], token: int) -> bool:
+        return token in self._stops
 
     def next_tokens(self, ids: list[int], places: Sequence[int]) -> list[dict[int, float]]:
         with torch.no_grad():
@@ -190,8 +198,10 @@ class LlamaCpp:
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
         command = [sys.executable, "-m", "tunesmith.exporting.llamacpp", str(file), str(context)]
         self._stops, self._key = stops, secrets.token_hex()  # else any user of the machine could ask it
+        # A pipe that nobody reads would stop it once it is full
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         assert self._process.stdin and self._process.stdout
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -202,7 +212,10 @@ class LlamaCpp:
         except BrokenPipeError:
             self.address = ""
         if not self.address:
-            raise ModelError(f"llama.cpp cannot load it: {_why(self._process.communicate()[1])}", where=str(file))
+            self._process.communicate()
+            self._said.seek(0)
+            with self._said as said:
+                raise ModelError(f"llama.cpp cannot load it: {_why(said.read())}", where=str(file))
         self._whole = self._ask("/tokenize", {"content": "a"})["tokens"][-1]
 
     def _ask(self, path: str, body: Any = None) -> Any:
@@ -232,6 +245,10 @@ class LlamaCpp:
         ended = found["stop_type"] == "eos"
         return Answer(ids[:-1] if ended and ids and ids[-1] in self._stops else ids, ended)
 
+    def ends(self, prompt: list[int], token: int) -> bool:
+        forced = {**GREEDY, "prompt": prompt, "n_predict": 2, "logit_bias": [[token, 1000.0]]}
+        return bool(self._ask("/completion", forced)["stop_type"] == "eos")
+
     def next_tokens(self, ids: list[int], places: Sequence[int]) -> list[dict[int, float]]:
         # The token that it draws is forced, which the probabilities do not see: of half a character it would tell none
         asked = {**GREEDY, "n_predict": 1, "n_probs": LIKELIEST, "logit_bias": [[self._whole, 1000.0]]}
@@ -242,6 +259,7 @@ class LlamaCpp:
         if self._process.poll() is None:
             self._process.kill()
         self._process.communicate()
+        self._said.close()
 
 
 def _why(said: str) -> str:

@@ -19,6 +19,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models import find, read_json, shapes
 
 PEFT = "base_model.model."  # what peft puts before the names of the base's modules
+MERGED = ("lora_A", "lora_B", "lora_magnitude_vector")  # all else in an adapter would be lost
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")  # old checkpoints keep what is computed anyway
 
@@ -73,6 +74,13 @@ class _Adapter:
 
     def check(self, base: set[str]) -> None:
         """ModelError where a layer that the adapter stands on is not in its base."""
+        other = sorted(key for key in self._keys if not key.removesuffix(".weight").endswith(MERGED))
+        if other:
+            raise ModelError(
+                f"an adapter with other weights cannot be merged ({other[0]})",
+                where=str(self._folder),
+                fix="--format adapter",
+            )
         modules = {key.removeprefix(PEFT).rpartition(".lora_A.weight")[0] for key in self._keys} - {""}
         found = {self._module(name) for name in base} - {None}
         if missing := sorted(modules - found):
