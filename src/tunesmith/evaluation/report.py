@@ -170,9 +170,11 @@ class _Certificate(msgspec.Struct):
 
 def exports(run: Run) -> list[dict[str, Any]]:
     """The run's exports, newest first, each with its certificate as it is now: None where it is gone."""
-    last = {e["path"]: e for e in run.events() if e["type"] == "export"}
-    newest = sorted(last.values(), key=lambda e: e["time"], reverse=True)
-    return [e | {"when": _minute(e["time"]), "parity": _certificate(run, Path(e["path"]))} for e in newest]
+    newest: dict[str, Any] = {}
+    for event in reversed(list(run.events())):
+        if event["type"] == "export":
+            newest.setdefault(event["path"], event)
+    return [e | {"when": _minute(e["time"]), "parity": _certificate(run, Path(e["path"]))} for e in newest.values()]
 
 
 def _minute(seconds: float) -> str:
