@@ -81,6 +81,12 @@ def test_readme_command(line: str, trained: Path) -> None:
         shutil.copytree(trained / "my_run", trained / "wider_run")
     elif "old_run" in words:
         shutil.copytree(trained / "my_run", trained / "old_run")
+    elif words[0] == "export":
+        shutil.rmtree(trained / words[-1], ignore_errors=True)
+        words += ["--prompts", "1"]
+    elif words[0] == "push" and not (trained / words[1]).exists():
+        made = ["export", str(trained / "my_run"), "-o", str(trained / words[1]), "--prompts", "1"]
+        assert cli.main(made) == 0
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
         if "my_run" in words:
