@@ -43,6 +43,7 @@ class Server:
     def __init__(self, folder: Path, *arguments: object) -> None:
         self.folder, self.arguments = folder, [*map(str, arguments)]
         self.log = folder.with_name(folder.name + ".log")
+        self.clients: list[openai.OpenAI] = []  # closed by us: one holds itself, and is found late
         self.start()
 
     def start(self) -> None:
@@ -61,6 +62,8 @@ class Server:
         self.wait_until(lambda: self.ask("GET", "/health").status == 200, 30)
 
     def stop(self, how: int = signal.SIGTERM) -> int:
+        while self.clients:
+            self.clients.pop().close()
         self.process.send_signal(how)
         code = self.process.wait(60)
         if self.process.stdout:
@@ -68,7 +71,9 @@ class Server:
         return code
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key=key, **{"max_retries": 0, **options})
+        made = openai.OpenAI(base_url=self.url, api_key=key, **{"max_retries": 0, **options})
+        self.clients.append(made)
+        return made
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
         """A bare request. `body`: an object (sent as JSON) or bytes."""

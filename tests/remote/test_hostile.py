@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -119,6 +120,16 @@ def test_what_passes_leaves_no_trace(hostile: Hostile, settings: dict[str, Any],
     whole(api.train(**settings), hostile)
     assert all(fault["times"] == 0 for fault in hostile.faults)  # it did happen
     assert len(hostile.files) == 2
+
+
+def test_connections_go_with_the_service_that_made_them(hostile: Hostile) -> None:
+    made = service.Service(hostile.url)
+    assert list(made.files()) == []
+    client = made._client
+    made.say = made.hidden  # type: ignore[assignment]  # it holds itself, as the frames of an exception may hold it
+    del made
+    gc.collect()
+    assert client.is_closed()
 
 
 def test_retry_after_is_waited_for(hostile: Hostile, settings: dict[str, Any]) -> None:
@@ -289,6 +300,7 @@ def test_interrupted_it_goes_on_and_another_process_takes_over(hostile: Hostile,
 def test_killed_at_any_moment_there_is_one_job(hostile: Hostile, settings: dict[str, Any]) -> None:
     hostile.fault("POST /files", "status", 3, status=429, headers={"retry-after": "0.5"})
     hostile.fault("POST /fine_tuning/jobs", "cut", 1)
+    hostile.fault("GET /fine_tuning/jobs", "hang", 1)  # it is looked for, and not found before the kill
     process = command(settings, "--yes")
     run = Run(settings["output_dir"])
     wait_until(lambda: (run / "remote.json").exists() and len(hostile.jobs) == 1, 60)

@@ -153,8 +153,8 @@ def test_the_sdk_reads_the_envelope(server: Server, path: str, kind: type[openai
 
 
 def test_paths_without_v1_lead_to_the_same(server: Server) -> None:
-    bare = openai.OpenAI(base_url=server.url.removesuffix("/v1"), api_key="x")
-    assert [m.id for m in bare.models.list()][:2] == ["starter", "tiny"]
+    with openai.OpenAI(base_url=server.url.removesuffix("/v1"), api_key="x") as bare:
+        assert [m.id for m in bare.models.list()][:2] == ["starter", "tiny"]
 
 
 def test_empty_posts_with_a_json_type_are_taken(server: Server, tuned: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +66,8 @@ class Service:
         self._client = openai.OpenAI(
             api_key=self._key, base_url=base_url, max_retries=0, timeout=openai.Timeout(TIMEOUT, connect=10.0)
         )
+        # Its connections go with us. Left to the collector of cycles, a socket may be found before what would have closed it.
+        weakref.finalize(self, self._client.close).atexit = False
 
     # ---- patience
 
