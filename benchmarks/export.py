@@ -3,8 +3,8 @@
     python benchmarks/export.py                 # a random model of Llama 3.2 1B's shape, with an adapter: merged, gguf, q8_0
     python benchmarks/export.py --layers 4 --prompts 4
 
-The peak is the largest sum of what the command and its children hold (Pss: pages that two of them share count once, pages of
-files that they map count too), looked at every 20 ms.
+The peak is the largest sum of what the command and its children hold (resident: pages of files that they map count too, and
+what two of them share counts twice), looked at every 20 ms.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ def write_adapter(folder: Path, base: Path, layers: int) -> None:
 
 
 def held(process: int) -> int:
-    """Bytes that a process and all its descendants hold now."""
+    """Bytes that a process and all its descendants hold now; what two of them share counts twice."""
     try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        text = Path(f"/proc/{process}/status").read_text()
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    own = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
+    own = next((int(line.split()[1]) for line in text.splitlines() if line.startswith("VmRSS:")), 0)
     return 1024 * own + sum(held(int(child)) for child in children)
 
 

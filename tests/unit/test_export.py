@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from shapes import shaped
 from training import fit
 from tunesmith import api
 from tunesmith.cli import main
+from tunesmith.data.write import begun
 from tunesmith.errors import ModelError, TunesmithError, UsageError
 from tunesmith.exporting import forms, gguf_file, merged, parity
 from tunesmith.exporting.export import held_out
@@ -454,6 +456,43 @@ def test_a_target_that_is_taken_or_a_form_that_is_none(run: Run, tmp_path: Path)
     for where in (tmp_path, tmp_path / "file"):
         with pytest.raises(UsageError, match="not empty"):
             forms.export(run, where)
+
+
+def test_a_target_that_another_process_makes(run: Run, tmp_path: Path) -> None:
+    """Told at once, and not after an hour at the last rename."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (tmp_path / begun(Path("out")).name.replace(str(os.getpid()), str(other.pid))).mkdir()
+        with pytest.raises(UsageError, match=f"process {other.pid} is exporting to it"):
+            forms.export(run, tmp_path / "out", prompts=1)
+        other.kill()
+    forms.export(run, tmp_path / "out", prompts=1)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
+
+
+def test_a_full_disk_says_where(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tunesmith.exporting.merged.write_merged", full)
+    assert main(["export", str(run), "-o", str(tmp_path / "out")]) == 1
+    assert f"error: {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("shape", "tied"), [("gemma", True), ("gpt2", True), ("llama", False)])
+def test_a_head_is_tied_as_its_class_has_it_where_nothing_is_said(shape: str, tied: bool, tmp_path: Path) -> None:
+    folder = shaped(shape, tmp_path / shape)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    done = forms.export(folder, tmp_path / "out", prompts=1)
+    head = next(check for check in done.certificate.checks if check.name == "head")
+    assert done.certificate.deployable and head.found == ("is the embedding" if tied else "a head of its own")
+    said = json.loads((tmp_path / "out" / "config.json").read_text()) | {"tie_word_embeddings": not tied}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(said))
+    again = forms.parity(tmp_path / "out", prompts=1)
+    cause = next(check for check in again.failed() if check.name == "head").cause
+    assert cause.startswith("a tied head is not tied" if tied else "a head of its own is tied")
 
 
 # ---- kills

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import write
+from hostile import wait_until
 from shapes import shaped
 from training import fit
 from tunesmith import api
@@ -125,10 +131,61 @@ def test_an_adapter_is_exported_as_it_is(bases: Callable[[str], Run], data: dict
     } <= files and "model.safetensors" not in files
     served = forms.export(run, tmp_path / "vllm", "vllm", unmerged=True, prompts=4)
     assert "--enable-lora --max-lora-rank 8 --lora-modules run=" in served.command and served.certificate.deployable
+    assert served.certificate.runtime.endswith("; vLLM is not installed here")
     known = load_file(tmp_path / "out" / "adapter_model.safetensors")
     save_file({name: tensor * 2 for name, tensor in known.items()}, tmp_path / "out" / "adapter_model.safetensors")
     again = forms.parity(tmp_path / "out", prompts=4)
     assert not again.deployable and "weights" in {check.name for check in again.failed()}
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of vLLM's name on the PATH."""
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    stand_in = Path(__file__).parents[1] / "vllm_stand_in.py"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\nexec {sys.executable} {stand_in} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    return tmp_path / "asked"
+
+
+def running(words: str) -> list[str]:
+    """Processes with these words on their command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(place.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if words in line]
+
+
+def test_vllm_is_asked_where_it_is_installed(
+    vllm: Path, bases: Callable[[str], Run], data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is started by the command that is told, asked all that llama.cpp is, and gone afterwards."""
+    run = tuned(tmp_path / "run", data, bases("llama") / "best_model", method="lora", lora_rank=4, epochs=2)
+    done = forms.export(run, tmp_path / "out", "vllm", unmerged=True, prompts=2)
+    assert done.certificate.deployable and done.certificate.runtime == "vLLM 0.0-stand-in", done.certificate.failed()
+    names = [check.name for check in done.certificate.checks]
+    assert {"token ids", "stopping", "log-probabilities", "likeliest token", "greedy answers"} <= set(names)
+    told = done.command.removeprefix("vllm ").replace("run=", "export=")
+    begun = re.sub(r"\.[^./ ]+\.tmp", "", vllm.read_text())  # the folder as it was called while it was made
+    assert begun.startswith(told) and "--host 127.0.0.1" in begun
+    assert not running("vllm_stand_in")
+    for fault, name in (("deaf", "stopping"), ("dead", "runs")):
+        monkeypatch.setenv("STAND_IN", fault)
+        found = forms.parity(tmp_path / "out", prompts=2)
+        assert name in {check.name for check in found.failed()}, fault
+    assert "the stand-in will not start" in found.failed()[0].cause and not running("vllm_stand_in")
+
+
+def test_what_vllm_has_started_ends_with_who_asked(vllm: Path, bases: Callable[[str], Run], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tunesmith", "export", bases("llama"), "--format", "vllm", "-o", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: bool(running("vllm_stand_in")), 60)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not running("vllm_stand_in"), 20)
 
 
 # ---- sabotage

@@ -6,6 +6,7 @@ target's name is whole, and says in parity.json whether it may be deployed.
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 import shlex
@@ -24,7 +25,7 @@ from tunesmith.data.scan import Progress, conversations
 from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
 from tunesmith.errors import ModelError, TunesmithError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
-from tunesmith.exporting import gguf_file, inspect, merged, ollama, parity, runtime
+from tunesmith.exporting import gguf_file, inspect, merged, ollama, parity, runtime, servers
 from tunesmith.exporting.forms import PARITY, REFUSED, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
@@ -34,6 +35,7 @@ from tunesmith.runs import Run, run_of
 
 SAID = (PARITY, REFUSED, "README.md", "model_info.json")  # what is written about an export
 CONTEXT = 8192  # tokens for which a runtime reserves memory by itself
+SERVED = "computed_in_16_bits"  # what is allowed of a program that not only stores its weights so
 SYSTEM_ROWS = 2000  # training rows that are looked at for a common system prompt
 
 
@@ -88,18 +90,22 @@ def export(
     building = begun(target)
     building.mkdir()
     try:
+        _refuse_others(building, target)
         _refuse_disk(_need(weights, source.folder, adapter, quantize), target.parent)
         maker = _Maker(source, weights, renderer, building, quantize, on_progress)
         maker.adapter() if adapter else maker.model() if form in ("merged", "vllm") else maker.gguf()
         if form == "ollama":
             maker.modelfile()
-        command = maker.command(form, target, adapter)
+        command = maker.command(form, target)
         form = "adapter" if adapter and form != "vllm" else form
         certificate = certify(building, source, form, maker.quantize, prompts=prompts, on_progress=on_progress)
         told = {"weights": maker.file, "command": command, "license": license, "data_license": data_license}
         mark(building, source, certificate, told)
         size = sum(f.stat().st_size for f in building.rglob("*") if f.is_file())
         publish(building, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if source.run:
@@ -123,6 +129,14 @@ def _need(weights: Weights, folder: Path, adapter: bool, quantize: str | None) -
     if adapter:
         return (folder / "adapter_model.safetensors").stat().st_size
     return merged.size(weights) * (2 if quantize == "f32" or quantize and is_k_quant(quantize) else 1)
+
+
+def _refuse_others(building: Path, target: Path) -> None:
+    """UsageError where another process makes the same target: it would be found out at the end."""
+    others = [p for p in target.parent.glob(f"{glob.escape(target.name)}.*.tmp") if p != building]
+    if others:
+        process = others[0].name.removesuffix(".tmp").rpartition("-")[2]
+        raise UsageError(f"process {process} is exporting to it", where=str(target), fix="wait, or choose another -o")
 
 
 def _refuse_disk(need: int, folder: Path) -> None:
@@ -183,7 +197,7 @@ class _Maker:
         name = (run.path.resolve() if run else self._source.folder.resolve()).name
         return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
 
-    def command(self, form: str, target: Path, adapter: bool) -> str:
+    def command(self, form: str, target: Path) -> str:
         """What runs the export, as a shell takes it."""
         where, name = shlex.quote(str(target)), self._called()
         if form == "ollama":
@@ -191,22 +205,9 @@ class _Maker:
             return f"ollama create {called} -f {shlex.quote(str(target / 'Modelfile'))} && ollama run {called}"
         if form == "gguf":
             return f"llama-server -m {shlex.quote(str(target / self.file))} --jinja"
-        if form == "vllm" and adapter:
-            config = msgspec.json.decode((self._folder / "adapter_config.json").read_bytes())
-            base = shlex.quote(str(config["base_model_name_or_path"]))
-            if config.get("use_dora"):
-                raise UsageError("vLLM serves no DoRA", where="--unmerged", fix="leave it out: the model is merged")
-            rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
-            lora = f"--enable-lora --max-lora-rank {_rank(rank)} --lora-modules {name}={where}"
-            return f"vllm serve {base} {lora} --chat-template {shlex.quote(str(target / 'chat_template.jinja'))}"
         if form == "vllm":
-            return f"vllm serve {where} --served-model-name {name}"
+            return shlex.join(["vllm", *servers.vllm_serve(self._folder, target, name)])
         return f"tunesmith chat {where}"
-
-
-def _rank(rank: int) -> int:
-    """The least of the ranks that vLLM has memory for."""
-    return next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, rank) if r >= rank)
 
 
 def _context(weights: Weights) -> int:
@@ -271,7 +272,8 @@ def certify(
         program = _program(folder, form, context, renderer)
         name = program.name
         try:
-            yield from parity.behaviour(program, renderer, own, rows, quantize, told)
+            stored = SERVED if isinstance(program, servers.Vllm) else quantize
+            yield from parity.behaviour(program, renderer, own, rows, stored, told)
         finally:
             program.close()
 
@@ -330,8 +332,13 @@ def _trained_on_4_bits(source: Source, renderer: Renderer, own: parity.Own) -> l
 
 def _program(folder: Path, form: str, context: int, renderer: Renderer) -> runtime.Runtime:
     if form in ("gguf", "ollama"):
-        return runtime.LlamaCpp(_gguf(folder), context, renderer.stop_ids)
-    return runtime.plain_transformers(folder)
+        return servers.LlamaCpp(_gguf(folder), context, renderer.stop_ids)
+    program = servers.vllm_program() if form == "vllm" else None
+    if program:
+        return servers.Vllm(program, folder, renderer.stop_ids)
+    found = runtime.plain_transformers(folder)
+    found.name += "; vLLM is not installed here" if form == "vllm" else ""
+    return found
 
 
 def _gguf(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def folder_checks(folder: Path, weights: Weights, renderer: Renderer) -> Iterato
     text, own = gguf_file.text_config(there.config), gguf_file.text_config(weights.config)
     yield _rope_base(gguf_file.rope(text)["rope_theta"], gguf_file.rope(own)["rope_theta"])
     yield _settings(wanted, there.config)
-    yield _tied_head(weights, bool(there.config.get("tie_word_embeddings")), _head(there))
+    yield _tied_head(weights.tied, there.tied, _head(there))
     yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {kind}")
     yield _files(folder)
 
@@ -134,12 +134,11 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
     base = f"{known['arch']}.rope.freq_base"
     yield _rope_base(fields.get(base), wanted.get(base))
     yield _settings(wanted, {k: fields.get(k) for k in wanted})
-    tied = bool(weights.config.get("tie_word_embeddings"))
     head = tensors.get("output.weight")
     same = (
         head is None or "token_embd.weight" in tensors and np.array_equal(head.data, tensors["token_embd.weight"].data)
     )
-    yield _tied_head(weights, tied and same, same)
+    yield _tied_head(weights.tied, weights.tied and same, same)
     errors = _gguf_errors(tensors, weights, config, known, quantize)
     exact = quantize in facts()["quantisations"]
     yield _weights(
@@ -221,11 +220,11 @@ def _near(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _tied_head(weights: Weights, tied_there: bool, same: bool) -> Check:
-    tied = bool(weights.config.get("tie_word_embeddings"))
+def _tied_head(tied: bool, tied_there: bool, same: bool) -> Check:
     if not tied:
+        cause = "a head of its own is tied: it must not be the embedding" if tied_there else ""
         return Check(
-            "head", not tied_there, "a head of its own" if not tied_there else "is the embedding", "a head of its own"
+            "head", not cause, "is the embedding" if cause else "a head of its own", "a head of its own", cause
         )
     ok = tied_there and same
     cause = "" if ok else "a tied head is not tied: the head must be the embedding"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from tunesmith.errors import ModelError
 from tunesmith.models import find, read_json, shapes
@@ -24,20 +25,28 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")  # old checkpoints keep what is computed anyway
 
 
+def _tied(config: dict[str, Any]) -> bool:
+    """Whether the head is the embedding; where config.json does not say so, as its class has it (Gemma and GPT-2: it is)."""
+    said = config.get("tie_word_embeddings")
+    if said is None and config.get("model_type") in CONFIG_MAPPING:
+        said = getattr(AutoConfig.for_model(config["model_type"]), "tie_word_embeddings", False)
+    return bool(said)
+
+
 class Weights:
     """The tensors of a model folder by name, or those of an adapter's base with the adapter merged in.
 
-    `shapes`: of each, as stored; a tied head is none. `files`: where each lies. `folder`: the one with config.json, an adapter's
-    base.
+    `shapes`: of each, as stored; a tied head (`tied`) is none. `files`: where each lies. `folder`: the one with config.json,
+    an adapter's base.
     """
 
     def __init__(self, folder: Path) -> None:
         self._adapter = _Adapter(folder) if (folder / "adapter_config.json").exists() else None
         self.folder = self._adapter.base if self._adapter else folder
         self.config = read_json(self.folder / "config.json")
-        tied = self.config.get("tie_word_embeddings", False)
+        self.tied = _tied(self.config)
         own = shapes(self.folder)
-        unwanted = (*BUFFERS, "lm_head.weight") if tied and any(n.endswith(EMBEDDINGS) for n in own) else BUFFERS
+        unwanted = (*BUFFERS, "lm_head.weight") if self.tied and any(n.endswith(EMBEDDINGS) for n in own) else BUFFERS
         self.shapes = {n: tuple(s) for n, s in own.items() if not any(fnmatch(n, u) for u in unwanted)}
         self.files = {name: file for file in sorted(self.folder.glob("*.safetensors")) for name in _names(file)}
         if self._adapter:
