@@ -1,4 +1,5 @@
-"""Make docs/settings.md, docs/data-findings.md, docs/metrics.md and the help pages of all commands from the code.
+"""Make the reference (docs/commands.md, settings.md, data-findings.md, metrics.md, events.md, errors.md, python-api.md) and the
+help pages of all commands from the code.
 
 `--check` fails when one is not current.
 
@@ -9,24 +10,51 @@ The help pages are files so that help needs no imports: `train --help` takes 2 t
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import os
+import re
 import sys
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 
+import tunesmith
+from tunesmith import errors as tree
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
 from tunesmith.data.findings import table
 from tunesmith.evaluation import likelihood, rowreport, stats, tasks
 from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
 from tunesmith.evaluation.metric import Metric
-from tunesmith.recipe import fields
+from tunesmith.recipe import FACTS, Recipe, fields
+from tunesmith.settings import expected
 
-SETTINGS = Path(__file__).parent.parent / "docs" / "settings.md"
+ROOT = Path(__file__).parent.parent
+SETTINGS = ROOT / "docs" / "settings.md"
 FINDINGS = SETTINGS.with_name("data-findings.md")
 METRICS = SETTINGS.with_name("metrics.md")
+SOURCE = ROOT / "src" / "tunesmith"
+UNITS = {  # of settings that are numbers
+    "share": ("valid_fraction", "test_fraction", "lora_dropout", "freeze_ratio", "warmup_ratio"),
+    "tokens": ("max_length", "micro_batch_tokens"),
+    "processes": ("num_workers", "nproc"),
+    "threads": ("threads",),
+    "rank": ("lora_rank",),
+    "passes": ("epochs",),
+    "steps": ("max_steps", "warmup_steps", "eval_steps", "save_steps"),
+    "rows": ("batch_size",),
+    "batches": ("gradient_accumulation_steps",),
+    "checkpoints": ("save_total_limit", "save_best_limit"),
+    "validations": ("patience",),
+    "nats a token": ("min_gain",),
+    "factor": ("lora_alpha", "adam_beta1", "adam_beta2", "neftune_alpha", "learning_rate_multiplier"),
+    "a step": ("learning_rate", "weight_decay"),
+    "norm": ("max_grad_norm", "adam_epsilon"),
+    "number": ("seed",),
+}
 VERDICTS = f"""
 # Metrics
 
@@ -70,6 +98,8 @@ DIAGNOSES = (
 def pages() -> dict[Path, str]:
     """Every made file with its text."""
     made = {SETTINGS: settings(), FINDINGS: findings(), METRICS: metrics()}
+    others = {"commands": commands(), "events": events(), "errors": errors(), "python-api": python_api()}
+    made |= {SETTINGS.with_name(f"{name}.md"): text for name, text in others.items()}
     return {**made, **{help_page(name): help_text(name) for name in COMMANDS}}
 
 
@@ -86,22 +116,43 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "Each is a flag of `train` and `plan`, a key of a `--config` file, and a keyword of `ts.train`. Made from `recipe.py`.",
+        "Each is a flag of `train` and `plan`, a key of a `--config` file, and a keyword of `ts.train`. Made from `recipe.py`; "
+        "where `auto` follows a rule of `facts/auto.toml`, it stands there too: by training rows, those of rates by parameters.",
     ]
+    with (FACTS / "auto.toml").open("rb") as stream:
+        rules = tomllib.load(stream)
+    units = {name: unit for unit, names in UNITS.items() for name in names}
     group = ""
     for field in fields().values():
         if field.group != group:
             group = field.group
-            lines += ["", f"## {group}", "", "| flag | default | meaning |", "|---|---|---|"]
+            lines += ["", f"## {group}", "", "| flag | default | value | unit | meaning |", "|---|---|---|---|---|"]
         names = ", ".join(f"`--{n.replace('_', '-')}`" for n in (field.name, *field.aliases))
         default = (
             ""
             if field.default in (None, {})
             else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
         )
-        choices = f" ({', '.join(field.choices())})" if field.choices() else ""
-        lines.append(f"| {names} | {default} | {field.help}{choices} |")
+        value = "names of columns" if field.name == "columns" else expected(field)
+        lines.append(
+            _row(names, default, value, units.get(field.name, ""), field.help + _rule(rules.get(field.name, {})))
+        )
     return "\n".join(lines) + "\n"
+
+
+def _rule(rule: dict[str, object]) -> str:
+    """What a setting's auto becomes, of the rules in facts/auto.toml."""
+    steps = {"": rule} if "steps" in rule else {k: v for k, v in rule.items() if isinstance(v, dict) and "steps" in v}
+    said = []
+    for name, one in steps.items():
+        parts = [
+            f"{step['value']:g} over that"
+            if step["up_to"] == float("inf")
+            else f"{step['value']:g} up to {step['up_to']:,.0f}"
+            for step in one["steps"]
+        ]
+        said.append(f"auto{f' of {name}' if name else ''}: {', '.join(parts)} ({one['reason']})")
+    return "".join(f"; {text}" for text in said)
 
 
 def findings() -> str:
@@ -144,6 +195,109 @@ def metrics() -> str:
 def _measures(chosen: Iterable[Metric]) -> str:
     rows = [_row(m.name, "none" if m.whole else m.better, m.span, m.about, m.source) for m in chosen]
     return "\n".join(["| name | better | range | definition | source |", "|---|---|---|---|---|", *rows])
+
+
+def commands() -> str:
+    """The help of each command, as it prints it."""
+    lines = [
+        "# Commands",
+        "",
+        "What `tunesmith COMMAND --help` prints. Results go to stdout, progress and errors to stderr.",
+    ]
+    lines += ["Exit status: 0 ok, 1 failed, 2 usage, 3 data, 130 interrupted. `--json` prints one object for scripts."]
+    for name in COMMANDS:
+        lines += ["", f"## {name}", "", "```text", help_text(name).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def events() -> str:
+    with (FACTS / "events.toml").open("rb") as stream:
+        known = tomllib.load(stream)
+    lines = [
+        "# Events",
+        "",
+        "A run's `events.jsonl`: one object a line, in the order in which things happened; only ever added to. "
+        "`tunesmith runs events RUN` prints it. Each has `type` and `time` (seconds since 1970). Made from `facts/events.toml`.",
+    ]
+    for name, event in known.items():
+        lines += ["", f"## {name}", "", event["meaning"][0].upper() + event["meaning"][1:] + "."]
+        if event["fields"]:
+            lines += ["", "| field | meaning |", "|---|---|"]
+            lines += [_row(f"`{field}`", meaning) for field, meaning in event["fields"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def errors() -> str:
+    """Every error that the source raises, with its fix: what stands in braces is filled in."""
+    lines = [
+        "# Errors",
+        "",
+        "An error is one line: `error: PLACE: MESSAGE -- FIX`. What stands in braces is filled in.",
+    ]
+    lines += ["", "```text", str(tree.__doc__).split("\n\n", 1)[1].strip(), "```"]
+    for file in sorted(SOURCE.rglob("*.py")):
+        found = dict.fromkeys(_raised(ast.parse(file.read_text(encoding="utf-8"))))
+        if found:
+            module = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+            lines += ["", f"## {module}", "", "| error | message | what to do |", "|---|---|---|"]
+            lines += [_row(*row) for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def _raised(tree_of_file: ast.AST) -> Iterator[tuple[str, str, str]]:
+    kinds = {
+        name for name, kind in vars(tree).items() if isinstance(kind, type) and issubclass(kind, tree.TunesmithError)
+    }
+    for node in ast.walk(tree_of_file):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
+            fix = next((k.value for k in node.keywords if k.arg == "fix"), None)
+            message = _spoken(node.args[0])
+            if message.strip("{}…"):
+                yield node.func.id, message, _spoken(fix) if fix else ""
+
+
+def _spoken(node: ast.expr) -> str:
+    """A text of the source as it will be read, with names in braces where something is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value).replace("\n", " ")
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_spoken(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return f"{{{node.value.id}}}" if isinstance(node.value, ast.Name) else "{…}"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _spoken(node.left) + _spoken(node.right)
+    return f"{{{node.id}}}" if isinstance(node, ast.Name) else "{…}"
+
+
+def python_api() -> str:
+    """Signatures and docstrings of what `import tunesmith as ts` offers."""
+    lines = ["# Python API", "", "What `import tunesmith as ts` offers. Names load when they are first used."]
+    for name in tunesmith.__all__:
+        value = getattr(tunesmith, name)
+        lines += ["", f"## ts.{name}", ""]
+        if callable(value):
+            shown = "(*, SETTING=…)" if value is Recipe else _signature(value)  # its settings have a page of their own
+            lines += ["```text", f"{name}{shown}", "```", "", _prose(inspect.getdoc(value))]
+        methods = vars(value).items() if inspect.isclass(value) else ()
+        for method, function in methods:
+            if inspect.isfunction(function) and not method.startswith("_") and function.__doc__:
+                about = _prose(inspect.getdoc(function)).replace("\n", " ")
+                lines += ["", f"- `.{method}{_signature(function)}`: {about}"]
+    return "\n".join(lines) + "\n"
+
+
+def _signature(value: object) -> str:
+    try:
+        shown = str(inspect.signature(value)).replace("'", "").replace("tunesmith.", "")  # type: ignore[arg-type]
+        return re.sub(r"<(?:function|factory)[^=]*?>+(?=[,)])", "…", shown)  # a function's address is never the same
+    except ValueError:
+        return "(…)"
+
+
+def _prose(doc: str | None) -> str:
+    """A docstring as Markdown: what is drawn by indentation stays so."""
+    parts = (doc or "").split("\n\n")
+    return "\n\n".join(f"```text\n{part}\n```" if part.startswith("  ") else part for part in parts)
 
 
 def main() -> None:

@@ -60,6 +60,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tunesmith")
     if name not in _PLACES:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     value = getattr(import_module(f"tunesmith.{_PLACES[name]}"), name)

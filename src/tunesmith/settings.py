@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
-from msgspec import Meta
 
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.recipe import FACTS, POSITIVE, SAFE, SHARES, SWITCHES, Field, Recipe, canonical, fields
@@ -96,9 +95,7 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if value == "" or isinstance(value, int | float) and not _in_range(name, value):
             raise msgspec.ValidationError
     except msgspec.ValidationError:
-        raise UsageError(
-            f"{name} is {value!r}; expected {_expected(field, meta)}", where=place, fix=field.help
-        ) from None
+        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=field.help) from None
     return value
 
 
@@ -108,8 +105,9 @@ def _in_range(name: str, value: float) -> bool:
     return least <= value < (1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf)
 
 
-def _expected(field: Field, meta: Meta) -> str:
+def expected(field: Field) -> str:
     """A setting's type and range in words: "a whole number over 0, or auto"."""
+    meta = get_args(get_type_hints(Recipe, include_extras=True)[field.name])[1]
     if field.choices():
         return f"one of {', '.join(map(str, field.choices()))}"
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}

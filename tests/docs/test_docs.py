@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -119,6 +122,44 @@ def test_settings_reference_is_current() -> None:
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs/settings.md").read_text()
     assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())
+
+
+def test_every_number_has_a_unit() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from pages import UNITS  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    named = [name for names in UNITS.values() for name in names]
+    numbers = [f.name for f in fields().values() if {int, float} & {f.type, *get_args(f.type)}]
+    assert sorted(named) == sorted(numbers) and len(numbers) >= 30
+
+
+def appended() -> dict[str, set[str]]:
+    """Types of events that the source adds to a run, with the names of their fields."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "src/tunesmith").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
+                first = node.args[0] if node.args else None
+                if isinstance(first, ast.Constant) and (node.keywords or ast.unparse(node.func.value).endswith("run")):
+                    found.setdefault(str(first.value), set()).update(k.arg for k in node.keywords if k.arg)
+    return found
+
+
+def test_every_event_is_documented(tiny: Path, tmp_path: Path) -> None:
+    """Those that the source adds and those of a run, with their fields; and no others."""
+    from training import fit
+
+    known = tomllib.loads((ROOT / "src/tunesmith/facts/events.toml").read_text(encoding="utf-8"))
+    used = appended()
+    assert set(used) - {"resume"} == set(known) and len(known) >= 15
+    assert not {kind: more for kind, names in used.items() if (more := names - {*known[kind]["fields"], "time"})}
+    run = fit(tmp_path / "run", write(tmp_path / "rows.jsonl", rows(40)), tiny, epochs=1, freeze_ratio=0.5)
+    seen = {event["type"] for event in run.events()}
+    assert {"state", "step", "eval", "checkpoint", "done"} <= seen
+    for event in run.events():
+        assert set(event) <= {*known[event["type"]]["fields"], "type", "time"}, event
 
 
 def test_every_metric_is_defined_in_whole_sentences() -> None:
