@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint types unit starter clean
+.PHONY: install quickstart test lint types docs unit starter clean
 
 install: $(STAMP)
 
@@ -21,14 +21,18 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/tunesmith quickstart
 
-test: install lint types unit
+test: install lint types docs unit
 
 lint:
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools benchmarks docs
+	$(BIN)/ruff format --check src tests tools benchmarks docs
 
 types:
 	$(BIN)/mypy
+
+# the site, docs/_build/html/index.html: a link that leads nowhere is an error
+docs: install
+	$(BIN)/sphinx-build -q -W --keep-going -n -b html docs docs/_build/html
 
 unit:
 	$(BIN)/pytest -n 2
