@@ -310,3 +310,34 @@ def test_a_run_is_cancelled_from_another_process(tiny: Path, tmp_path: Path, dat
     assert json.loads(told[-1])["state"] == "paused" and len(told) == len(
         [e for e in run.events() if e["type"] == "state"]
     )
+
+
+def test_the_completion_of_bash() -> None:
+    """Commands, those of a group, options and their choices, as bash itself asks for them; files elsewhere."""
+    script = subprocess.run([sys.executable, "-m", "tunesmith", "completion", "bash"], capture_output=True, text=True)
+    asks = 't() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _tunesmith; echo "${COMPREPLY[*]}"; }\n'
+    tries = {
+        "tunesmith tr": "train",
+        "tunesmith data ''": "check stats convert split preview",
+        "tunesmith runs re": "resume",
+        "tunesmith train --lora-r": "--lora-rank",
+        "tunesmith train --method ''": "full lora qlora freeze",
+        "tunesmith data split --method ''": "hash threshold shuffle",
+        "tunesmith data split --val": "--valid",
+        "tunesmith evaluate my": "",
+        "tunesmith chat --no-such": "",
+    }
+    lines = "\n".join(f"t {words}" for words in tries)
+    done = subprocess.run(["bash", "-c", script.stdout + "\n" + asks + lines], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == list(tries.values()), done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_script_knows_every_command_and_option(shell: str) -> None:
+    from tunesmith.cli.completion import tables
+
+    script = subprocess.run([sys.executable, "-m", "tunesmith", "completion", shell], capture_output=True, text=True)
+    words, choices = tables()
+    assert len(words) == len(COMMANDS) + 4 and len(choices) >= 40 and len(words["train"]) >= 70
+    for option in {word for known in words.values() for word in known}:
+        assert (option.removeprefix("--") if shell == "fish" else option) in script.stdout, option

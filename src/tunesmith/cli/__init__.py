@@ -50,6 +50,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "keys rm": ("serve:rm", "take a key back"),
     "chat": ("chat:chat", "talk with a model or a run"),
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
+    "completion": ("completion:completion", "a script by which bash, zsh or fish completes commands and options"),
 }
 GROUPS = ("data", "runs", "keys")
 HELP_WIDTH = 80  # columns of the help pages

@@ -1,0 +1,102 @@
+"""tunesmith completion: a script that completes commands, options and their choices in a shell.
+
+Made from the table of commands and the help pages, so that it knows nothing that they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from tunesmith.cli import COMMANDS, GROUPS, help_page
+from tunesmith.cli.options import Parser
+
+SHELLS = {
+    "bash": 'eval "$(tunesmith completion bash)"            in ~/.bashrc',
+    "zsh": 'eval "$(tunesmith completion zsh)"             in ~/.zshrc, after compinit',
+    "fish": "tunesmith completion fish | source            in ~/.config/fish/config.fish",
+}
+
+
+def completion(argv: list[str]) -> int:
+    use = "\n".join(f"  {line}" for line in SHELLS.values())
+    parser = Parser(
+        "completion",
+        f"Print a script by which a shell completes commands, options and their choices.\n\n{use}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shell", choices=list(SHELLS), help="whose script")
+    print({"bash": bash, "zsh": zsh, "fish": fish}[parser.parse_args(argv).shell]())
+    return 0
+
+
+def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(the words that may follow "", a group or a command; the choices after "COMMAND --option", where it has some)."""
+    words: dict[str, list[str]] = {"": [*dict.fromkeys(name.split()[0] for name in COMMANDS), "--help", "--version"]}
+    words |= {group: [name.split()[1] for name in COMMANDS if name.split()[0] == group] for group in GROUPS}
+    choices: dict[str, list[str]] = {}
+    for name in COMMANDS:
+        page = help_page(name).read_text(encoding="utf-8")
+        found = re.findall(r"(?<![\w-])(--[a-z0-9][a-z0-9-]*)(?: \{([^}]+)\})?", page.partition("\n\n")[0])
+        words[name] = sorted({option for option, _ in found} | {"--help"})
+        choices |= {f"{name} {option}": listed.split(",") for option, listed in found if listed}
+    return words, choices
+
+
+def bash() -> str:
+    words, choices = tables()
+    cases = "\n".join(f'    "{name}") words="{" ".join(known)}" ;;' for name, known in words.items())
+    values = "\n".join(f'    "{option}") words="{" ".join(known)}" ;;' for option, known in choices.items())
+    groups = "|".join(GROUPS)
+    return f"""_tunesmith() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command="" words=""
+  if (( COMP_CWORD > 1 )); then command=${{COMP_WORDS[1]}}; fi
+  case $command in {groups}) if (( COMP_CWORD > 2 )); then command="$command ${{COMP_WORDS[2]}}"; fi ;; esac
+  case $command in
+{cases}
+  esac
+  case "$command $before" in
+{values}
+    *) case $command in ""|{groups}) ;; *) [[ $word == -* ]] || words="" ;; esac ;;
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o bashdefault -o default -F _tunesmith tunesmith"""
+
+
+def zsh() -> str:
+    words, choices = tables()
+    cases = "\n".join(f'    "{name}") found=({" ".join(known)}) ;;' for name, known in words.items())
+    values = "\n".join(f'    "{option}") found=({" ".join(known)}) ;;' for option, known in choices.items())
+    groups = "|".join(GROUPS)
+    return f"""_tunesmith() {{
+  local -a found
+  local command="" word=$words[CURRENT] before=$words[CURRENT-1]
+  if (( CURRENT > 2 )); then command=$words[2]; fi
+  case $command in {groups}) if (( CURRENT > 3 )); then command="$command $words[3]"; fi ;; esac
+  case $command in
+{cases}
+  esac
+  case "$command $before" in
+{values}
+    *) case $command in ""|{groups}) ;; *) [[ $word == -* ]] || found=() ;; esac ;;
+  esac
+  if (( $#found )); then compadd -- $found; else _files; fi
+}}
+compdef _tunesmith tunesmith"""
+
+
+def fish() -> str:
+    words, choices = tables()
+    first = "not __fish_seen_subcommand_from " + " ".join(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    lines = [f"complete -c tunesmith -f -n '{first}' -a '{' '.join(words[''])}'"]
+    for group in GROUPS:
+        known = " ".join(words[group])
+        inside = f"__fish_seen_subcommand_from {group}; and not __fish_seen_subcommand_from {known}"
+        lines.append(f"complete -c tunesmith -f -n '{inside}' -a '{known}'")
+    for name in COMMANDS:
+        inside = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
+        for option in words[name]:
+            values = f" -x -a '{' '.join(listed)}'" if (listed := choices.get(f"{name} {option}")) else ""
+            lines.append(f"complete -c tunesmith -n '{inside}' -l {option.removeprefix('--')}{values}")
+    return "\n".join(lines)
