@@ -25,20 +25,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 
 
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+
+
 def commands() -> list[str]:
     """The `tunesmith …` lines of the README's shell blocks."""
-    return [
-        line.split("  #")[0].strip()
-        for kind, text in BLOCKS
-        if kind == "sh"
-        for line in text.splitlines()
-        if line.startswith("tunesmith ")
-    ]
+    return [line.split("  #")[0].strip() for line in SHELL if line.startswith("tunesmith ")]
 
 
 def test_the_readme_has_what_these_tests_look_for() -> None:
-    assert len(commands()) >= 19
+    assert len(commands()) >= 30
     assert [kind for kind, _ in BLOCKS].count("python") >= 1
+    others = [line.split()[0] for line in SHELL if not line.startswith("tunesmith ")]
+    assert others == ["make", "make", "export", "cp"]  # each is what another test does
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +79,8 @@ def test_readme_command(line: str, trained: Path) -> None:
         words += ["--rows", "4", "--samples", "0", "--max-tokens", "16"]
     elif "--drop-codes" in words:
         assert cli.main(["evaluate", str(trained / "my_run"), "--rows", "0"]) == 0
-    elif "wider_run" in words:
-        shutil.copytree(trained / "my_run", trained / "wider_run")
-    elif "old_run" in words:
-        shutil.copytree(trained / "my_run", trained / "old_run")
+    elif "lora_run" in words and words[0] == "runs":
+        shutil.copytree(trained / "my_run", trained / "lora_run", dirs_exist_ok=True)
     elif words[0] == "export":
         shutil.rmtree(trained / words[-1], ignore_errors=True)
         words += ["--prompts", "1"]
@@ -92,8 +89,7 @@ def test_readme_command(line: str, trained: Path) -> None:
         assert cli.main(made) == 0
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
-        if "my_run" in words:
-            words[words.index("my_run")] = "another_run"
+        words = ["another_run" if word in ("my_run", "lora_run") else word for word in words]
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith", *words], cwd=trained, capture_output=True, text=True, input="Hi\n"
     )
