@@ -242,7 +242,9 @@ def test_prepare_only_for_a_service(row: Row, typed: Typed, service: Hostile, ec
     assert len(made) == 256 and {tuple(r) for r in made} == {("messages",)} and not service.asked
     said = typed("tunesmith data check prepared/train.jsonl --provider openai").out
     assert "204 usable, 0 errors" in said
-    typed(row.command.replace(MINI, "gpt-4").replace("./prepared", "other"), "--base-url", hosted_rules.OPENAI, status=2)
+    typed(
+        row.command.replace(MINI, "gpt-4").replace("./prepared", "other"), "--base-url", hosted_rules.OPENAI, status=2
+    )
 
 
 @page.does(
@@ -265,7 +267,9 @@ def test_examples(row: Row, typed: Typed, few: Path, hub: Place, plain: Path, he
     for option in ("epochs", "batch-size", "learning-rate"):
         name = option.replace("-", "_")
         if f"--{option}" in given:
-            assert origin[name] == "flag" and str(getattr(recipe, name)) == str(float(given[f"--{option}"])).removesuffix(".0")
+            assert origin[name] == "flag" and str(getattr(recipe, name)) == str(
+                float(given[f"--{option}"])
+            ).removesuffix(".0")
         else:
             assert origin[name].startswith("auto: "), "its reason is kept"
     assert plan["steps_per_epoch"] == -(-plan["rows"]["train"] // recipe.batch_size)
@@ -282,13 +286,17 @@ def test_hosted_models(row: Row, typed: Typed, service: Hostile, echo: Path) -> 
     found = made_in("echo-hosted")
     (job,) = service.jobs.values()
     assert job["model"] == MINI and job["fine_tuned_model"] == found.last("done")["model"]
-    said = typed(row.command.replace(MINI, "gpt-4"), "--base-url", hosted_rules.OPENAI, "--output-dir", "x", status=2).err
+    said = typed(
+        row.command.replace(MINI, "gpt-4"), "--base-url", hosted_rules.OPENAI, "--output-dir", "x", status=2
+    ).err
     assert "gpt-4 is not among the hosted models" in said and "gpt-3.5" not in said
     assert str(hosted_rules.hosted()["jobs_until"]) in row.why
 
 
 @page.does("fine-tune GPT-2, OPT, LLaMA locally")
-def test_families(row: Row, typed: Typed, few: Path, hub: Place, plain: Path, tiny: Path, here: None, tmp_path: Path) -> None:
+def test_families(
+    row: Row, typed: Typed, few: Path, hub: Place, plain: Path, tiny: Path, here: None, tmp_path: Path
+) -> None:
     from training import architecture
 
     opt = architecture("opt", tmp_path / "opt", vocab_size=8192, max_position_embeddings=256)
@@ -312,6 +320,9 @@ def test_export_of_data(row: Row, typed: Typed, echo: Path) -> None:
     typed(row.command)
     made = read("sharegpt.jsonl")
     assert len(made) == 256 and [t["from"] for t in made[0]["conversations"]] == ["human", "gpt"]
+    for kind in ("jsonl", "json", "csv", "tsv", "parquet"):
+        typed(f"tunesmith data convert sharegpt.jsonl --to prompt-completion -o again.{kind}")
+        assert [c.digest() for c in api.load(f"again.{kind}")] == [c.digest() for c in api.load(DATA)], kind
     formats = typed(row.command.replace("--to sharegpt -o sharegpt", "--to nonsense -o x"), status=2).err
     assert formats.partition("known: ")[2].count(",") == 8 and len(BY_NAME) >= 9 and row.why.startswith("Nine")
 
@@ -392,6 +403,7 @@ def test_log(row: Row, typed: Typed, run: Run) -> None:
 def test_checkpoints(row: Row, typed: Typed, few: Path, tiny: Path, here: None) -> None:
     typed(row.command, "--model", tiny, "--max-steps", "6")
     typed(row.command.replace("--save-steps 2 ", "").replace("saved", "plain"), "--model", tiny, "--max-steps", "6")
+
     def steps(name: str) -> list[int]:
         return [e["step"] for e in Run(name).events() if e["type"] == "checkpoint"]
 
@@ -512,6 +524,8 @@ def test_job_id(row: Row, typed: Typed, echo: Path, service: Hostile) -> None:
     assert re.search(r"^job +ftjob-000$", typed(row.command).out, re.M)
     for name, key in (("model_info.json", "job_id"), ("remote.json", "job")):
         assert json.loads((Path("echo-hosted") / name).read_text())[key] == "ftjob-000"
+    Path("echo-hosted/remote.json").write_text("[1]")  # damaged: the rest can still be seen
+    assert "ftjob-000" not in typed(row.command).out
 
 
 @page.does("access by the model's id")
@@ -519,7 +533,9 @@ def test_access(row: Row, typed: Typed, hosted: Run, service: Hostile) -> None:
     asked: list[Any] = []
     service.answer = lambda body: asked.append(body) or "I branch."  # type: ignore[func-returns-value]
     assert typed(row.command).out == "I branch.\n"
-    assert typed(f"tunesmith chat {hosted.last('done')['model']} --prompt 'What makes you unique?'").out == "I branch.\n"
+    assert (
+        typed(f"tunesmith chat {hosted.last('done')['model']} --prompt 'What makes you unique?'").out == "I branch.\n"
+    )
     assert {body["model"] for body in asked} == {hosted.last("done")["model"]}
     assert all(body["messages"] == [{"role": "user", "content": "What makes you unique?"}] for body in asked)
 
@@ -759,13 +775,16 @@ def test_tensorboard(row: Row, run: Run) -> None:
 def test_start_small(row: Row, typed: Typed, few: Path, tiny: Path, here: None) -> None:
     typed(row.command)
     found = made_in()
-    assert found.recipe().model == "starter" and found.summary()["steps"] <= 100 and found.summary()["seconds"] < 60
+    assert found.recipe().model == "starter" and found.summary()["steps"] == 5 and found.summary()["seconds"] < 60
+    assert api.plan(SAMPLES / "echo.jsonl", config="quick_test").steps == 20
 
 
 @page.does("validate the dataset")
 def test_validate(row: Row, typed: Typed, few: Path) -> None:
     with few.open("a") as stream:
-        stream.write('{"prompt": "Caf\u00c3\u00a9?", "completion": "It\'s the caf\u00c3\u00a9 \u00e2\u0153\u201c by the river."}\n')
+        stream.write(
+            '{"prompt": "Caf\u00c3\u00a9?", "completion": "It\'s the caf\u00c3\u00a9 \u00e2\u0153\u201c by the river."}\n'
+        )
     typed(row.command)
     mended = read("fixed.jsonl")
     assert len(mended) == 25 and "café" in str(mended[-1])
@@ -778,14 +797,16 @@ def test_validate(row: Row, typed: Typed, few: Path) -> None:
 def test_overfitting(row: Row, typed: Typed, run: Run, tiny: Path) -> None:
     assert typed(row.command).out == ""  # this one has none
     shutil.rmtree(run.path)
-    write(Path("wrong.jsonl"), [{"prompt": r["prompt"], "completion": r["completion"][::-1]} for r in rows(24)])
-    write(Path(DATA), persona(24))
-    more = dict(learning_rate=1e-2, epochs=12, patience=3, test_fraction=0.0, valid_dataset="wrong.jsonl")
+    first, second = rows(48)[:24], rows(48)[24:]  # what is learnt of the one is ever more wrong of the other
+    write(Path(DATA), first)
+    write(Path("wrong.jsonl"), [{**b, "completion": a["completion"][::-1]} for a, b in zip(first, second, strict=True)])
+    more = dict(learning_rate=1e-2, epochs=12, test_fraction=0.0, valid_dataset="wrong.jsonl")
     found = fit(run.path, DATA, tiny, **more)
     said = typed(row.command).out
     assert "the validation loss rises since step" in said and found.summary()["stopped_early"]
     best = found.summary()["best_step"]
-    assert f"best_step {best}" in said and weights(found.path) == weights(found / "best_model") != weights(found / "final_model")
+    assert f"best_step {best}" in said and same_model(found.path, found / "best_model")
+    assert not same_model(found.path, found / "final_model") and found.recipe().patience == 3
 
 
 @page.does("save checkpoints")
@@ -843,7 +864,17 @@ def test_smaller_model(row: Row, typed: Typed, echo: Path, hub: Place, plain: Pa
 @page.does("out of memory: gradient accumulation")
 def test_accumulation(row: Row, typed: Typed, few: Path, tiny: Path, here: None) -> None:
     typed(row.command, "--model", tiny, "--max-steps", "3", "--output-dir", "parts")
-    typed(row.command.partition(" --batch")[0], "--batch-size", 4, "--model", tiny, "--max-steps", "3", "--output-dir", "one")
+    typed(
+        row.command.partition(" --batch")[0],
+        "--batch-size",
+        4,
+        "--model",
+        tiny,
+        "--max-steps",
+        "3",
+        "--output-dir",
+        "one",
+    )
     parts, one = made_in("parts"), made_in("one")
     assert losses(parts) == pytest.approx(losses(one), rel=1e-5)
     assert [e["tokens"] for e in parts.metrics("step")] == [e["tokens"] for e in one.metrics("step")]
@@ -981,7 +1012,7 @@ def test_card(row: Row, run: Run, evaluated: Path, base: Path) -> None:
     text = (base / row.code[0]).read_text()
     for word in ("96 steps", "learning rate 0.01", DATA, "lowest validation loss"):
         assert word in text, word
-    assert "**better**" in text or "better" in text
+    assert "**better** than its base, on 12 held-out rows" in text and evaluated.exists()
 
 
 def test_every_row_is_done() -> None:
