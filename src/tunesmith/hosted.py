@@ -24,7 +24,7 @@ from tunesmith.data.persona import names, persona
 from tunesmith.data.scan import Progress
 from tunesmith.data.split import Splits
 from tunesmith.data.spread import cores
-from tunesmith.data.stats import Bill, batch_size, bill, epochs, hosted, hosted_model, openai_lengths
+from tunesmith.data.stats import Bill, batch_size, bill, epochs, hosted, hosted_model, openai_lengths, still_trained
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import ModelFacts
 from tunesmith.planning import Plan, Prepared
@@ -172,8 +172,7 @@ def _model(recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, st
     """The model by its full name, and what is known of it: None where another service has it."""
     ours, name = recipe.base_url == OPENAI, recipe.model
     if ours and origin["model"] == "default":
-        there = ", ".join(m for m, about in hosted()["models"].items() if about["ends"] >= date.today())
-        raise UsageError("which model?", where="--model", fix=f"the service trains {there or 'none any more'}")
+        raise UsageError("which model?", where="--model", fix=f"the service trains {still_trained()}")
     base = name.split(":")[1] if name.startswith("ft:") and name.count(":") > 2 else name
     known = hosted_model(base) if ours or base in hosted()["models"] else None
     if known and base == name and known[0] != name:

@@ -86,6 +86,14 @@ class Run:
         changed = {k: v for e in self.events() if e["type"] == "changed" for k, v in e["settings"].items()}
         return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
 
+    def job(self) -> str | None:
+        """The id of its job, where a service has one."""
+        try:
+            found = msgspec.json.decode((self / "remote.json").read_bytes(), type=dict[str, Any]).get("job")
+            return None if found is None else str(found)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
     def template(self) -> str | None:
         """The chat template that the rows were rendered with, where it is not the base model's own."""
         path = self / TEMPLATE
@@ -271,6 +279,7 @@ class Run:
             "run": str(self),
             "status": self.state(),
             "model": manifest["recipe"]["model"],
+            "job": self.job(),
             "fine_tuned_model": done.get("model"),
             "task": manifest["recipe"]["task"],
             "method": "supervised" if manifest["provider"] == "openai" else manifest["recipe"]["method"],

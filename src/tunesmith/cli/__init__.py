@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from tunesmith.errors import TunesmithError
 
+        if isinstance(error, ModuleNotFoundError):
+            error = _lacking(error)
         if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
             error = TunesmithError(
                 error.strerror or str(error), where=str(error.filename or ""), fix="check the path and the disk"
@@ -122,6 +124,19 @@ def _width() -> int:
         return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns)
     except (OSError, ValueError):
         return HELP_WIDTH
+
+
+def _lacking(error: ModuleNotFoundError) -> Exception:
+    """What to install, where one of the packages that our extras bring is not there; any other missing module is a defect."""
+    import re
+    from importlib.metadata import requires
+
+    from tunesmith.errors import UsageError
+
+    name = (error.name or "").partition(".")[0]
+    extras = (re.match(rf'{name}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ())
+    extra = next(filter(None, extras), None)
+    return UsageError(f"{name} is not installed", fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
 
 
 def _report(error: Exception, as_json: bool) -> int:

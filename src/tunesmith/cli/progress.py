@@ -24,7 +24,7 @@ class Progress:
         self._shown = 0
         self._first: Event | None = None
         self._valid: float | None = None
-        self._steps = 0
+        self._steps, self._job = 0, ""
         self._losses: list[float] = []
         self.seen = 0  # events
 
@@ -47,6 +47,9 @@ class Progress:
             self._say(f"warning: {event['message']}")
         elif kind == "message":
             self._say(event["message"])
+        elif kind == "state" and event.get("at") == "service" and not self._job:
+            self._job = run.job() or "unknown"
+            self._say(f"the job is {self._job}")
         elif kind == "prefix_cache" and event["side"] == "train":
             what = "read from" if event["found"] else "kept in"
             self._say(f"output of the frozen layers is {what} {event['path']}")

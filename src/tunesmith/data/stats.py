@@ -172,19 +172,22 @@ def hosted() -> dict[str, Any]:
 
 
 def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
-    """(full name, facts) of a hosted model, also from the beginning of its name ("gpt-4o-mini"); None for no such.
+    """(full name, facts) of a hosted model, also from a shorter name ("gpt-4o-mini"); None for no such.
 
     Raises UsageError for a name that only a hosted model can have, and that cannot be trained.
     """
     models = hosted()["models"]
-    found = name if name in models else max((m for m in models if m.rpartition("-20")[0] == name), default=None)
+    short = (m for m, about in models.items() if name in (m.rpartition("-20")[0], about.get("also")))
+    found = name if name in models else max(short, default=None)
     if not found and _HOSTED.match(name):
-        raise UsageError(
-            f"{name} is not among the hosted models that can be trained",
-            where="--model",
-            fix=f"known: {', '.join(models)}",
-        )
+        message = f"{name} is not among the hosted models that can be trained"
+        raise UsageError(message, where="--model", fix=f"the service trains {still_trained()}")
     return (found, models[found]) if found else None
+
+
+def still_trained() -> str:
+    """Names of the hosted models that have not ended yet, for a message."""
+    return ", ".join(m for m, about in hosted()["models"].items() if about["ends"] >= date.today()) or "none any more"
 
 
 _HOSTED = re.compile(r"(?:gpt-[345]|o\d|babbage-|davinci-)[\w.-]*$")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate")  # without which the worker could not even say what is wrong
 _workers: dict[str, subprocess.Popen[bytes]] = {}  # of this process, by run directory
 
 
@@ -26,6 +28,9 @@ class LocalBackend:
     """Trains in a child process that ends with this one; its words are the run's event log."""
 
     def submit(self, prepared: Prepared, path: Path) -> Run:
+        if missing := next((name for name in PACKAGES if find_spec(name) is None), None):
+            fix = "pip install 'tunesmith[local]', or have a service train: --provider openai"
+            raise UsageError(f"training on this machine needs {missing}", where="--provider", fix=fix)
         run = lay_out(prepared, path)
         self.resume(run)
         return run
