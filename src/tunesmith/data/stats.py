@@ -177,7 +177,7 @@ def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
     Raises UsageError for a name that only a hosted model can have, and that cannot be trained.
     """
     models = hosted()["models"]
-    found = name if name in models else max((m for m in models if m.rpartition("-20")[0] == name), default=None)
+    found = name if name in models else max((m for m in models if _DATED.sub("", m) == name), default=None)
     if not found and _HOSTED.match(name):
         raise UsageError(
             f"{name} is not among the hosted models that can be trained",
@@ -187,6 +187,7 @@ def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
     return (found, models[found]) if found else None
 
 
+_DATED = re.compile(r"-\d{4}(-\d\d-\d\d)?$")  # gpt-4o-mini-2024-07-18, gpt-3.5-turbo-0125
 _HOSTED = re.compile(r"(?:gpt-[345]|o\d|babbage-|davinci-)[\w.-]*$")
 
 
