@@ -77,6 +77,7 @@ def model_info(run: Run) -> dict[str, Any]:
         "base_model": manifest["recipe"]["model"],
         "method": manifest["recipe"]["method"],
         "training_file": manifest["recipe"]["dataset"],
+        "validation_file": manifest["recipe"].get("valid_dataset"),  # None: a share of the training file
         "job_id": run.path.resolve().name,
         "training_examples": rows["train"],
         "validation_examples": rows["valid"],

@@ -24,8 +24,9 @@ PACKAGES = (
     "jinja2",
     "gguf",
     "xllamacpp",
+    "openai",
 )
-OPTIONAL = ("datasets", "gguf", "xllamacpp")  # for Hub data sets; for exports to llama.cpp
+OPTIONAL = ("datasets", "gguf", "xllamacpp", "openai")  # Hub data sets; exports to llama.cpp; training at a service
 
 
 def doctor(argv: list[str]) -> int:
@@ -56,6 +57,7 @@ def doctor(argv: list[str]) -> int:
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "gpu": _gpu() if found["torch"] else None,
         "starter": _starter(),
+        "service_key": "in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else None,
         "packages": found,
         "missing": missing,
     }

@@ -81,6 +81,7 @@ def show(argv: list[str]) -> int:
         show_json(
             {
                 **_told(run),
+                **_at_service(run),
                 "lineage": lineage,
                 "evals": run.metrics("eval"),
                 "recipe": manifest["recipe"],
@@ -90,6 +91,7 @@ def show(argv: list[str]) -> int:
             }
         )
         return 0
+    summary |= _at_service(run)
     if tags := run.tags():
         summary["tags"] = " ".join(tags)
     if run.removed():
@@ -111,6 +113,18 @@ def show(argv: list[str]) -> int:
             print(f"{event['type']}: {event['message']}")
     diagnosed(found)
     return 0
+
+
+def _at_service(run: Run) -> dict[str, Any]:
+    """Ids of job and files at a service, as far as it has them; {} for a run of this machine."""
+    import msgspec
+
+    try:
+        link = msgspec.json.decode((run / "remote.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):  # what is wrong with it, `runs watch` says
+        return {}
+    files = link.get("files") or {}
+    return {"job": link.get("job"), "training_file": files.get("train"), "validation_file": files.get("valid")}
 
 
 def _lineage(lineage: list[dict[str, Any]]) -> str:
