@@ -145,6 +145,11 @@ def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         signal.signal(number, handler)
 
 
+def linked(source: str, target: str) -> None:
+    """Weights as links, which nothing here writes into; the rest as copies."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
 @pytest.fixture
 def do(typed: Any, here: Path, made: Callable[[str], Path]) -> Callable[..., Any]:
     """Type a row's command where the guide's files and the run that it names are."""
@@ -152,7 +157,7 @@ def do(typed: Any, here: Path, made: Callable[[str], Path]) -> Callable[..., Any
     def run(row: Row | str, *more: object, status: int | None = 0) -> Any:
         line = row if isinstance(row, str) else row.command
         if (name := re.search(r"fine_tuned_models/(\w+)", line)) and not (here / name[0]).exists():
-            shutil.copytree(made(name[1]), here / name[0])
+            shutil.copytree(made(name[1]), here / name[0], copy_function=linked)
         return typed(line, *more, status=status)
 
     return run
@@ -1320,7 +1325,7 @@ def test_prepared_for_deployment(row: Row, do: Any, here: Path, monkeypatch: pyt
 
     folder = here / "06_fine_tuning"
     (folder / "fine_tuned_models").mkdir(parents=True)
-    shutil.copytree(made(CHAT), folder / "fine_tuned_models" / CHAT)
+    shutil.copytree(made(CHAT), folder / "fine_tuned_models" / CHAT, copy_function=linked)
     monkeypatch.chdir(folder)
     (here / "fine_tuned_models").symlink_to(folder / "fine_tuned_models")
     said = do(row, "--prompts", "1").out
