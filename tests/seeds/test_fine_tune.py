@@ -1414,8 +1414,18 @@ def numbers_of_lora() -> None:
 
 @page.does("`docs/FAQ.md`")
 def test_doctor(row: Row, do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = do(row, status=None).out
-    assert "torch" in said and "memory" in said
+    from importlib import metadata
+
+    assert "ready to train" in do(row).out
+    known = metadata.version
+
+    def without_peft(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", without_peft)
+    assert "missing: peft -- pip install" in do(row, status=1).out
 
 
 def test_every_row_is_done() -> None:
