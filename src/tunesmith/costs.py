@@ -24,6 +24,12 @@ def steps_per_epoch(rows: int, recipe: Recipe) -> int:
     return -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation_steps))
 
 
+def planned_steps(rows: int, recipe: Recipe) -> int:
+    """Optimizer steps of a run that is not stopped early."""
+    steps = steps_per_epoch(rows, recipe) * int(recipe.epochs)
+    return min(steps, recipe.max_steps or steps)
+
+
 def frozen_layers(recipe: Recipe, layers: int) -> int:
     """How many layers, from the bottom, stay as they are."""
     return math.floor(freeze_ratio(recipe) * layers)

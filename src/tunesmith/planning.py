@@ -16,14 +16,14 @@ import msgspec
 import numpy as np
 
 from tunesmith.conversation import Issue
-from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, steps_per_epoch, trainable
+from tunesmith.costs import ADAPTERS, freeze_ratio, memory_mb, planned_steps, steps_per_epoch, trainable
 from tunesmith.data.scan import Progress
 from tunesmith.data.split import Splits
 from tunesmith.data.spread import cores
 from tunesmith.data.stats import Bill
 from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
-from tunesmith.preflight import idle_settings, refuse_impossible
+from tunesmith.preflight import idle_settings, long_warmup, refuse_impossible
 from tunesmith.preparing import MOST_HELD_OUT, Data, prepare_data
 from tunesmith.recipe import FACTS, Recipe, need_dataset
 from tunesmith.render import Renderer, chosen_template, own_template
@@ -100,6 +100,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
     issues.extend(idle_settings(recipe, origin))
+    issues.extend(long_warmup(recipe, origin, planned_steps(len(found.rows["train"]), recipe)))
     return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.facts.hashes, renderer)
 
 
@@ -209,11 +210,9 @@ def _plan(
     data: Data,
     issues: list[Issue],
 ) -> Plan:
-    assert isinstance(recipe.batch_size, int) and isinstance(recipe.epochs, int)
+    assert isinstance(recipe.batch_size, int)
     budget = int(recipe.micro_batch_tokens)
     rows = {side: len(part) for side, part in data.rows.items()}
-    per_epoch = steps_per_epoch(rows["train"], recipe)
-    steps = per_epoch * recipe.epochs
     lengths = np.sort(data.tokens["train"].lengths())
     longest = max(int(part.lengths().max()) for part in data.tokens.values() if len(part))
     trained = trainable(recipe, model)
@@ -227,8 +226,8 @@ def _plan(
         longest=longest,
         dropped=data.facts.dropped,
         formats=data.facts.formats,
-        steps_per_epoch=per_epoch,
-        steps=min(steps, recipe.max_steps or steps),
+        steps_per_epoch=steps_per_epoch(rows["train"], recipe),
+        steps=planned_steps(rows["train"], recipe),
         trainable_parameters=trained,
         memory_mb=memory_mb(
             recipe, model, trained, min(int(lengths[-recipe.batch_size :].sum()), max(budget, longest))

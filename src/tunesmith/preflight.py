@@ -38,6 +38,15 @@ def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
                 yield finding("idle-setting", origin[name], f"{name} has no effect: {reason}", fix)
 
 
+def long_warmup(recipe: Recipe, origin: dict[str, str], steps: int) -> Iterator[Issue]:
+    """A warning where the rate still rises at the last of `steps`: a number of steps meant for a longer run."""
+    if recipe.warmup_steps is not None and recipe.warmup_steps >= steps:
+        message = (
+            f"warmup_steps {recipe.warmup_steps} takes all {steps} steps of the run: the rate never stays at its peak"
+        )
+        yield finding("long-warmup", origin["warmup_steps"], message, "a share instead: --warmup-ratio 0.1")
+
+
 def launched() -> bool:
     """Whether a launcher (torchrun, or accelerate by way of it) has started several of us to train one run."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1

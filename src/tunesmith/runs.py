@@ -346,7 +346,7 @@ def refuse_taken(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
         fix = (
-            f"choose another --output-dir, or go on with --resume {path}"
+            f"choose another --output-dir (--runs-dir is a folder for many), or go on with --resume {path}"
             if "run" in what
             else "choose another --output-dir"
         )

@@ -65,7 +65,8 @@ def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) ->
     for name in fields():
         value, now = getattr(given, name), getattr(recipe, name)
         asked = origin[name] not in ("default", f"task {given.task}") and name not in ("output_dir", "runs_dir")
-        same = value in (now, "auto") or name == "model" and str(Path(value).expanduser().resolve()) == now
+        paths = {Path(p).expanduser().resolve() for p in (value, now) if p} if name in ("model", "dataset") else ()
+        same = value in (now, "auto") or len(paths) == 1  # one place, however it is spelt
         if not asked or same:
             continue
         if name not in SAFE:

@@ -200,8 +200,8 @@ CASES = [*bytes_and_encodings(), *json_itself(), *structure(), *semantics()]
 def test_the_corpus_is_large_and_covers_the_table() -> None:
     assert len(CASES) >= 120
     elsewhere = {  # need a model, a run, several files or other languages: tested there
-        "over-long", "cut", "no-supervised-token", "id-out-of-range", "no-end-of-turn", "idle-setting", "leak", "empty-turn",
-        "language-mix", "not-csv", "extra-field", "tool-calls-lost",
+        "over-long", "cut", "no-supervised-token", "id-out-of-range", "no-end-of-turn", "idle-setting", "long-warmup", "leak",
+        "empty-turn", "language-mix", "not-csv", "extra-field", "tool-calls-lost",
     }  # fmt: skip
     assert {code for code, _, _ in CASES} == set(table()) - elsewhere
 

@@ -24,7 +24,10 @@ def check(argv: list[str]) -> int:
         "data check",
         "Find every problem in a data set, each with line and fix, and grade it. Exit status 3 when there are errors.",
     ).with_json()
-    parser.add_argument("dataset", nargs="+", help="files, folders, sample names or Hub data sets, checked as one")
+    parser.add_argument("dataset", nargs="*", help="files, folders, sample names or Hub data sets, checked as one")
+    parser.add_argument(
+        "--dataset", action="append", dest="named", metavar="DATASET", default=[], help="the same as DATASET"
+    )
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
     parser.add_argument(
         "--task", choices=("chat", "code", "instruct", "domain", "custom"), help="what it is for [chat]"
@@ -48,6 +51,9 @@ def check(argv: list[str]) -> int:
     )
     parser.add_argument("--explain", action="store_true", help="say which row formats were recognised, and how")
     options = parser.parse_args(argv)
+    datasets: list[str] = [*options.dataset, *options.named]
+    if not datasets:
+        raise UsageError("needs a data set", where="data check", fix="tunesmith data check DATASET")
     from tunesmith.cli.progress import Bar
     from tunesmith.data.check import by_severity, examine, grade
 
@@ -68,7 +74,7 @@ def check(argv: list[str]) -> int:
         each = over_long(options.model)
     with Bar() as bar:
         found = examine(
-            options.dataset,
+            datasets,
             columns(options.columns),
             task=options.task or "chat",
             provider=options.provider,
@@ -89,11 +95,11 @@ def check(argv: list[str]) -> int:
     if options.fix:
         from tunesmith.data.repair import repair
 
-        fixed = repair(options.dataset, Path(options.fix))
+        fixed = repair(datasets, Path(options.fix))
     if options.json:
         show_json(
             {
-                "dataset": options.dataset,
+                "dataset": datasets,
                 "rows": found.rows_in,
                 "usable": found.usable,
                 "formats": found.formats,
