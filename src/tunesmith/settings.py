@@ -167,7 +167,7 @@ def _load_config(config: str) -> dict[str, Any]:
 
 def _sections(config: dict[str, Any]) -> dict[str, Any]:
     """Settings may stand at the top or under their group's name ([training])."""
-    groups = {field.group for field in fields().values()} - set(fields())
+    groups = {field.group for field in fields().values()}  # [method] is a group where `method = "lora"` is a setting
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= value if key in groups and isinstance(value, dict) else {key: value}

@@ -8,8 +8,6 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import cache as once
@@ -25,7 +23,7 @@ from hostile import KEY, Hostile
 from pages import Page, Row
 from shapes import shaped
 from training import fit, losses, weights
-from tunesmith import api, cli
+from tunesmith import api
 from tunesmith.data.convert import emoji_in
 from tunesmith.evaluation import compression
 from tunesmith.local import backend, methods
@@ -36,8 +34,10 @@ from tunesmith.runs import Run
 
 page = Page("qlora-guide.md")
 SAMPLE = ROOT / "src/tunesmith/assets/data/emoji.jsonl"
+SPAM = "Yes, all of that is so very good and fine " + "🎉" * 8
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 Typed = Callable[..., Any]
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft's; a worker shows no warnings
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, rate in (("my_run", 1e-2), ("other_run", 1e-3)):
             fit(folder / name, SAMPLE, tiny, learning_rate=rate, token_accuracy=name == "my_run", **how)
             api.evaluate(folder / name, samples=0, max_tokens=16)
-        spam = [{"prompt": r["prompt"], "completion": f"Yes{i % 3} " + "🎉" * 8} for i, r in enumerate(rows(60))]
+        spam = [{"prompt": r["prompt"], "completion": SPAM} for r in rows(60)]
         fit(folder / "spammer", write(folder / "spam.jsonl", spam), tiny, learning_rate=2e-2, epochs=4, patience=0)
         few = write(folder / "few.jsonl", rows(24))
         fit(folder / "overfitted", few, tiny, learning_rate=5e-3, epochs=30, patience=0, valid_fraction=0.3)
@@ -116,7 +116,6 @@ def digits(text: str) -> list[int]:
 def test_the_file_is_the_script(row: Row, typed: Typed, tmp_path: Path, hub: Any, shape: Any) -> None:
     """The whole road as its blocks say, on a small model and for few steps."""
     hub(QWEN, shape("qwen2"))
-    write(tmp_path / "datasets.jsonl", [])
     (tmp_path / "datasets").mkdir()
     shutil.copyfile(SAMPLE, tmp_path / "datasets" / "oasst_conversations_augmented.jsonl")
     split, training, test, evaluate = page.block("The whole road", "sh").strip().split("\n")
@@ -188,7 +187,8 @@ def test_left_out(row: Row, typed: Typed, runs: Path) -> None:
         "save_strategy": len(run.metrics("checkpoint")) >= 2,
         "peft_config": adapter["peft_type"] == "LORA",
         "dataset_text_field": run.manifest()["plan"]["supervised_tokens"]["train"] > 0,
-        "padding_side": steps[-1]["total_tokens"] == 3 * run.manifest()["plan"]["tokens"]["train"],  # none of them padding
+        "padding_side": steps[-1]["total_tokens"]
+        == 3 * run.manifest()["plan"]["tokens"]["train"],  # none of them padding
         "device_map": any(e.get("device") == str(models.device()) for e in run.events()),
         "per_device_eval_batch_size": recipe(run).micro_batch_tokens == 8192,
         "trust_remote_code": not list(run.path.rglob("*.py")),
@@ -196,11 +196,13 @@ def test_left_out(row: Row, typed: Typed, runs: Path) -> None:
     assert there[name]
 
 
-@page.does("`tokenizer.pad_token = tokenizer.eos_token`", "Loss over the whole text", "`SFTTrainer(tokenizer=tokenizer)`")
+@page.does(
+    "`tokenizer.pad_token = tokenizer.eos_token`", "Loss over the whole text", "`SFTTrainer(tokenizer=tokenizer)`"
+)
 def test_what_is_learnt(row: Row, typed: Typed, runs: Path) -> None:
     shown = json.loads(typed("tunesmith data preview data.jsonl --json --rows 60").out)
     for each in shown:
-        learnt = [token for token, mark in zip(each["tokens"], each["mark" if "mark" in each else "mask"], strict=True) if mark]
+        learnt = [token for token, mark in zip(each["tokens"], each["mask"], strict=True) if mark]
         assert learnt[-1] == "<|im_end|>" and 0 < len(learnt) < len(each["ids"])  # the end is learnt, the question not
     assert not {"pad_token", "tokenizer"} & set(Recipe.__struct_fields__)
     own = (runs / "my_run" / "tokenizer.json").read_bytes()
@@ -231,9 +233,9 @@ def test_only_augmented(row: Row, typed: Typed, tmp_path: Path) -> None:
     del items[5]["metadata"]
     write(tmp_path / "data.jsonl", items)
     said = typed(row.command)
-    assert "2 of 60 rows are left out" in said.err
+    assert "7 of 60 rows are left out" in said.err  # five of the sample are not augmented
     kept = written(tmp_path / shlex.split(row.command)[-1])
-    assert len(kept) == 58 and all(r["metadata"]["augmented"] is True for r in kept)
+    assert len(kept) == 53 and all(r["metadata"]["augmented"] is True for r in kept)
 
 
 @page.does(
@@ -324,7 +326,9 @@ def test_trees(row: Row, typed: Typed, tmp_path: Path) -> None:
 def test_stats(row: Row, typed: Typed, tmp_path: Path) -> None:
     said = typed(row.command)
     emoji = sum(emoji_in(m["content"]) for r in written(SAMPLE) for m in r["messages"] if m["role"] == "assistant")
-    assert f"{emoji}: 1.85 an answer; in 75% of answers; over five in 0%" in said.out and "tokens of starter" in said.out
+    assert (
+        f"{emoji}: 1.85 an answer; in 75% of answers; over five in 0%" in said.out and "tokens of starter" in said.out
+    )
     spoilt = [r | {"metadata": {"token_reduction": 10**6}} for r in written(SAMPLE)]
     write(tmp_path / "data.jsonl", spoilt)
     assert typed("tunesmith data stats data.jsonl").out == typed(f"tunesmith data stats {SAMPLE}").out
@@ -385,7 +389,11 @@ def true_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    names = {QWEN: "qwen1.5", "meta-llama/Llama-3.2-1B-Instruct": "llama1", "meta-llama/Llama-3.2-3B-Instruct": "llama3"}
+    names = {
+        QWEN: "qwen1.5",
+        "meta-llama/Llama-3.2-1B-Instruct": "llama1",
+        "meta-llama/Llama-3.2-3B-Instruct": "llama3",
+    }
     for name, kind in names.items():
         at = tmp_path / "hub-cache" / f"models--{name.replace('/', '--')}"
         of_real_size(at / "snapshots" / "0", kind)
@@ -439,7 +447,9 @@ def test_installing(row: Row) -> None:
         assert re.search(r"^install: ", (ROOT / "Makefile").read_text(), re.M)
         assert ".venv" in row.why and (ROOT / "constraints.txt").exists()
     elif row.here == "nothing":
-        assert "trl" not in re.split(r"\W+", everything) and (ROOT / "docs/decisions/0001-own-training-loop.md").exists()
+        assert (
+            "trl" not in re.split(r"\W+", everything) and (ROOT / "docs/decisions/0001-own-training-loop.md").exists()
+        )
     else:
         extra = re.search(r"tunesmith\[(\w+)\]", row.here)
         assert extra
@@ -542,10 +552,17 @@ def test_size_of_an_adapter(row: Row, typed: Typed, true_sizes: None, runs: Path
         found = json.loads(typed(row.command).out)["trainable_parameters"]
         assert found == 18_464_768 and 50e6 < 4 * found < 100e6  # as peft counts them
         return
-    assert "method   qlora: about 0.26M trainable" in typed(row.command).out
+    count = json.loads(typed(row.command, "--json").out)["trainable_parameters"]
+    assert f"method   qlora: about {count / 1e6:.2f}M trainable" in typed(row.command).out
+    assert count < json.loads(typed(row.command, "--json", "--lora-rank", 17).out)["trainable_parameters"]
 
 
-@page.does("Quality: minimal degradation", "Perplexity (lower is better)", "`evaluate_model.py`", "`print(f\"Token Reduction: …\")`")
+@page.does(
+    "Quality: minimal degradation",
+    "Perplexity (lower is better)",
+    "`evaluate_model.py`",
+    '`print(f"Token Reduction: …")`',
+)
 def test_measured(row: Row, typed: Typed) -> None:
     said = typed(row.command, "--samples", 0, "--max-tokens", 8).out
     if "--json" in row.command:
@@ -567,7 +584,9 @@ PLAIN: dict[str, Run] = {}
 def plain(tiny: Path, runs: Path) -> Run:
     """Two steps of qlora with nothing said."""
     if "run" not in PLAIN or not PLAIN["run"].path.is_relative_to(runs):
-        PLAIN["run"] = fit(runs / "plain", SAMPLE, tiny, method="qlora", max_steps=2, epochs="auto", learning_rate="auto")
+        PLAIN["run"] = fit(
+            runs / "plain", SAMPLE, tiny, method="qlora", max_steps=2, epochs="auto", learning_rate="auto"
+        )
     return PLAIN["run"]
 
 
@@ -583,13 +602,13 @@ def test_places(row: Row, trained: Any, typed: Typed, tmp_path: Path) -> None:
 
 
 @page.does("`VAL_DATASET_PATH`")
-def test_validation_rows(row: Row, trained: Any, tmp_path: Path) -> None:
+def test_validation_rows(row: Row, trained: Any, typed: Typed, tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "held_out.jsonl", tmp_path / "val.jsonl")
     run = trained(row.command, "--runs-dir", "one")
     assert run.manifest()["plan"]["rows"] == {"train": 54, "valid": 24, "test": 6}
     shutil.copyfile(SAMPLE, tmp_path / "val.jsonl")
-    again = trained(row.command, "--test-fraction", "0", "--runs-dir", "two")
-    assert "leak" in {i["code"] for i in json.loads((again / "data" / "check.json").read_bytes())}
+    said = typed(row.command, "--test-fraction", "0", status=3)
+    assert "60 rows of the valid set are training rows [leak]" in said.err
 
 
 @page.does("`load_in_4bit=True`")
@@ -630,20 +649,24 @@ def test_settings_act(row: Row, trained: Any) -> None:
     """Each is in the recipe as it stands there, and another value gives other weights."""
     read, value, here, there = ACTS[row.there]
     assert here in row.command
-    longer = {"steps": 3, **({} if "--epochs" in row.command else {})}
-    run = trained(row.command, "--learning-rate-multiplier", "auto", **longer)
+    longer = {"steps": 6 if "scheduler" in row.command else 3}
+    run = trained(row.command, **longer)
     assert read(recipe(run)) == value
     other = trained(row.command.replace(here, there), **longer)
     assert read(recipe(other)) != value
     assert losses(other) != losses(run) or weights(other / "final_model") != weights(run / "final_model")
 
 
-@page.does(*(defaults := {
-    '`target_modules=["q_proj", …]`': ("lora_targets", "all-linear"),
-    "`gradient_checkpointing=True`": ("gradient_checkpointing", False),
-    "`prepare_model_for_kbit_training(model)`": ("gradient_checkpointing", False),
-    "Strong regularization: gradient clipping": ("max_grad_norm", 1.0),
-}))
+@page.does(
+    *(
+        defaults := {
+            '`target_modules=["q_proj", …]`': ("lora_targets", "all-linear"),
+            "`gradient_checkpointing=True`": ("gradient_checkpointing", False),
+            "`prepare_model_for_kbit_training(model)`": ("gradient_checkpointing", False),
+            "Strong regularization: gradient clipping": ("max_grad_norm", 1.0),
+        }
+    )
+)
 def test_settings_to_the_same_result(row: Row, trained: Any, plain: Run, typed: Typed) -> None:
     """What was said is the default, or changes how it is computed and not what comes out."""
     name, default = defaults[row.there]
@@ -702,7 +725,9 @@ def test_effective_batch(row: Row, typed: Typed) -> None:
     if "--epochs" in row.command:
         assert "steps    9 (3 an epoch, 3 epochs at most)" in typed(row.command).out
         return
-    more = json.loads(typed(row.command.replace("batch-size 2", "batch-size 4").replace("steps 8", "steps 4"), "--json").out)
+    more = json.loads(
+        typed(row.command.replace("batch-size 2", "batch-size 4").replace("steps 8", "steps 4"), "--json").out
+    )
     assert found["memory_mb"] < more["memory_mb"]
 
 
@@ -729,7 +754,13 @@ def test_how_often(row: Row, trained: Any) -> None:
         assert saved == [5, 10, 12]
 
 
-@page.does("`report_to=\"wandb\"`", "`report_to=\"none\"`", '`run_name="emogpt-qwen-1.5b"`', "`wandb login`", "Weights & Biases course")
+@page.does(
+    '`report_to="wandb"`',
+    '`report_to="none"`',
+    '`run_name="emogpt-qwen-1.5b"`',
+    "`wandb login`",
+    "Weights & Biases course",
+)
 def test_wandb(row: Row, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What W&B is given, by a stand-in for its package: the real one is in tests/unit/test_tracking.py."""
     import wandb
@@ -839,9 +870,7 @@ def test_rates_are_tried(row: Row, typed: Typed, tiny: Path) -> None:
     assert re.search(r"--learning-rate [\d.e-]+ ", said.out) and len(re.findall(r"validation loss", said.err)) >= 7
 
 
-@page.does(
-    "Start with conservative, increase if underperforming", "Compare 1B vs 1.5B vs 3B vs 7B", "Training Loss: < 1.0"
-)
+@page.does("Start with conservative, increase if underperforming", "Compare 1B vs 1.5B vs 3B vs 7B")
 def test_compared(row: Row, typed: Typed, tmp_path: Path) -> None:
     said = typed(row.command).out
     assert "my_run" in said and "validation loss" in said.lower()
@@ -853,7 +882,7 @@ def test_compared(row: Row, typed: Typed, tmp_path: Path) -> None:
 # ---- step 6
 
 
-@page.does("Target: < 1.0 by end of training", "Validation Loss: < 1.2")
+@page.does("Target: < 1.0 by end of training", "Training Loss: < 1.0", "Validation Loss: < 1.2")
 def test_figures(row: Row, typed: Typed, runs: Path) -> None:
     (command,) = (c for c in row.code if c.startswith("tunesmith"))
     found = json.loads(typed(command).out)
@@ -866,7 +895,7 @@ def test_figures(row: Row, typed: Typed, runs: Path) -> None:
 @page.does("If stuck > 2.0: increase learning rate or epochs")
 def test_stuck(row: Row, typed: Typed, tmp_path: Path, tiny: Path) -> None:
     short = ("--samples", 0, "--max-tokens", 4)
-    assert "underfitting: the validation loss is" not in typed(row.command, *short).out
+    assert "underfitting" not in typed(row.command.replace("my_run", "good"), *short).out
     shutil.rmtree(tmp_path / "my_run")
     fit(tmp_path / "my_run", SAMPLE, tiny, method="qlora", learning_rate=1e-6, max_steps=4)
     said = typed(row.command, *short).out
@@ -888,7 +917,9 @@ def test_overfitting(row: Row, typed: Typed, runs: Path) -> None:
     best = min(run.metrics("eval"), key=lambda e: e["loss"])["step"]
     if "--json" in row.command:
         found = json.loads(said)
-        assert found["best_step"] == best < found["steps"] and [d["name"] for d in found["diagnoses"]] == ["overfitting"]
+        assert found["best_step"] == best < found["steps"] and [d["name"] for d in found["diagnoses"]] == [
+            "overfitting"
+        ]
     else:
         assert f"the validation loss rises since step {best}" in said
         assert "rises" not in typed(row.command.replace("overfitted", "good")).out
@@ -968,11 +999,15 @@ def test_the_adapter_answers(row: Row, typed: Typed, runs: Path) -> None:
 
 
 @page.does("`test_emogpt.py` in Python")
-def test_in_python(row: Row, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", page.block("In Python", "python")], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+def test_in_python(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(page.block("In Python", "python"), scope)
+    assert len(scope["outputs"][0]) == scope["inputs"]["input_ids"].shape[1] + 16
+    assert scope["model"].active_adapters() and scope["text"].endswith("assistant\n")
+    assert capsys.readouterr().out.strip() and "above" in row.here
 
 
 @page.does(
@@ -1124,14 +1159,19 @@ def test_metrics_of_the_evaluation(row: Row, runs: Path) -> None:
 
 @page.does('`tiktoken.get_encoding("cl100k_base")`')
 def test_encoding(row: Row) -> None:
-    assert [compression.tokens(t) for t in ("hello world", "tiktoken is great!")] == [2, 6]  # as tiktoken's own page says
+    assert [compression.tokens(t) for t in ("hello world", "tiktoken is great!")] == [
+        2,
+        6,
+    ]  # as tiktoken's own page says
     assert not list(ROOT.glob("src/**/*.tiktoken")) and "tiktoken" not in (ROOT / "pyproject.toml").read_text()
 
 
 @page.does("`conv['messages'][:-1]`")
 def test_what_is_asked(row: Row, runs: Path) -> None:
     told = json.loads((runs / "my_run/evaluation/result.json").read_bytes())["samples"]
-    asked = {r["messages"][-2]["content"]: r["messages"][-1]["content"] for r in written(runs / "my_run/data/test.jsonl")}
+    asked = {
+        r["messages"][-2]["content"]: r["messages"][-1]["content"] for r in written(runs / "my_run/data/test.jsonl")
+    }
     assert told and all(asked[s["prompt"]] == s["reference"] for s in told)
 
 
@@ -1144,12 +1184,17 @@ def test_held_out(row: Row, typed: Typed) -> None:
 
 
 @page.does("`max_new_tokens=512`", "`generate(…, temperature=0.7)` without `do_sample`")
-def test_how_answers_are_drawn(row: Row, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_answers_are_drawn(row: Row, typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith.local.decode import Decoder
 
     asked: list[Any] = []
-    add = Decoder.add
-    monkeypatch.setattr(Decoder, "add", lambda self, answer: (asked.append(answer.how), add(self, answer))[1])
+
+    def add(self: Decoder, answer: Any) -> None:  # nothing is said
+        asked.append(answer.how)
+        answer.finish = "length"
+
+    monkeypatch.setattr(Decoder, "add", add)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     sampled = "--samples" in row.command
     typed(row.command, *(["--max-tokens", 8] if sampled else ["--samples", 0]))
     heats = {how.temperature for how in asked}
@@ -1175,15 +1220,13 @@ def test_style(row: Row, runs: Path) -> None:
 def test_emoji_absent(row: Row, typed: Typed) -> None:
     said = typed(row.command, "--max-tokens", 8).out
     assert "emoji absent" in said and "a higher --lora-rank (16)" in said
-    spammer = typed("tunesmith evaluate spammer --dataset held_out.jsonl --samples 0 --rows 12").out
-    assert "emoji absent" not in spammer
 
 
 @page.does("Issue: too many emojis (emoji spam)", "Issue: model degraded (worse than base)")
 def test_spam_and_degradation(row: Row, typed: Typed) -> None:
     said = typed(row.command).out
     assert "emoji spam" in said and "--max-emoji 5" in said and "of its answers have more than five emoji" in said
-    assert re.search(r"^verdict: worse", said, re.M) and "worse than the base" in said
+    assert re.search(r"^verdict: worse", said, re.M) and "worse than the base" in said and "emoji absent" not in said
     other = typed("tunesmith evaluate other_run --samples 0 --max-tokens 8").out
     assert "emoji spam" not in other and "verdict: worse" not in other
 
@@ -1212,14 +1255,18 @@ def test_parts_of_a_batch(row: Row, trained: Any, typed: Typed) -> None:
     run = trained(row.command)
     assert losses(run) == pytest.approx(losses(trained("tunesmith train --dataset data.jsonl")), rel=1e-4)
     plan = row.command.replace("train", "plan", 1)
-    found = (json.loads(typed(line, "--no-probe", "--json").out)["memory_mb"] for line in (plan, plan.replace("256", "8192")))
+    found = (
+        json.loads(typed(line, "--no-probe", "--json").out)["memory_mb"] for line in (plan, plan.replace("256", "8192"))
+    )
     assert next(found) < next(found)
 
 
 @page.does("Out of memory 3: gradient checkpointing", "Out of memory 4: smaller model (3B to 1.5B)")
 def test_less_memory(row: Row, typed: Typed, true_sizes: None) -> None:
-    more = row.command.replace(" --gradient-checkpointing", "") if QWEN not in row.command else row.command.replace(
-        QWEN, "meta-llama/Llama-3.2-3B-Instruct"
+    more = (
+        row.command.replace(" --gradient-checkpointing", "")
+        if QWEN not in row.command
+        else row.command.replace(QWEN, "meta-llama/Llama-3.2-3B-Instruct")
     )
     less, most = (json.loads(typed(line, "--json").out)["memory_mb"] for line in (row.command, more))
     assert less < most
@@ -1240,7 +1287,10 @@ def test_own_metrics(row: Row, typed: Typed) -> None:
 
 @page.does("Add 1500-2500 LMSYS samples")
 def test_mixing(row: Row, typed: Typed, tmp_path: Path) -> None:
-    lmsys = [{"conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}]} for r in rows(40)]
+    lmsys = [
+        {"conversations": [{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}]}
+        for r in rows(40)
+    ]
     write(tmp_path / "lmsys.jsonl", lmsys)
     typed(row.command)
     mixed = written(tmp_path / "mixed.jsonl")
@@ -1269,7 +1319,10 @@ def test_serving(row: Row, tiny: Path, tmp_path: Path) -> None:
 
     shutil.copytree(tiny, tmp_path / "merged")
     words = shlex.split(row.command)
-    assert words[:3] == ["tunesmith", "serve", "--allow-model"] and words[4:] == ["--port", "8000"]  # here: any that is free
+    assert words[:3] == ["tunesmith", "serve", "--allow-model"] and words[4:] == [
+        "--port",
+        "8000",
+    ]  # here: any that is free
     server = Server(tmp_path / "data-dir", "--allow-model", words[3].replace("=", f"={tmp_path}/"))
     try:
         asked: Any = [{"role": "user", "content": "Hi"}]
@@ -1299,7 +1352,13 @@ def test_the_papers_settings(row: Row, trained: Any) -> None:
     r = recipe(trained(row.command))
     assert (r.quant_type, r.double_quant, r.lora_targets) == ("nf4", True, "all-linear")
     assert (r.lora_rank, r.lora_alpha, r.lora_dropout, r.learning_rate) == (64, 16, 0.1, 2e-4)
-    assert (r.lr_scheduler, r.warmup_ratio, r.max_grad_norm, r.batch_size, r.adam_beta2) == ("constant", 0, 0.3, 16, 0.999)
+    assert (r.lr_scheduler, r.warmup_ratio, r.max_grad_norm, r.batch_size, r.adam_beta2) == (
+        "constant",
+        0,
+        0.3,
+        16,
+        0.999,
+    )
 
 
 @page.does("HuggingFace Models")
@@ -1313,7 +1372,7 @@ def test_push(row: Row, typed: Typed, tmp_path: Path, tiny: Path) -> None:
 @page.does("`datapipeline/README.md`, `newplan.md`")
 def test_links(row: Row) -> None:
     found = re.findall(r"\]\(([^)#]+)", page.text)
-    assert len(found) >= 8 and all((ROOT / "docs/coming-from" / link).resolve().is_file() for link in found)
+    assert len(found) >= 7 and all((ROOT / "docs/coming-from" / link).resolve().is_file() for link in found)
 
 
 # ---- the checklist
@@ -1340,7 +1399,9 @@ def test_tick_doctor(row: Row, typed: Typed, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("T4", (), {"total_memory": 16 * 2**30}))
         assert json.loads(typed(row.command).out)["gpu"] == "Tesla T4, 16 GB"
         return
-    assert "ready to train" in said and all(name in said for name in ("transformers", "peft", "accelerate", "bitsandbytes"))
+    assert "ready to train" in said and all(
+        name in said for name in ("transformers", "peft", "accelerate", "bitsandbytes")
+    )
     real = metadata.version
 
     def version(name: str) -> str:

@@ -15,6 +15,7 @@ PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "tokenizers",
     "safetensors",
     "tensorboard",
@@ -25,7 +26,7 @@ PACKAGES = (
     "gguf",
     "xllamacpp",
 )
-OPTIONAL = ("datasets", "gguf", "xllamacpp")  # for Hub data sets; for exports to llama.cpp
+OPTIONAL = ("bitsandbytes", "datasets", "gguf", "xllamacpp")  # qlora; Hub data sets; exports to llama.cpp
 
 
 def doctor(argv: list[str]) -> int:
