@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -34,7 +35,7 @@ from tunesmith.runs import Run
 
 page = Page("qlora-guide.md")
 SAMPLE = ROOT / "src/tunesmith/assets/data/emoji.jsonl"
-SPAM = "Yes, all of that is so very good and fine " + "🎉" * 8
+SPAM = "Yes, all of that is so very good and fine 🎉🎊😀😁😂😃"
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 Typed = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft's; a worker shows no warnings
@@ -51,7 +52,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             fit(folder / name, SAMPLE, tiny, learning_rate=rate, token_accuracy=name == "my_run", **how)
             api.evaluate(folder / name, samples=0, max_tokens=16)
         spam = [{"prompt": r["prompt"], "completion": SPAM} for r in rows(60)]
-        fit(folder / "spammer", write(folder / "spam.jsonl", spam), tiny, learning_rate=2e-2, epochs=4, patience=0)
+        fit(folder / "spammer", write(folder / "spam.jsonl", spam), tiny, learning_rate=1e-2, epochs=8, patience=0)
         few = write(folder / "few.jsonl", rows(24))
         fit(folder / "overfitted", few, tiny, learning_rate=5e-3, epochs=30, patience=0, valid_fraction=0.3)
         fit(folder / "good", SAMPLE, tiny, learning_rate=1e-3, epochs=3)
@@ -109,6 +110,16 @@ def digits(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
+SAID: dict[tuple[Any, ...], Any] = {}
+
+
+def once_typed(typed: Typed, line: str, *more: object) -> Any:
+    """What a command that several rows have said, the first time."""
+    if (line, *more) not in SAID:
+        SAID[line, *more] = typed(line, *more)
+    return SAID[line, *more]
+
+
 # ---- the whole road
 
 
@@ -130,7 +141,7 @@ def test_the_file_is_the_script(row: Row, typed: Typed, tmp_path: Path, hub: Any
     assert (found.epochs, found.batch_size, found.gradient_accumulation_steps, found.max_length) == (3, 4, 4, 1024)
     assert (found.learning_rate, found.lr_scheduler, found.warmup_ratio) == (2e-4, "cosine", 0.1)
     assert (found.optimizer, found.eval_steps, found.save_steps) == ("paged_adamw_8bit", 50, 50)
-    assert plan["rows"]["valid"] == 6 and plan["rows"]["train"] + plan["rows"]["test"] == 54
+    assert plan["rows"]["valid"] == 6 and plan["rows"]["train"] + plan["rows"]["test"] == 48
     adapter = json.loads((run / "adapter_config.json").read_bytes())
     assert len(adapter["target_modules"]) == 7 and adapter["base_model_name_or_path"] == QWEN
 
@@ -233,9 +244,10 @@ def test_only_augmented(row: Row, typed: Typed, tmp_path: Path) -> None:
     del items[5]["metadata"]
     write(tmp_path / "data.jsonl", items)
     said = typed(row.command)
-    assert "7 of 60 rows are left out" in said.err  # five of the sample are not augmented
+    want = [r for r in items if r.get("metadata", {}).get("augmented")]
+    assert f"{60 - len(want)} of 60 rows are left out" in said.err and len(want) < 59
     kept = written(tmp_path / shlex.split(row.command)[-1])
-    assert len(kept) == 53 and all(r["metadata"]["augmented"] is True for r in kept)
+    assert len(kept) == len(want) and all(r["metadata"]["augmented"] is True for r in kept)
 
 
 @page.does(
@@ -832,7 +844,7 @@ def test_shown(row: Row, typed: Typed, trained: Any, runs: Path) -> None:
     said = typed(row.command).out
     assert "final_train_loss" in said and "○ validation" in said and "succeeded" in said
     told = losses(Run(runs / "my_run"))
-    assert told[-1] < told[0] and any(b > a for a, b in zip(told, told[1:], strict=False))
+    assert told[-1] < told[0] and any(b > a for a, b in itertools.pairwise(told))
 
 
 # ---- step 5
@@ -851,9 +863,9 @@ def test_presets(row: Row, trained: Any) -> None:
 
 @page.does("Overfitting risk: the model can memorize")
 def test_recited(row: Row, typed: Typed, tmp_path: Path) -> None:
-    found = json.loads(typed(row.command, "--samples", 0, "--rows", 2, "--max-tokens", 8).out)
+    found = json.loads(typed(row.command, "--samples", 0, "--rows", 1, "--max-tokens", 8).out)
     assert found["training_rows"]["asked"] >= 8 and found["training_rows"]["recited"] == 0
-    learnt = typed("tunesmith evaluate spammer --samples 0 --rows 2 --json").out
+    learnt = typed("tunesmith evaluate spammer --samples 0 --rows 1 --json").out
     assert json.loads(learnt)["training_rows"]["recited"] > 0
 
 
@@ -1082,7 +1094,7 @@ def test_how_it_answers(row: Row, typed: Typed, monkeypatch: pytest.MonkeyPatch)
 )
 def test_ticks_that_are_measured(row: Row, typed: Typed) -> None:
     """The metric is in the table; a good answer passes and a bad one fails, by the same columns."""
-    said = typed(row.command, "--max-tokens", 8)
+    said = once_typed(typed, row.command, "--max-tokens", 8)
     named = re.findall(r"\*([a-z ]+)\*", row.why)
     assert all(re.search(rf"^ *{name} +\d", said.out, re.M) for name in named), named
     if not named:
@@ -1224,10 +1236,10 @@ def test_emoji_absent(row: Row, typed: Typed) -> None:
 
 @page.does("Issue: too many emojis (emoji spam)", "Issue: model degraded (worse than base)")
 def test_spam_and_degradation(row: Row, typed: Typed) -> None:
-    said = typed(row.command).out
+    said = once_typed(typed, row.command).out
     assert "emoji spam" in said and "--max-emoji 5" in said and "of its answers have more than five emoji" in said
     assert re.search(r"^verdict: worse", said, re.M) and "worse than the base" in said and "emoji absent" not in said
-    other = typed("tunesmith evaluate other_run --samples 0 --max-tokens 8").out
+    other = once_typed(typed, "tunesmith evaluate other_run --samples 0 --max-tokens 8").out
     assert "emoji spam" not in other and "verdict: worse" not in other
 
 
