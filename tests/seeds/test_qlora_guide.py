@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -54,7 +55,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         spam = [{"prompt": r["prompt"], "completion": SPAM} for r in rows(60)]
         fit(folder / "spammer", write(folder / "spam.jsonl", spam), tiny, learning_rate=1e-2, epochs=8, patience=0)
         few = write(folder / "few.jsonl", rows(24))
-        fit(folder / "overfitted", few, tiny, learning_rate=5e-3, epochs=30, patience=0, valid_fraction=0.3)
+        fit(folder / "overfitted", few, tiny, learning_rate=1e-2, epochs=15, patience=0, valid_fraction=0.3)
         fit(folder / "good", SAMPLE, tiny, learning_rate=1e-3, epochs=3)
     return folder
 
@@ -74,8 +75,10 @@ def place(
         text = page.block(heading, "toml")
         (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
     (tmp_path / "metrics.py").write_text(page.block("A metric of your own", "python"))
+    named = inspect.getsource(request.function) + str(getattr(request.node, "callspec", ""))
     for name in ("my_run", "other_run", "spammer", "overfitted", "good"):
-        shutil.copytree(runs / name, tmp_path / name)
+        if name in named:
+            shutil.copytree(runs / name, tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(runs / "cache"))
     monkeypatch.setattr(backend.LocalBackend, "resume", lambda self, run, step=None: train(run, lambda: False, step))
 
@@ -181,8 +184,21 @@ LEFT_OUT = {  # rows that say "leave it out", and the name that a file would hav
 }
 
 
+def code_was_run(model: Path, folder: Path) -> bool:
+    """Train a model that brings code along, which would leave a file; whether it did."""
+    shutil.copytree(model, folder / "strange")
+    config = json.loads((model / "config.json").read_bytes())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "strange" / "config.json").write_text(json.dumps(config))
+    (folder / "strange" / "own.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\nclass Config: ...\nclass Model: ...\n"
+    )
+    assert fit(folder / "strange_run", SAMPLE, folder / "strange", max_steps=1).state() == "succeeded"
+    return (folder / "ran").exists()
+
+
 @page.does(*LEFT_OUT)
-def test_left_out(row: Row, typed: Typed, runs: Path) -> None:
+def test_left_out(row: Row, typed: Typed, runs: Path, shape: Any, tmp_path: Path) -> None:
     """The tool says so too, and what stands in its place is there."""
     name = LEFT_OUT[row.there]
     said = typed(f"tunesmith train --dataset data.jsonl --{name.replace('_', '-')} x", status=2)
@@ -202,7 +218,7 @@ def test_left_out(row: Row, typed: Typed, runs: Path) -> None:
         == 3 * run.manifest()["plan"]["tokens"]["train"],  # none of them padding
         "device_map": any(e.get("device") == str(models.device()) for e in run.events()),
         "per_device_eval_batch_size": recipe(run).micro_batch_tokens == 8192,
-        "trust_remote_code": not list(run.path.rglob("*.py")),
+        "trust_remote_code": name != "trust_remote_code" or not code_was_run(shape("llama"), tmp_path),
     }
     assert there[name]
 
@@ -230,11 +246,19 @@ def test_rows_as_they_are(row: Row, typed: Typed) -> None:
 
 
 @page.does("`Dataset.from_list(data)`", "Option A: chat template, recommended")
-def test_preview(row: Row, typed: Typed) -> None:
-    said = typed(row.command)
-    assert said.out.count("⟦") >= 3 and "How do I install Python?" in said.out
-    own = typed("tunesmith data preview data.jsonl").out
-    assert (said.out == own) == (row.command.endswith("data.jsonl")) or "chat" in row.command
+def test_preview(row: Row, typed: Typed, tmp_path: Path) -> None:
+    said = typed(row.command).out
+    assert said.count("⟦") >= 3 and "How do I install Python?" in said and "<|im_end|>⟧" in said
+    if "--chat-template" in row.command:
+        other = tmp_path / "headings.jinja"
+        other.write_text(
+            "{% for m in messages %}## {{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        )
+        assert (
+            "## user" in typed(row.command.replace("template chat", "template headings.jinja")).out
+            and "## user" not in said
+        )
 
 
 @page.does("`conv['metadata'].get('augmented') == True`", "Not using emojis 4: augmented=true samples only")
@@ -521,7 +545,9 @@ def test_memory_of_the_real_shapes(row: Row, typed: Typed, true_sizes: None) -> 
 
 
 @page.does("Can't meet requirements? Colab (free T4) or Kaggle")
-def test_a_t4(row: Row, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_t4(row: Row, trained: Any, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.preflight.GPUS", ())
+    assert "fp16 needs a GPU" in typed(row.command.replace("auto", "fp16"), status=2).err
     run = trained(row.command)
     assert run.state() == "succeeded" and methods.precision(recipe(run), torch.device("cpu")) is None
     for real, want in ((False, torch.float16), (True, torch.bfloat16)):
@@ -810,9 +836,12 @@ def test_wandb(row: Row, trained: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 @page.does("`max_seq_length=1024`")
 def test_longest_row(row: Row, trained: Any, typed: Typed, hub: Any, shape: Any) -> None:
-    run = trained(row.command.replace(" 64", " 100"))
+    hub(QWEN, shape("qwen2"))
+    whole = trained(row.command + f" --model {QWEN}")
+    assert recipe(whole).max_length == 1024 and whole.manifest()["plan"]["dropped"] == 0
+    run = trained(row.command.replace(" 1024", " 100"))
     assert recipe(run).max_length == 100 and 0 < run.manifest()["plan"]["dropped"] < 60
-    said = typed(row.command.replace(" --over-long drop", ""), status=3)
+    said = typed(row.command.replace(" 1024", " 64").replace(" --over-long drop", ""), status=3)
     assert "are over 64 tokens" in said.err and "the answer would be cut" in said.err
 
 
@@ -907,7 +936,8 @@ def test_figures(row: Row, typed: Typed, runs: Path) -> None:
 @page.does("If stuck > 2.0: increase learning rate or epochs")
 def test_stuck(row: Row, typed: Typed, tmp_path: Path, tiny: Path) -> None:
     short = ("--samples", 0, "--max-tokens", 4)
-    assert "underfitting" not in typed(row.command.replace("my_run", "good"), *short).out
+    healthy = once_typed(typed, page.rows["Issue: too many emojis (emoji spam)"].command).out
+    assert "verdict" in healthy and "underfitting" not in healthy  # of `spammer`
     shutil.rmtree(tmp_path / "my_run")
     fit(tmp_path / "my_run", SAMPLE, tiny, method="qlora", learning_rate=1e-6, max_steps=4)
     said = typed(row.command, *short).out
@@ -947,10 +977,10 @@ def test_a_good_curve(row: Row, typed: Typed) -> None:
 
 @page.does("Solution: early stopping")
 def test_early_stopping(row: Row, trained: Any) -> None:
-    run = trained(row.command, "--epochs", 4, steps=48)
+    run = trained(row.command, "--min-gain", 100, "--epochs", 4, steps=48)
     assert run.summary()["stopped_early"] and run.summary()["steps"] == 24
     assert Recipe().patience == 3
-    assert trained(row.command.replace("patience 1", "patience 0"), "--epochs", 4, steps=48).summary()["steps"] == 48
+    assert trained(row.command.replace("patience 1", "patience 0"), "--epochs", 3, steps=48).summary()["steps"] == 36
 
 
 @page.does("Token accuracy")
@@ -1043,7 +1073,7 @@ def test_exports(row: Row, typed: Typed, tmp_path: Path, tiny: Path) -> None:
 
 CHAT = {
     "`tokenizer.apply_chat_template(…, add_generation_prompt=True)`": ' --system "Answer briefly."',
-    "`max_new_tokens=256`": " --max-tokens 16",
+    "`max_new_tokens=256`": " --max-tokens 256",
     "`temperature=0.7`": " --temperature 0.7",
     "`top_p=0.9`": " --top-p 0.9",
     "`do_sample=True`": " --seed 3",
@@ -1069,8 +1099,8 @@ def test_how_it_answers(row: Row, typed: Typed, monkeypatch: pytest.MonkeyPatch)
     if "--system" in option:
         assert len(one.prompt) > len(two.prompt) and one.prompt[-3:] == two.prompt[-3:]
     elif "--max-tokens" in option:
-        typed("tunesmith chat starter --prompt Hi")
-        assert one.how.max_tokens == 16 and asked[-1].how.max_tokens == 256
+        typed(row.command.replace("256", "16"))
+        assert [a.how.max_tokens for a in asked] == [256, 256, 16] and said == plain
     elif "--top-p" in option:
         assert (one.how.top_p, two.how.top_p) == (0.9, 0.95) and one.how.temperature == 0.7
         assert "over 0, 1 at most" in typed(row.command.replace("0.9", "1.5"), status=2).err
@@ -1215,14 +1245,21 @@ def test_how_answers_are_drawn(row: Row, typed: Typed, tmp_path: Path, monkeypat
 
 
 @page.does("Check 4: tone (helpful, warm, professional)")
-def test_style(row: Row, runs: Path) -> None:
-    from tunesmith.evaluation import persona
+def test_style(row: Row, typed: Typed) -> None:
+    """Absent here, where the base says nothing; told apart are the sample's answers and their long originals."""
+    from tunesmith.evaluation.persona import learn_style, style_score
 
-    (style,) = (m for m in persona.METRICS if m.name == "style")
-    assert "*style*" in row.here and "classifier" in row.why and "Not reported where" in style.about
-    told = json.loads((runs / "my_run/evaluation/result.json").read_bytes())
-    found = next((m for m in told["metrics"] if m["metric"] == "style"), None)
-    assert found is None or 0 <= found["tuned"] <= 1
+    said = typed(row.command, "--samples", 0, "--max-tokens", 4, "--json").out
+    assert json.loads(said)["task"] == "persona" and "style" not in {m["metric"] for m in json.loads(said)["metrics"]}
+    pairs = [
+        (r["messages"][-1]["content"], r["metadata"]["original"])
+        for r in written(SAMPLE)
+        if r["metadata"].get("original")
+    ]
+    weights, accuracy = learn_style([short for short, _ in pairs], [long for _, long in pairs], 0)
+    assert accuracy >= 0.7 and len(pairs) > 40
+    scores = [(style_score(short, weights), style_score(long, weights)) for short, long in pairs]
+    assert sum(short > long for short, long in scores) > 0.8 * len(pairs)
 
 
 # ---- issues
@@ -1452,12 +1489,13 @@ def test_tick_tracking(row: Row, trained: Any, monkeypatch: pytest.MonkeyPatch) 
 
 @page.does("Tick: run training (3-6 hours)")
 def test_tick_training(row: Row, typed: Typed, tiny: Path, tmp_path: Path) -> None:
-    said = typed(row.command, "--model", tiny, "--threads", 1)
+    short = ("--model", tiny, "--threads", 1, "--max-steps", 4)
+    said = typed(row.command, *short)
     run = Run(tmp_path / said.out.strip())
     assert run.state() == "succeeded" and len(losses(run)) == 4 and "next: tunesmith evaluate" in said.err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.LocalBackend, "resume", lambda self, run, step=None: train(run, lambda: True, step))
-        stopped = typed(row.command, "--model", tiny, "--threads", 1, status=None)
+        stopped = typed(row.command, *short, status=None)
     assert stopped.code == 130 and "after a checkpoint" in stopped.err and "tunesmith train --resume" in stopped.err
 
 
