@@ -1010,7 +1010,7 @@ def test_samples(row: Row, typed: Typed, runs: Path, tmp_path: Path) -> None:
 @page.does("`python test_emogpt.py`", "`test_prompts = […]`", "Tick: test model with inference script")
 def test_smoke(row: Row, typed: Typed, tmp_path: Path) -> None:
     line = row.command if "tunesmith" in row.here else page.rows["`python test_emogpt.py`"].command
-    said = typed(line, "--max-tokens", 8, status=1)  # so small a model never ends an answer
+    said = typed(line, "--max-tokens", 8, status=1)  # so small a model as my_run's never ends an answer
     assert said.out.count("✓") >= 3 and "✗ answers end by themselves" in said.out
     assert len(re.findall(r"^[✓✗!-] ", said.out, re.M)) == 8
     asked = re.findall(r"^  ask +(.*)", said.out, re.M)
@@ -1044,7 +1044,7 @@ def test_the_adapter_answers(row: Row, typed: Typed, runs: Path) -> None:
 def test_in_python(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where my_run is
     scope: dict[str, Any] = {}
     exec(page.block("In Python", "python"), scope)
     assert len(scope["outputs"][0]) == scope["inputs"]["input_ids"].shape[1] + 16
