@@ -48,14 +48,31 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        how: dict[str, Any] = {"epochs": 3, "eval_steps": 10, "test_fraction": 0.3, "method": "qlora"}
+        how: dict[str, Any] = {"num_workers": 1, "epochs": 3, "eval_steps": 10, "test_fraction": 0.3, "method": "qlora"}
         for name, rate in (("my_run", 1e-2), ("other_run", 1e-3)):
             fit(folder / name, SAMPLE, tiny, learning_rate=rate, token_accuracy=name == "my_run", **how)
             api.evaluate(folder / name, samples=0, max_tokens=16)
         spam = [{"prompt": r["prompt"], "completion": SPAM} for r in rows(60)]
-        fit(folder / "spammer", write(folder / "spam.jsonl", spam), tiny, learning_rate=1e-2, epochs=8, patience=0)
+        fit(
+            folder / "spammer",
+            write(folder / "spam.jsonl", spam),
+            tiny,
+            learning_rate=1e-2,
+            epochs=8,
+            patience=0,
+            num_workers=1,
+        )
         few = write(folder / "few.jsonl", rows(24))
-        fit(folder / "overfitted", few, tiny, learning_rate=1e-2, epochs=15, patience=0, valid_fraction=0.3)
+        fit(
+            folder / "overfitted",
+            few,
+            tiny,
+            learning_rate=1e-2,
+            epochs=15,
+            patience=0,
+            valid_fraction=0.3,
+            num_workers=1,
+        )
         fit(folder / "good", SAMPLE, tiny, learning_rate=1e-3, epochs=3)
     return folder
 
@@ -95,7 +112,7 @@ def trained(typed: Typed, tiny: Path, tmp_path: Path) -> Callable[..., Run]:
 
     def run(line: str, *more: object, steps: int = 2) -> Run:
         small = [] if "--model" in line or "--config train" in line else ["--model", tiny]
-        said = typed(line, *small, "--max-steps", steps, "--threads", 1, "--json", *more)
+        said = typed(line, *small, "--max-steps", steps, "--threads", 1, "--num-workers", 1, "--json", *more)
         return Run(tmp_path / json.loads(said.out)["run"])
 
     return run
@@ -690,7 +707,7 @@ def test_settings_act(row: Row, trained: Any) -> None:
 
     def learnt(line: str) -> tuple[Recipe, list[float], str]:
         if (line, steps) not in SAID:
-            run = trained(line, steps=steps)
+            run = trained(line, "--valid-fraction", 0, steps=steps)
             SAID[line, steps] = (recipe(run), losses(run), weights(run / "final_model"))
         return SAID[line, steps]  # type: ignore[no-any-return]
 
