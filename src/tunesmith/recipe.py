@@ -50,7 +50,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = "hash"
     group_by: Annotated[str | None, opt("data", "rows equal in this field stay on one side: metadata.tree_id")] = None
-    max_length: Annotated[int | Auto, opt("data", "longest row in tokens; auto: the model's context")] = "auto"
+    max_length: Annotated[
+        int | Auto, opt("data", "longest row in tokens; auto: the model's context", "max_seq_length")
+    ] = "auto"
     over_long: Annotated[
         Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")
     ] = "error"
@@ -80,10 +82,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["full", "lora", "qlora", "freeze"],
         opt("method", "train all weights, low-rank adapters, adapters on 4-bit weights, or the upper layers"),
     ] = "full"
-    lora_rank: Annotated[int, opt("method", "rank of the adapters", ge=1)] = 16
+    lora_rank: Annotated[int, opt("method", "rank of the adapters", "lora_r", ge=1)] = 16
     lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank")] = "auto"
     lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
-    lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj")] = "all-linear"
+    lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj", "target_modules")] = (
+        "all-linear"
+    )
     use_rslora: Annotated[
         bool, opt("method", "scale adapters by alpha / sqrt(rank): for high ranks (Kalajdzievski 2023)")
     ] = False
@@ -108,7 +112,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, opt("method", "keep the output of frozen layers on disk instead of computing it in every epoch")
     ] = True
 
-    epochs: Annotated[int | Auto, opt("training", "passes over the data", "num_epochs", "n_epochs")] = "auto"
+    epochs: Annotated[
+        int | Auto, opt("training", "passes over the data", "num_epochs", "num_train_epochs", "n_epochs")
+    ] = "auto"
     max_steps: Annotated[
         int | None,
         opt(

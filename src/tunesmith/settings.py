@@ -5,6 +5,7 @@ Each value's origin is kept: "default", "task chat", "preset quick_test", "confi
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -35,12 +36,7 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
                 key, value = SWITCHES[key][0], SWITCHES[key][1] if value else "full"
             field = canonical(key)
             if field is None:
-                known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
-                raise UsageError(
-                    f'unknown setting "{key}"{did_you_mean(key, known)}',
-                    where=name,
-                    fix="tunesmith train --help lists them all",
-                )
+                raise unknown(key, name)
             values[field], origin[field] = _typed(field, value, name), name
 
     layers = [(_sections(_load_config(config)), _config_name(config))] if config else []
@@ -56,6 +52,21 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
             "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
         )
     return recipe, {name: origin.get(name, "default") for name in fields()}
+
+
+def unknown(key: str, place: str) -> UsageError:
+    """The error for a name that is no setting: what another trainer's is called here, or the nearest one."""
+    if fix := elsewhere().get(key.lstrip("-").replace("-", "_")):
+        return UsageError(f"{key} is another trainer's setting", where=place, fix=fix)
+    known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
+    fix = "tunesmith train --help lists them all"
+    return UsageError(f'unknown setting "{key}"{did_you_mean(key, known)}', where=place, fix=fix)
+
+
+@functools.cache
+def elsewhere() -> dict[str, str]:
+    """Settings of other trainers that have no namesake here, each with what to do instead."""
+    return {name: str(fix) for name, fix in _read_toml(FACTS / "elsewhere.toml").items()}
 
 
 def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) -> dict[str, Any]:
@@ -88,6 +99,8 @@ def _typed(name: str, value: Any, place: str) -> Any:
                 f'cannot read columns "{value}"', where=place, fix="write prompt=question,completion=answer"
             )
         value = {key.strip(): column.strip() for key, _, column in pairs}
+    if name == "lora_targets" and isinstance(value, list):  # as LoraConfig has them
+        value = ",".join(map(str, value))
     meta = get_args(get_type_hints(Recipe, include_extras=True)[name])[1]
     try:
         if value == "auto" and "auto" in str(field.type):
@@ -153,7 +166,7 @@ def _load_config(config: str) -> dict[str, Any]:
 
 def _sections(config: dict[str, Any]) -> dict[str, Any]:
     """Settings may stand at the top or under their group's name ([training])."""
-    groups = {field.group for field in fields().values()} - set(fields())
+    groups = {field.group for field in fields().values()}  # [method] is a group where `method = "lora"` is a setting
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= value if key in groups and isinstance(value, dict) else {key: value}

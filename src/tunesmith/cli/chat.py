@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tunesmith.cli.options import Parser, natural, positive, show_json
+from tunesmith.cli.options import Parser, natural, positive, share, show_json
 from tunesmith.conversation import Message
 from tunesmith.errors import DataError
 
@@ -33,6 +33,9 @@ def chat(argv: list[str]) -> int:
         metavar="T",
         help="0: always the likeliest word [0.7; 0 with --prompt]",
     )
+    parser.add_argument(
+        "--top-p", type=share, metavar="P", help="draw among the likeliest words that make up P together [0.95]"
+    )
     parser.add_argument("--seed", type=natural, default=0)
     options = parser.parse_args(argv)
     if options.prompt is not None and not any(a.startswith("--temperature") for a in argv):
@@ -45,9 +48,10 @@ def chat(argv: list[str]) -> int:
     if options.against is not None:
         sides.append(Side(options.against, api.completer(options.against, options.model), options.system))
     names = ("answer", "against")[: len(sides)]
+    drawn = {} if options.top_p is None else {"top_p": options.top_p}
 
     def answers(seed: int) -> dict[str, str]:
-        streams = [side.stream(options.max_tokens, options.temperature, seed) for side in sides]
+        streams = [side.stream(options.max_tokens, options.temperature, seed, **drawn) for side in sides]
         texts = ["".join(stream).strip() for stream in streams] if options.json else shown(sides, streams)
         return dict(zip(names, texts, strict=True))
 
@@ -108,10 +112,10 @@ class Side:
             self._said, count = (*self._start, *self._said[first + 2 :]), count + 1
         return count
 
-    def stream(self, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    def stream(self, max_tokens: int, temperature: float, seed: int, **drawn: float) -> Iterator[str]:
         """The answer to what was said, piece by piece. Raises DataError where the model has no room for one."""
         try:
-            yield from self._model.stream(self._said, max_tokens, temperature, seed)
+            yield from self._model.stream(self._said, max_tokens, temperature, seed, **drawn)
         except DataError as error:
             error.where = error.where or self.name
             raise

@@ -15,6 +15,7 @@ PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "tokenizers",
     "safetensors",
     "tensorboard",
@@ -26,7 +27,8 @@ PACKAGES = (
     "xllamacpp",
     "openai",
 )
-OPTIONAL = ("datasets", "gguf", "xllamacpp", "openai")  # Hub data sets; exports to llama.cpp; training at a service
+# qlora; Hub data sets; exports to llama.cpp; training at a service
+OPTIONAL = ("bitsandbytes", "datasets", "gguf", "xllamacpp", "openai")
 
 
 def doctor(argv: list[str]) -> int:

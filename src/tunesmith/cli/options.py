@@ -23,6 +23,11 @@ class Parser(argparse.ArgumentParser):
             if word == "--api-key":
                 fix = "export OPENAI_API_KEY=…, or --api-key-file FILE; and change the key if this one is real"
                 raise UsageError("a key on the command line is seen by all users of this machine", where=word, fix=fix)
+            if {"--model", "--lora-rank"} <= set(known):  # a command with the settings of training
+                from tunesmith.settings import elsewhere, unknown
+
+                if word.startswith("--") and word[2:].replace("-", "_") in elsewhere():
+                    raise unknown(word, "flag")
             message = (
                 f"unknown option {word}{did_you_mean(word, known)}"
                 if word.startswith("-")
@@ -43,6 +48,17 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """An option's value that is a whole number, 0 or more."""
     return _whole(text, 0)
+
+
+def share(text: str) -> float:
+    """An option's value that is a number over 0, 1 at most."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number over 0, 1 at most, not {text!r}")
+    return value
 
 
 def _whole(text: str, least: int) -> int:

@@ -55,8 +55,8 @@ class Chat:
                 done = now
         return [(self._text(a.ids), a.finish == "stop", len(a.ids)) for a in answers]
 
-    def _how(self, max_tokens: int, temperature: float, seed: int) -> Sampling:
-        return Sampling(max_tokens, temperature, TOP_P, seed, frozenset(self.renderer.stop_ids))
+    def _how(self, max_tokens: int, temperature: float, seed: int, top_p: float = TOP_P) -> Sampling:
+        return Sampling(max_tokens, temperature, top_p, seed, frozenset(self.renderer.stop_ids))
 
     def _text(self, ids: list[int]) -> str:
         end = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), len(ids))
@@ -67,7 +67,12 @@ class Chat:
         return int(self.context - len(self.renderer.prompt_ids(messages)))
 
     def stream(
-        self, messages: tuple[Message, ...], max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+        self,
+        messages: tuple[Message, ...],
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        top_p: float = TOP_P,
     ) -> Iterator[str]:
         """The answer piece by piece, as it is written. Raises DataError where the context leaves no room for one."""
         left = self.room(messages)
@@ -75,7 +80,7 @@ class Chat:
             raise DataError(
                 f"the prompt is {self.context - left} tokens, the model's context {self.context}", fix="shorten it"
             )
-        answer = Answer(self.renderer.prompt_ids(messages), self._how(min(max_tokens, left), temperature, seed))
+        answer = Answer(self.renderer.prompt_ids(messages), self._how(min(max_tokens, left), temperature, seed, top_p))
         written = Written(self.renderer)
         self.decoder.add(answer)
         try:

@@ -88,9 +88,17 @@ class Answers:
                     raise
                 time.sleep(5)
 
-    def stream(self, messages: tuple[Message, ...], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        """An answer, piece by piece as it comes."""
+    def stream(
+        self,
+        messages: tuple[Message, ...],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        top_p: float | None = None,
+    ) -> Iterator[str]:
+        """An answer, piece by piece as it comes. `top_p`: None leaves it to the service."""
         order = self._order(Conversation(messages), max_tokens, temperature, seed)
+        order |= {} if top_p is None else {"top_p": top_p}
         chunks = self._service.read(
             lambda c: c.chat.completions.create(**order, stream=True), "asking the model", self._missing
         )
