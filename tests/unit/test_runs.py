@@ -211,3 +211,10 @@ def test_the_commands_show_tags_versions_and_lineage(tmp_path: Path, capsys: pyt
     told = json.loads(said("runs", "show", second, "--json"))
     assert (told["version"], told["tags"], told["lineage"]) == (2, ["good", "for-web"], second.lineage())
     assert said("runs", "tag", second, "good", "for-web", "--remove") == f"{second}  (no tags)\n"
+
+
+def test_a_small_learning_rate_is_told_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(tmp_path / "run")
+    run.append("step", step=1, loss=2.5, lr=2e-5, grad_norm=0.0, seconds=1234.5)
+    assert main(["runs", "events", str(run)]) == 0
+    assert "step 1  loss 2.5000  lr 2e-05  grad_norm 0.0000  seconds 1234.5000" in capsys.readouterr().out

@@ -293,4 +293,6 @@ def _fields(values: dict[str, object]) -> str:
 
 
 def _number(value: object) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # a learning rate is often under 0.0001
+        return f"{value:.3g}" if 0 < abs(value) < 0.01 else f"{value:.4f}"
+    return "-" if value is None else str(value)
