@@ -52,6 +52,13 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
 }
 GROUPS = ("data", "runs", "keys")
+EXTRAS = {  # package that a smaller install lacks -> what brings it
+    **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"), "local"),
+    **dict.fromkeys(("starlette", "uvicorn", "sqlalchemy", "alembic"), "serve"),
+    **dict.fromkeys(("sacrebleu", "regex", "rapidfuzz", "tree_sitter"), "evaluate"),
+    **dict.fromkeys(("gguf", "xllamacpp"), "gguf"),
+    "openai": "remote",
+}
 HELP_WIDTH = 80  # columns of the help pages
 
 
@@ -85,6 +92,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
             error = TunesmithError(
                 error.strerror or str(error), where=str(error.filename or ""), fix="check the path and the disk"
+            )
+        package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if extra := EXTRAS.get(package):
+            from tunesmith.errors import UsageError
+
+            error = UsageError(
+                f"this needs {package}, which is not installed", where=words[0], fix=f"pip install 'tunesmith[{extra}]'"
             )
         if not isinstance(error, TunesmithError):
             raise

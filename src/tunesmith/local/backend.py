@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ class LocalBackend:
     """Trains in a child process that ends with this one; its words are the run's event log."""
 
     def submit(self, prepared: Prepared, path: Path) -> Run:
+        _refuse_without_torch()  # before anything is written
         run = lay_out(prepared, path)
         self.resume(run)
         return run
 
     def resume(self, run: Run, step: int | None = None) -> None:
+        _refuse_without_torch()
         run.append("state", state="queued")  # so that an older word is not taken for this worker's
         with (run / "worker.log").open("ab") as log:
             _workers[str(run)] = subprocess.Popen(
@@ -116,6 +119,11 @@ class LocalBackend:
 
         chat: Any = Chat(model, template)
         return chat  # type: ignore[no-any-return]
+
+
+def _refuse_without_torch() -> None:
+    if find_spec("torch") is None:
+        raise UsageError("training here needs torch", where="train", fix="pip install 'tunesmith[local]'")
 
 
 def probe(prepared: Prepared) -> tuple[Question, Answer]:
