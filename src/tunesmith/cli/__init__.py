@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         from tunesmith.errors import TunesmithError
 
         if isinstance(error, ModuleNotFoundError):
-            error = _lacking(error)
+            error = _lacking(error, words[0])
         if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
             error = TunesmithError(
                 error.strerror or str(error), where=str(error.filename or ""), fix="check the path and the disk"
@@ -126,7 +126,7 @@ def _width() -> int:
         return HELP_WIDTH
 
 
-def _lacking(error: ModuleNotFoundError) -> Exception:
+def _lacking(error: ModuleNotFoundError, command: str) -> Exception:
     """What to install, where one of the packages that our extras bring is not there; any other missing module is a defect."""
     import re
     from importlib.metadata import requires
@@ -134,9 +134,10 @@ def _lacking(error: ModuleNotFoundError) -> Exception:
     from tunesmith.errors import UsageError
 
     name = (error.name or "").partition(".")[0]
-    extras = (re.match(rf'{name}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ())
+    extras = (re.match(rf'{name.replace("_", "[-_]")}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ())
     extra = next(filter(None, extras), None)
-    return UsageError(f"{name} is not installed", fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
+    message = f"this needs {name}, which is not installed"
+    return UsageError(message, where=command, fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
 
 
 def _report(error: Exception, as_json: bool) -> int:

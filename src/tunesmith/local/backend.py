@@ -28,14 +28,13 @@ class LocalBackend:
     """Trains in a child process that ends with this one; its words are the run's event log."""
 
     def submit(self, prepared: Prepared, path: Path) -> Run:
-        if missing := next((name for name in PACKAGES if find_spec(name) is None), None):
-            fix = "pip install 'tunesmith[local]', or have a service train: --provider openai"
-            raise UsageError(f"training on this machine needs {missing}", where="--provider", fix=fix)
+        _refuse_missing()  # before anything is written
         run = lay_out(prepared, path)
         self.resume(run)
         return run
 
     def resume(self, run: Run, step: int | None = None) -> None:
+        _refuse_missing()
         run.append("state", state="queued")  # so that an older word is not taken for this worker's
         with (run / "worker.log").open("ab") as log:
             _workers[str(run)] = subprocess.Popen(
@@ -121,6 +120,12 @@ class LocalBackend:
 
         chat: Any = Chat(model, template)
         return chat  # type: ignore[no-any-return]
+
+
+def _refuse_missing() -> None:
+    if missing := next((name for name in PACKAGES if find_spec(name) is None), None):
+        fix = "pip install 'tunesmith[local]', or have a service train: --provider openai"
+        raise UsageError(f"training here needs {missing}", where="--provider", fix=fix)
 
 
 def probe(prepared: Prepared) -> tuple[Question, Answer]:
