@@ -53,6 +53,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
 }
 GROUPS = ("data", "runs", "keys")
 HELP_WIDTH = 80  # columns of the help pages
+UNIX = ("fcntl", "resource")  # modules that Python lacks on Windows: locks of files, limits of processes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,8 +81,10 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from tunesmith.errors import TunesmithError
+        from tunesmith.errors import TunesmithError, UsageError
 
+        if isinstance(error, ModuleNotFoundError) and error.name in UNIX:
+            error = UsageError("this needs Linux or macOS", where="Windows", fix="run it in WSL 2, which is a Linux")
         if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
             error = TunesmithError(
                 error.strerror or str(error), where=str(error.filename or ""), fix="check the path and the disk"
