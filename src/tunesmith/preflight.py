@@ -61,6 +61,8 @@ GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg", "/dev/kfd")  # NVIDIA'
 
 def refuse_impossible(recipe: Recipe) -> None:
     """UsageError for what this machine cannot do, before anything is read."""
+    if sys.platform == "win32":
+        raise UsageError("training needs Linux or macOS", where="Windows", fix="run it in WSL 2, which is a Linux")
     if recipe.learning_rate_multiplier != "auto":
         message = "a multiplier is of a service's own rate, which nobody knows here"
         raise UsageError(message, where="learning_rate_multiplier", fix="--learning-rate is the rate itself")

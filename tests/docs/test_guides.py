@@ -65,7 +65,7 @@ def shortened(words: list[str], tiny: Path) -> list[str]:
 
 
 def test_there_are_guides() -> None:
-    assert len(GUIDES) == 3
+    assert len(GUIDES) == 10
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)

@@ -102,6 +102,10 @@ def test_what_cannot_be_done_here_is_said_before_anything_is_read(
         for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
             with pytest.raises(UsageError, match="not for Apple's GPU"):
                 api.plan(data, model=str(tiny), **settings)
+    with monkeypatch.context() as windows:
+        windows.setattr("tunesmith.preflight.sys.platform", "win32")
+        with pytest.raises(UsageError, match="WSL 2"):
+            api.plan(data, model=str(tiny))
     monkeypatch.setattr("tunesmith.preflight.find_spec", lambda name: None)
     for settings in ({"method": "qlora"}, {"optimizer": "adamw_8bit"}):
         with pytest.raises(UsageError, match="needs bitsandbytes"):

@@ -1,4 +1,4 @@
-"""Help within six times a bare interpreter: the budget of the design."""
+"""Help within six times a bare interpreter: the budget of the design. And what Windows is told, which lacks half of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import statistics
 import subprocess
 import sys
 import time
+
+import pytest
+
+from tunesmith import cli
 
 BUDGET = 6.0
 
@@ -25,3 +29,14 @@ def test_help_is_fast() -> None:
     bare, overview, train = (statistics.median(t[1:]) for t in times)
     assert overview <= BUDGET * bare, f"--help took {overview / bare:.1f} times a bare python"
     assert train <= BUDGET * bare, f"train --help took {train / bare:.1f} times a bare python"
+
+
+def test_windows_is_told_where_it_works(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python has no locks of files there, and no figures of the machine: one line, and no traceback."""
+    with monkeypatch.context() as windows:
+        windows.delattr("os.sysconf")
+        assert cli.main(["doctor"]) == 0
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr("tunesmith.cli.doctor.doctor", lambda words: __import__("fcntl"))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: Windows: this needs Linux or macOS -- run it in WSL 2, which is a Linux\n"

@@ -54,6 +54,7 @@ COMMANDS = {  # words -> (module:function, one line of help)
 }
 GROUPS = ("data", "runs", "keys")
 HELP_WIDTH = 80  # columns of the help pages
+UNIX = ("fcntl", "resource")  # modules that Python lacks on Windows: locks of files, limits of processes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,9 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from tunesmith.errors import TunesmithError
+        from tunesmith.errors import TunesmithError, UsageError
 
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) and error.name in UNIX:
+            error = UsageError("this needs Linux or macOS", where="Windows", fix="run it in WSL 2, which is a Linux")
+        elif isinstance(error, ModuleNotFoundError):
             error = _lacking(error, words[0])
         if isinstance(error, OSError):  # a full disk, a folder where a file should be, no permission
             error = TunesmithError(
@@ -134,7 +137,9 @@ def _lacking(error: ModuleNotFoundError, command: str) -> Exception:
     from tunesmith.errors import UsageError
 
     name = (error.name or "").partition(".")[0]
-    extras = (re.match(rf'{name.replace("_", "[-_]")}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ())
+    extras = (
+        re.match(rf'{name.replace("_", "[-_]")}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ()
+    )
     extra = next(filter(None, extras), None)
     message = f"this needs {name}, which is not installed"
     return UsageError(message, where=command, fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
