@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -362,3 +363,29 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "verdict: cannot tell" in said["evaluate hosted"] and "An answer." in said["chat hosted"]
     assert (tmp_path / "hosted/report.html").exists() and (tmp_path / "rescued/ftjob-000/run.json").exists()
     assert "1 jobs: 1 succeeded" in said["rescue --output-dir"]
+
+
+@pytest.mark.parametrize("name", ["echo", "refocused", "emoji"])
+def test_an_example(name: str, tmp_path: Path) -> None:
+    """In small form: it runs from anywhere, and prints what its expected.txt has, figures and answers apart."""
+    source = ROOT / "examples" / name
+    shutil.copytree(source, tmp_path / name)
+    program = tmp_path / "bin" / "tunesmith"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tunesmith "$@"\n')
+    program.chmod(0o755)
+    short = (
+        (tmp_path / name / "run.sh")
+        .read_text()
+        .replace("tunesmith evaluate", "tunesmith evaluate --rows 4 --samples 0")
+    )
+    (tmp_path / name / "run.sh").write_text(short.replace("tunesmith test", "tunesmith test --max-tokens 8") + "true\n")
+    env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    short_run = ["sh", tmp_path / name / "run.sh", "--max-steps", "2", "--threads", "1"]
+    done = subprocess.run(short_run, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 or "tunesmith test" in short, done.stderr[-2000:]  # two steps teach nothing
+    expected = (source / "expected.txt").read_text(encoding="utf-8")
+    for start in ("  metric  ", "  loss (nats per token)", "verdict: ", "report:  run"):
+        count = len([line for line in expected.splitlines() if line.startswith(start)])
+        assert count >= (5 if name == "refocused" else 1)
+        assert len([line for line in done.stdout.splitlines() if line.startswith(start)]) == count, start
