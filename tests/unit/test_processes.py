@@ -114,7 +114,7 @@ def test_launchers(launcher: str, tiny: Path, tmp_path: Path, data: Path) -> Non
             sys.executable,
             "-m",
             "accelerate.commands.launch",
-            "--cpu",
+            "--multi_gpu",  # with --cpu it starts one, whatever the number; the backend without a GPU is gloo all the same
             "--num_processes",
             "2",
             "-m",
@@ -125,8 +125,10 @@ def test_launchers(launcher: str, tiny: Path, tmp_path: Path, data: Path) -> Non
         )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "succeeded" and done.stderr.count("rows, ") == 1
+    run = Run(tmp_path / "run")
+    assert [event["processes"] for event in run.events() if "processes" in event] == [2]
     one = fit(tmp_path / "one", data, tiny, threads=1)
-    assert losses(Run(tmp_path / "run")) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(run) == pytest.approx(losses(one), rel=1e-5)
 
 
 def test_a_mistake_is_said_once(tmp_path: Path, tiny: Path) -> None:
