@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -90,7 +91,7 @@ def test_readme_command(line: str, trained: Path) -> None:
         assert cli.main(made) == 0
     elif words[0] == "train" and "--resume" not in words:
         words += ["--max-steps", "2"]
-        words = ["another_run" if word in ("my_run", "lora_run") else word for word in words]
+        words = [f"another_{word}" if word in ("my_run", "lora_run") else word for word in words]
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith", *words], cwd=trained, capture_output=True, text=True, input="Hi\n"
     )
@@ -122,12 +123,8 @@ def test_settings_reference_is_current() -> None:
 
 
 def test_every_number_has_a_unit() -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from pages import UNITS  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    named = [name for names in UNITS.values() for name in names]
+    units = runpy.run_path(str(ROOT / "tools" / "pages.py"))["UNITS"]
+    named = [name for names in units.values() for name in names]
     numbers = [f.name for f in fields().values() if {int, float} & {f.type, *get_args(f.type)}]
     assert sorted(named) == sorted(numbers) and len(numbers) >= 30
 

@@ -137,9 +137,8 @@ def _lacking(error: ModuleNotFoundError, command: str) -> Exception:
     from tunesmith.errors import UsageError
 
     name = (error.name or "").partition(".")[0]
-    extras = (
-        re.match(rf'{name.replace("_", "[-_]")}\b.*extra == "(\w+)"', line) for line in requires("tunesmith") or ()
-    )
+    wanted = re.compile(rf'{name.replace("_", "[-_]")}(?![\w\[-]).*extra == "(\w+)"')
+    extras = (wanted.match(line) for line in requires("tunesmith") or ())
     extra = next(filter(None, extras), None)
     message = f"this needs {name}, which is not installed"
     return UsageError(message, where=command, fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
