@@ -43,10 +43,13 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     return words, choices
 
 
+def _cases(table: dict[str, list[str]], assigned: str) -> str:
+    """The branches of a shell's `case`: what is typed, and the words that may follow."""
+    return "\n".join(f'    "{typed}") {assigned.format(" ".join(words))} ;;' for typed, words in table.items())
+
+
 def bash() -> str:
-    words, choices = tables()
-    cases = "\n".join(f'    "{name}") words="{" ".join(known)}" ;;' for name, known in words.items())
-    values = "\n".join(f'    "{option}") words="{" ".join(known)}" ;;' for option, known in choices.items())
+    cases, values = (_cases(table, 'words="{}"') for table in tables())
     groups = "|".join(GROUPS)
     return f"""_tunesmith() {{
   local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command="" words=""
@@ -65,9 +68,7 @@ complete -o bashdefault -o default -F _tunesmith tunesmith"""
 
 
 def zsh() -> str:
-    words, choices = tables()
-    cases = "\n".join(f'    "{name}") found=({" ".join(known)}) ;;' for name, known in words.items())
-    values = "\n".join(f'    "{option}") found=({" ".join(known)}) ;;' for option, known in choices.items())
+    cases, values = (_cases(table, "found=({})") for table in tables())
     groups = "|".join(GROUPS)
     return f"""_tunesmith() {{
   local -a found
