@@ -144,7 +144,7 @@ def _warning(export: Export | None) -> list[str]:
     if export is None or export.deployable:
         return []
     return [
-        f"> **Not deployable.** It is not the model that was trained: {'; '.join(export.failed)}. See `parity.json`."
+        f"> **Not deployable.** It is not shown to be the model that was trained: {'; '.join(export.failed)}. See `parity.json`."
     ]
 
 

@@ -30,6 +30,7 @@ from tunesmith.exporting.forms import PARITY, REFUSED, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
 from tunesmith.models import facts, find, read_json
+from tunesmith.preparing import give_back
 from tunesmith.render import Renderer
 from tunesmith.runs import Run, run_of
 
@@ -267,6 +268,7 @@ def certify(
 
     def running() -> Iterator[Check]:
         nonlocal name
+        give_back()  # what writing and comparing have freed: a model is read next
         own = _observed(source, renderer, asked, told)
         yield from _trained_on_4_bits(source, renderer, own)
         program = _program(folder, form, context, renderer)
@@ -394,5 +396,5 @@ def mark(folder: Path, source: Source, certificate: Certificate, told: dict[str,
     if certificate.deployable:
         (folder / REFUSED).unlink(missing_ok=True)
         return
-    text = "This export is not the model that was trained. Do not deploy it.\n\n" + "\n".join(failed) + "\n"
-    write_bytes(folder / REFUSED, text.encode())
+    text = ["It is not shown that this export is the model that was trained. Do not deploy it.", "", *failed, ""]
+    write_bytes(folder / REFUSED, "\n".join(text).encode())

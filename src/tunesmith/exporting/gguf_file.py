@@ -261,22 +261,28 @@ def arranged(tensor: Tensor, name: str, config: dict[str, Any], known: dict[str,
 
 def converted(tensor: Tensor, dtype: str, name: str) -> np.ndarray[Any, Any]:
     """A tensor's bytes in a GGUF type, part by part. ModelError where a number is too large for it, or none."""
-    import gguf
-
     rows = tensor.view(1, -1) if tensor.ndim == 1 else tensor
     step = max(1, PART // rows.shape[1])
-    parts = []
+    out: np.ndarray[Any, Any] | None = None
     for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
-        if not bool(torch.isfinite(part).all()) or dtype == "F16" and float(part.abs().max()) > 65504:
-            raise ModelError(f"{name}: numbers that {dtype} cannot hold", fix="export with --quantize bf16")
-        if dtype == "F16":
-            parts.append(part.to(torch.float16).numpy())
-        elif dtype == "BF16":
-            parts.append(part.to(torch.bfloat16).view(torch.uint8).numpy())
-        else:
-            parts.append(gguf.quants.quantize(part.float().numpy(), gguf.GGMLQuantizationType[dtype]))
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        part = _part(rows[start : start + step], dtype, name)
+        # One array from the first part on: all parts and their sum together were twice the largest tensor
+        out = np.empty((rows.shape[0], *part.shape[1:]), part.dtype) if out is None else out
+        out[start : start + step] = part
+    assert out is not None
+    return out
+
+
+def _part(part: Tensor, dtype: str, name: str) -> Any:
+    import gguf
+
+    if not bool(torch.isfinite(part).all()) or dtype == "F16" and float(part.abs().max()) > 65504:
+        raise ModelError(f"{name}: numbers that {dtype} cannot hold", fix="export with --quantize bf16")
+    if dtype == "F16":
+        return part.to(torch.float16).numpy()
+    if dtype == "BF16":
+        return part.to(torch.bfloat16).view(torch.uint8).numpy()
+    return gguf.quants.quantize(part.float().numpy(), gguf.GGMLQuantizationType[dtype])
 
 
 # ---- configuration

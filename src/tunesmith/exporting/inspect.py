@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
         head is None or "token_embd.weight" in tensors and np.array_equal(head.data, tensors["token_embd.weight"].data)
     )
     yield _tied_head(weights.tied, weights.tied and same, same)
-    errors = _gguf_errors(tensors, weights, config, known, quantize)
+    errors = _gguf_errors(reader, weights, config, known, quantize)
     exact = quantize in facts()["quantisations"]
     yield _weights(
         errors, f"as the run's own gives it in {quantize}" if exact else f"near the run's own, by {quantize}"
@@ -155,16 +156,18 @@ def _vocabulary(wanted: dict[str, Any], fields: dict[str, Any]) -> Check:
 
 
 def _gguf_errors(
-    tensors: dict[str, Any], weights: Weights, config: dict[str, Any], known: dict[str, Any], quantize: str
+    reader: Any, weights: Weights, config: dict[str, Any], known: dict[str, Any], quantize: str
 ) -> Iterator[tuple[str, float, str]]:
     """Tensors that are not what the run's own give: byte for byte, or within its limit in a type that we do not make."""
     import gguf
 
     kinds = facts()["quantisations"].get(quantize)
+    tensors, pages = {t.name: t for t in reader.tensors}, reader.data.base
     for source, target in gguf_file.targets(weights, config, known).items():
         if target not in tensors:
             yield target, 1.0, "is missing"
             continue
+        pages.madvise(mmap.MADV_DONTNEED)  # of the tensors before it, which would count until the file is closed
         there, want = tensors[target], gguf_file.arranged(weights.read(source), source, config, known)
         if kinds:
             kind = gguf_file.kind_of(target, tuple(want.shape), kinds[0], kinds[1])
