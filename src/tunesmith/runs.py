@@ -360,9 +360,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return run
 
 
-def listing(folder: Path) -> list[Run]:
-    """Runs in a folder, newest first."""
-    runs = [Run(p.parent) for p in folder.glob("*/run.json")] if folder.is_dir() else []
+def listing(*folders: Path) -> list[Run]:
+    """Runs in these folders, newest first."""
+    runs = [Run(p.parent) for folder in folders if folder.is_dir() for p in folder.glob("*/run.json")]
     return sorted(runs, key=lambda r: (r / "run.json").stat().st_mtime, reverse=True)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 
 from tunesmith.cli import progress
 from tunesmith.cli.curves import BARS, chart, of_run, sparkline
+from tunesmith.data.write import write_json
+from tunesmith.runs import Run
 
 
 def test_sparkline() -> None:
@@ -45,3 +50,13 @@ def test_the_curve_gives_way_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatc
         assert len(line) < columns
         lengths[columns] = sum(c in BARS[:7] for c in line)
     assert lengths[40] == 0 and lengths[120] == 8 and lengths[120] >= lengths[90]
+
+
+def test_no_time_is_told_before_there_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "run.json", {"plan": {"steps": 10}, "provider": "", "recipe": {}, "created": ""})
+    told, run = progress.Progress(), Run(tmp_path)
+    for step in (1, 10):
+        told._last_line = -math.inf
+        told(run, {"type": "step", "step": step, "time": 2.0 * step, "loss": 1.0})
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert "ETA" not in lines[0] and lines[1].endswith("ETA 0:00")

@@ -213,6 +213,17 @@ def test_the_commands_show_tags_versions_and_lineage(tmp_path: Path, capsys: pyt
     assert said("runs", "tag", second, "good", "for-web", "--remove") == f"{second}  (no tags)\n"
 
 
+def test_runs_are_listed_from_their_usual_folder_and_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "here")
+    made(tmp_path / "fine_tuned_models/there")
+    monkeypatch.chdir(tmp_path)
+    for words, expected in (([], {"here", "fine_tuned_models/there"}), (["--runs-dir", "."], {"here"})):
+        assert main(["runs", "list", "--json", *words]) == 0
+        assert {run["run"] for run in json.loads(capsys.readouterr().out)} == expected
+
+
 def test_a_small_learning_rate_is_told_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made(tmp_path / "run")
     run.append("step", step=1, loss=2.5, lr=2e-5, grad_norm=0.0, seconds=1234.5)

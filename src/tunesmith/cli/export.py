@@ -98,7 +98,7 @@ def _table(found: Certificate) -> str:
     from tunesmith.cli.progress import table
 
     rows = [("", "check", "found", "wanted")]
-    rows += [("✓" if c.passed else "✗", c.name, c.found, "" if c.passed else c.limit) for c in found.checks]
+    rows += [("✓" if c.passed else "✗", c.name, c.found, c.limit) for c in found.checks]
     return f"{found.form} {found.quantize}, through {found.runtime}\n{table(rows)}"
 
 

@@ -82,11 +82,11 @@ class Progress:
             return
         self._last_line = now
         since, took = done - self._first["step"], event["time"] - self._first["time"]
-        eta = took / since * (self._steps - done) if since else 0.0
+        eta = [f"ETA {clock(took / since * (self._steps - done))}"] if since else []  # the first step tells nothing
         valid = f"  valid {self._valid:.4f}" if self._valid is not None else ""
         first = f"step {done}/{self._steps}"
         speed = [f"{event['tokens_per_second']:.0f} tokens/s"] if "tokens_per_second" in event else []
-        rest = [f"loss {event['loss']:.4f}{valid}", *speed, f"ETA {clock(eta)}"]
+        rest = [f"loss {event['loss']:.4f}{valid}", *speed, *eta]
         epoch = f"epoch {event['epoch']:.2f}" if event.get("epoch") is not None else ""
         text = "  ".join(filter(None, [first, epoch, *rest]))
         if self._live:

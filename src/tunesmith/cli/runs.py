@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, confirm, show_json
 from tunesmith.errors import Interrupted, RunError
+from tunesmith.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 def list_runs(argv: list[str]) -> int:
     parser = Parser("runs list", "Runs in a folder, newest first.").with_json()
-    parser.add_argument("--runs-dir", default="fine_tuned_models", help="where they are [fine_tuned_models]")
+    parser.add_argument("--runs-dir", help="where they are [fine_tuned_models, and the current folder]")
     parser.add_argument("--tag", metavar="NAME", help="only runs that have this tag")
     options = parser.parse_args(argv)
     from tunesmith.runs import listing
 
     runs = []
-    for run in listing(Path(options.runs_dir)):
+    folders = [options.runs_dir] if options.runs_dir else [Recipe().runs_dir, "."]
+    for run in listing(*map(Path, folders)):
         try:
             if options.tag is None or options.tag in run.tags():
                 runs.append(_told(run))
@@ -34,7 +36,7 @@ def list_runs(argv: list[str]) -> int:
         show_json(runs)
     elif not runs:
         tagged = "" if options.tag is None else f" with the tag {options.tag}"
-        print(f"no runs in {options.runs_dir}{tagged}", file=sys.stderr)
+        print(f"no runs in {' or '.join(folders)}{tagged}", file=sys.stderr)
     else:
         _list(runs)
     return 0
@@ -109,7 +111,8 @@ def show(argv: list[str]) -> int:
         + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"])
     )
     for event in run.events():
-        if event["type"] in ("warning", "error", "overfitting"):
+        known = event["type"] in {d.name for d in found}
+        if event["type"] in ("warning", "error", "overfitting") and not known:
             print(f"{event['type']}: {event['message']}")
     diagnosed(found)
     return 0

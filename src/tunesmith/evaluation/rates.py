@@ -36,7 +36,7 @@ def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:
     if math.isfinite(second.loss()):
         worse, better = (np.stack([np.array(t.losses), np.array(t.tokens, float)], 1) for t in (second, best))
         verdict = compare("loss", worse, better, lower_is_better=True)
-        words = f"{verdict.difference:+.4f} nats, 95 % interval {verdict.low:+.4f} to {verdict.high:+.4f}"
+        words = f"{verdict.difference:+.4f} nats, 95 % interval {verdict.low:+.4f} to {verdict.high:+.4f}, p {verdict.p:.2f}"
         if verdict.verdict != "better":
             lower = min(best.rate, second.rate)
             reason = f"cannot tell {best.rate:.2g} from {second.rate:.2g} on {len(best.losses)} rows ({words}): the lower one"

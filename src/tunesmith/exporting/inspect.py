@@ -39,7 +39,7 @@ def folder_checks(folder: Path, weights: Weights, renderer: Renderer) -> Iterato
     yield _rope_base(gguf_file.rope(text)["rope_theta"], gguf_file.rope(own)["rope_theta"])
     yield _settings(wanted, there.config)
     yield _tied_head(weights.tied, there.tied, _head(there))
-    yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {kind}")
+    yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {merged.SHORT[kind].lower()}")
     yield _files(folder)
 
 
