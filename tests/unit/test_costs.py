@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,15 @@ def test_the_probe_measures_what_it_says(method: str, tiny: Path, data: Path) ->
     assert found.layer_seconds + found.rest_seconds > 0 and found.head_seconds > 0 and found.libraries > 50e6
     whole = 4 * 9280  # bytes of a layer in fp32
     assert found.layer_bytes < whole / 2 if method == "qlora" else found.layer_bytes >= whole
+
+
+def test_the_probe_ends_with_whoever_asked() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.local.probe", str(gone.pid)], stdin=subprocess.PIPE
+    ) as probe:  # its question never comes
+        assert probe.wait(60) == 1
 
 
 def test_the_command(tiny: Path, data: Path, cli: Callable[..., Result]) -> None:

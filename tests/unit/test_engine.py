@@ -294,3 +294,12 @@ def test_divergence_is_an_error_not_a_model(tiny: Path, tmp_path: Path, data: Pa
 
     with pytest.raises(TunesmithError, match="became nan"):
         fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0)
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-3, False), (1.0, True)])
+def test_a_run_that_never_beats_its_base_says_so(
+    rate: float, warned: bool, tiny: Path, tmp_path: Path, data: Path
+) -> None:
+    run = fit(tmp_path / "run", data, tiny, learning_rate=rate, warmup_steps=0)
+    said = [event["message"] for event in run.events() if event["type"] == "warning"]
+    assert ["best_model is no better than the base" in words for words in said] == [True] * warned

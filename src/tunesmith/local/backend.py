@@ -134,7 +134,7 @@ def probe(prepared: Prepared) -> tuple[Question, Answer]:
     learnt = plan.supervised_tokens["train"] / plan.tokens["train"]
     question = Question(plan.model.folder, plan.recipe, rows.lengths().tolist(), learnt, plan.steps)
     done = subprocess.run(
-        [sys.executable, "-m", "tunesmith.local.probe"],
+        [sys.executable, "-m", "tunesmith.local.probe", str(os.getpid())],
         input=msgspec.json.encode(question),
         capture_output=True,
         env=_environment(),

@@ -218,5 +218,9 @@ def publish(run: Run, position: Position) -> None:
     if problem:
         run.append("warning", message=f"best_model is the last one: {best.name} is damaged ({problem})")
         best = final
+    before = next((e["loss"] for e in run.metrics("eval") if e["step"] == 0), math.inf)
+    if position.best_loss is not None and position.best_loss >= before:
+        lowest = f"no validation loss (lowest {position.best_loss:.4f}) came under the base model's {before:.4f}"
+        run.append("warning", message=f"{lowest}: best_model is no better than the base; try tunesmith lr-find")
     for source, target in ((final, run / "final_model"), (best, run / "best_model"), (best, run.path)):
         checkpoint.publish(source, target)

@@ -1,6 +1,6 @@
 """What a step costs on this machine, measured in about two seconds on the first one and two layers of a model.
 
-    python -m tunesmith.local.probe <question.json >answer.json
+    python -m tunesmith.local.probe PARENT <question.json >answer.json      PARENT: the process without which it ends
 
 The layers have random weights: the model's own are not read. All else is what training runs: the same loader, method, loss
 and optimizer. What two layers cost more than one is what each further layer costs.
@@ -8,8 +8,10 @@ and optimizer. What two layers cost more than one is what each further layer cos
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -206,6 +208,14 @@ def _seconds(work: Callable[[], object], ends: float) -> float:
     return best
 
 
+def _end_with(parent: int) -> None:
+    """End when whoever asked has been killed: a large model's layers would hold memory that nobody waits for."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     tune()
     sys.stdout.buffer.write(msgspec.json.encode(answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Question))))
