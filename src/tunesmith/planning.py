@@ -128,6 +128,11 @@ def _check_targets(recipe: Recipe, folder: Path) -> None:
 # ---- auto
 
 
+def _alpha(recipe: Recipe) -> tuple[int, str]:
+    """A scale of 2 at every rank; where rsLoRA divides by the root of the rank, of 2 at rank 16 and less above."""
+    return (8, "rsLoRA: a scale of 2 at rank 16") if recipe.use_rslora else (2 * recipe.lora_rank, "twice the rank")
+
+
 def _threads(recipe: Recipe) -> tuple[int, str]:
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said):
@@ -175,7 +180,7 @@ def _resolve_auto(
         "num_workers": (cores(), "every core"),
         "threads": _threads(recipe),
         "persona": (name, f"named in {count} answers" if count else "no name found in the answers"),
-        "lora_alpha": (2 * recipe.lora_rank, "twice the rank"),
+        "lora_alpha": _alpha(recipe),
         "freeze_ratio": (freeze_ratio(recipe), f"method {recipe.method}"),
         "micro_batch_tokens": (8192, "activations of so many tokens fit where the model does"),
         "learning_rate": (

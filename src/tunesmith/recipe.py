@@ -83,7 +83,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("method", "train all weights, low-rank adapters, adapters on 4-bit weights, or the upper layers"),
     ] = "full"
     lora_rank: Annotated[int, opt("method", "rank of the adapters", "lora_r", ge=1)] = 16
-    lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank")] = "auto"
+    lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank, 8 with rsLoRA")] = (
+        "auto"
+    )
     lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
     lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj", "target_modules")] = (
         "all-linear"

@@ -253,8 +253,10 @@ def _(b: Bench) -> None:
 @proves("use_rslora", "use_dora")
 def _(b: Bench) -> None:
     plain = b.run(method="lora", lora_rank=16)
-    rank_stable = b.run(method="lora", lora_rank=16, use_rslora=True)
+    rank_stable = b.run(method="lora", lora_rank=16, use_rslora=True, lora_alpha=32)
     assert losses(rank_stable)[0] == losses(plain)[0] and losses(rank_stable)[-1] != losses(plain)[-1]
+    assert losses(b.run(method="lora", lora_rank=16, use_rslora=True)) == losses(plain)  # auto: the same scale here
+    assert {b.plan(method="lora", lora_rank=r, use_rslora=True).recipe.lora_alpha for r in (4, 64)} == {8}
     dora = b.run(method="lora", lora_rank=16, use_dora=True)
     sizes = {n.replace("lora_A", "lora_magnitude_vector") for n in adapters(plain) if "lora_A" in n}
     assert adapters(dora) == adapters(plain) | sizes
