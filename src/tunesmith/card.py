@@ -39,9 +39,13 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
     data_license: str = ""
 
 
-def write_card(run: Run, export: Export | None = None, folder: Path | None = None) -> None:
-    """Write both files, into the run or into the folder of one of its exports."""
+def write_card(
+    run: Run, export: Export | None = None, folder: Path | None = None, exported: Path | None = None
+) -> None:
+    """Write both files, into the run or into the folder of one of its exports. `exported`: the model that it is of."""
     info = model_info(run)
+    if exported:
+        info |= {"fine_tuned_model": str(exported)}
     if export:
         info |= {"export": msgspec.to_builtins(export)}
     target = folder or run.path

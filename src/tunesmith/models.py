@@ -73,11 +73,14 @@ def _snapshot(name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} when the file is absent."""
     try:
-        return json.loads(path.read_bytes())  # type: ignore[no-any-return]
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(path), fix="is the file whole?") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} is no object in braces", where=str(path), fix="is it the file that it should be?")
+    return found
 
 
 def facts(folder: Path) -> ModelFacts:
@@ -106,7 +109,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all weights by name, from the headers alone (safetensors: 8 bytes of length, then JSON)."""
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         return shapes(find(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))))
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise ModelError(
             "no safetensors weights",
@@ -123,6 +126,15 @@ def shapes(folder: Path) -> dict[str, list[int]]:
             except (struct.error, ValueError, TypeError, KeyError):
                 raise ModelError("not a whole safetensors file", where=str(file), fix="fetch the model again") from None
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model, as transformers finds them: those of the index, or one of the usual name. A checkpoint has
+    others beside it, of the optimizer."""
+    index, one = read_json(folder / "model.safetensors.index.json").get("weight_map"), folder / "model.safetensors"
+    if index:
+        return [folder / name for name in sorted({Path(str(name)).name for name in index.values()})]
+    return [one] if one.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def _parameters(folder: Path) -> int:

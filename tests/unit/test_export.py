@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -85,7 +86,7 @@ def test_a_shape_is_the_same_in_llama_cpp(shape: str, tmp_path: Path) -> None:
     found = forms.export(model, tmp_path / "out", "gguf", prompts=4).certificate
     assert found.deployable, found.failed()
     assert found.runtime.startswith("llama.cpp") and found.probes == 50 and found.prompts == 4
-    assert len(found.checks) == 12
+    assert len(found.checks) == 13
 
 
 def test_every_type_that_facts_know_is_tried() -> None:
@@ -453,20 +454,36 @@ def test_prompts_are_held_out_rows_first(run: Run) -> None:
 
 def test_a_target_that_is_taken_or_a_form_that_is_none(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for where in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UsageError, match="not empty"):
+    for where, words in (
+        (tmp_path, "not empty"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file/in", "is a file"),
+    ):
+        with pytest.raises(UsageError, match=words):
             forms.export(run, where)
 
 
 def test_a_target_that_another_process_makes(run: Run, tmp_path: Path) -> None:
-    """Told at once, and not after an hour at the last rename."""
-    with subprocess.Popen(["sleep", "60"]) as other:
-        (tmp_path / begun(Path("out")).name.replace(str(os.getpid()), str(other.pid))).mkdir()
-        with pytest.raises(UsageError, match=f"process {other.pid} is exporting to it"):
-            forms.export(run, tmp_path / "out", prompts=1)
-        other.kill()
+    """Told at once, and not after an hour at the last rename; what a kill on another host, or of this very number, has left is
+    removed."""
+    for left in (begun(tmp_path / "out"), tmp_path / "out.another-1.tmp"):
+        left.mkdir()
+        os.utime(left, (0, 0))
+    lock = os.open(left, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="process 1 is exporting to it"):
+        forms.export(run, tmp_path / "out", prompts=1)
+    os.close(lock)
     forms.export(run, tmp_path / "out", prompts=1)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
+
+
+def test_a_checkpoint_is_exported_beside_its_optimizer(run: Run, tmp_path: Path) -> None:
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    assert (last / "optimizer.safetensors").exists()
+    done = forms.export(last, tmp_path / "out", prompts=1)
+    info = json.loads((tmp_path / "out/model_info.json").read_text())
+    assert done.certificate.deployable and info["fine_tuned_model"] == str(last.resolve())
 
 
 def test_a_full_disk_says_where(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -136,6 +136,9 @@ def test_an_adapter_is_exported_as_it_is(bases: Callable[[str], Run], data: dict
     save_file({name: tensor * 2 for name, tensor in known.items()}, tmp_path / "out" / "adapter_model.safetensors")
     again = forms.parity(tmp_path / "out", prompts=4)
     assert not again.deployable and "weights" in {check.name for check in again.failed()}
+    (tmp_path / "out/evil.py").touch()
+    again = forms.parity(tmp_path / "out", prompts=4)
+    assert "evil.py does not belong to it" in {check.cause for check in again.failed()}
 
 
 @pytest.fixture
@@ -301,6 +304,19 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {  # what is done,
         "tokenizer",
         "tokenizer.json is not the one of training",
     ),
+    "a pointer to code": (
+        lambda f: edit(f / "config.json", auto_map={"AutoModelForCausalLM": "x--y.Z"}),
+        "settings",
+        "auto_map does not belong to it",
+    ),
+    "a template that is none": (
+        lambda f: (f / "chat_template.jinja").write_text("{% if %}") and None,
+        "chat template",
+        "the chat template is not the one of training",
+    ),
+    "a configuration that is none": (lambda f: (f / "config.json").write_text("[]") and None, "files", "config.json"),
+    "a rope that is none": (lambda f: edit(f / "config.json", rope_parameters="x"), "files", "str"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "files", "config.json is missing"),
     "no weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "files", "not a whole safetensors file"),
 }  # fmt: skip
 
@@ -329,6 +345,28 @@ def gguf_tensor(file: Path, name: str, change: Callable[[np.ndarray[Any, Any]], 
 
     tensor = next(t for t in gguf.GGUFReader(file, "r+").tensors if t.name == name)
     tensor.data[:] = change(tensor.data.copy())
+
+
+def gguf_again(file: Path, fields: dict[str, int], tensors: dict[str, np.ndarray[Any, Any]] | None = None) -> None:
+    """Write a GGUF file anew, with more in it."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(file.with_suffix(".new"), "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1])
+    for name, value in fields.items():
+        writer.add_uint32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").rename(file)
 
 
 def flipped(data: np.ndarray[Any, Any]) -> Any:
@@ -376,7 +414,23 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "weights",
         "token_embd.weight differs",
     ),
-    "gone": (lambda f: f.unlink(), "files", "0 GGUF files"),
+    "a further stop token": (
+        lambda f: gguf_again(f, {"tokenizer.ggml.eot_token_id": 1236}),
+        "stop tokens",
+        "answers would end at",
+    ),
+    "a further setting": (
+        lambda f: gguf_again(f, {"llama.attention.scale": 2}),
+        "settings",
+        "llama.attention.scale does not belong to it",
+    ),
+    "a further tensor": (
+        lambda f: gguf_again(f, {}, {"rope_freqs.weight": np.full(16, 8, np.float32)}),
+        "weights",
+        "rope_freqs.weight does not belong to it",
+    ),
+    "another file": (lambda f: (f.parent / "evil.gguf").write_bytes(b"x") and None, "files", "GGUF files"),
+    "gone": (lambda f: f.unlink(), "files", "is missing"),
     "cut short": (lambda f: f.write_bytes(f.read_bytes()[:300_000]), "files", "not a whole GGUF file"),
 }
 
@@ -399,6 +453,7 @@ def test_a_spoilt_file_is_caught_by_name(case: str, export: Callable[[str], Path
         ('PARAMETER stop "<|im_end|>"\n', ""),
         ("temperature 0.7", "temperature 1.5"),
         ("num_ctx", "num_ctx_"),
+        ("FROM ./", "\nFROM ./"),
     ],
 )
 def test_a_spoilt_modelfile_is_caught(old: str, new: str, export: Callable[[str], Path]) -> None:

@@ -21,6 +21,7 @@ import pytest
 from conftest import Result
 from tunesmith.data.write import write_json
 from tunesmith.errors import TunesmithError
+from tunesmith.exporting.forms import sha256
 from tunesmith.exporting.push import gather
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
@@ -164,13 +165,15 @@ def evaluated(run: Run) -> None:
     (run / "report.html").write_text(f"<p>{run}/data/train.jsonl:1 {run.last('export')['path']} {template}</p>")
 
 
-def export_at(folder: Path, run: Run, deployable: bool = True) -> Path:
+def export_at(folder: Path, run: Run, deployable: bool = True, weights: str = "model.safetensors") -> Path:
     """An export, as `tunesmith export` writes it."""
     shutil.copytree(run / "best_model", folder)
+    (folder / "model.safetensors").rename(folder / weights)
     checks = [{"name": "weights", "passed": True}, {"name": "stop tokens", "passed": deployable}]
+    files = {path.name: sha256(path) for path in folder.iterdir()}
     write_json(
         folder / "parity.json",
-        {"deployable": deployable, "run": str(run), "model": f"{run}/best_model", "checks": checks},
+        {"deployable": deployable, "run": str(run), "model": f"{run}/best_model", "checks": checks, "files": files},
     )
     write_json(
         folder / "model_info.json", {"fine_tuned_model": f"{run}/best_model", "training_file": "/home/rows.jsonl"}
@@ -256,6 +259,9 @@ def test_no_path_of_this_machine_is_in_what_is_sent(run: Run, tmp_path: Path, mo
     )
     monkeypatch.setenv("HOME", "/somewhere/me")
     write_json(moved / "config.json", {"_name_or_path": "/somewhere/me/base"})
+    said = json.loads((moved / "parity.json").read_text())
+    said["files"]["config.json"] = sha256(moved / "config.json")
+    write_json(moved / "parity.json", said)
     with pytest.raises(TunesmithError) as error:
         gather(moved, "me/echo")
     assert "moved/config.json: it names your home folder -- take the path out of it" in told(error)
@@ -299,6 +305,11 @@ def test_what_cannot_be_pushed(run: Run, tmp_path: Path) -> None:
         gather(run.path, "me/echo")
     with pytest.raises(TunesmithError, match="no data to send -- push without --with-data"):
         gather(folder, "me/echo", with_data=True)
+    for name, words in (("config.json", "has changed since"), ("more.gguf", "was not there when it was certified")):
+        changed = export_at(tmp_path / name, run_at(tmp_path / f"of {name}"))
+        (changed / name).write_text("{}")
+        with pytest.raises(TunesmithError, match=f"{name} {words}"):
+            gather(changed, "me/echo")
     shutil.rmtree(run.path)
     with pytest.raises(TunesmithError, match="the run that made it is not here"):
         gather(folder, "me/echo", with_data=True)
@@ -353,8 +364,7 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_these(cli: Cli, hub: Hub,
     done = cli("push", run, "me/echo", "--yes")
     assert {name for name, content in hub.commits[0].items() if content is None} == set(there[:2])
     assert "deleted there: adapter_config.json" in done.out
-    folder = export_at(tmp_path / "exported", run)
-    (folder / "model.safetensors").rename(folder / "echo-q4_0.gguf")
+    folder = export_at(tmp_path / "exported", run, weights="echo-q4_0.gguf")
     assert cli("push", folder, "me/echo", "--yes").code == 0
     assert None not in hub.commits[1].values() and "echo-q4_0.gguf" in hub.commits[1]
 

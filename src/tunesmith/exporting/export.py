@@ -6,8 +6,6 @@ target's name is whole, and says in parity.json whether it may be deployed.
 
 from __future__ import annotations
 
-import glob
-import math
 import re
 import shlex
 import shutil
@@ -22,10 +20,10 @@ from tunesmith import card
 from tunesmith.conversation import Message
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
-from tunesmith.data.write import begun, publish, tidy, write_bytes, write_json
-from tunesmith.errors import ModelError, TunesmithError, UsageError
+from tunesmith.data.write import write_bytes, write_json
+from tunesmith.errors import ModelError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
-from tunesmith.exporting import gguf_file, inspect, merged, ollama, parity, runtime, servers
+from tunesmith.exporting import building, gguf_file, inspect, merged, ollama, parity, runtime, servers
 from tunesmith.exporting.forms import PARITY, REFUSED, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
@@ -86,29 +84,18 @@ def export(
         raise UsageError(
             "the model has no adapter: all its weights were trained", where=source.name, fix="--format merged"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tidy(target.parent, math.inf)  # what an export that was killed has left
-    building = begun(target)
-    building.mkdir()
-    try:
-        _refuse_others(building, target)
-        _refuse_disk(_need(weights, source.folder, adapter, quantize), target.parent)
-        maker = _Maker(source, weights, renderer, building, quantize, on_progress)
+    with building.built(target) as folder:
+        building.refuse_disk(_need(weights, source.folder, adapter, quantize), target.parent)
+        maker = _Maker(source, weights, renderer, folder, quantize, on_progress)
         maker.adapter() if adapter else maker.model() if form in ("merged", "vllm") else maker.gguf()
         if form == "ollama":
             maker.modelfile()
-        command = maker.command(form, target)
+        command, there = maker.command(form, target), maker.command(form, Path())  # the card goes where the folder goes
         form = "adapter" if adapter and form != "vllm" else form
-        certificate = certify(building, source, form, maker.quantize, prompts=prompts, on_progress=on_progress)
-        told = {"weights": maker.file, "command": command, "license": license, "data_license": data_license}
-        mark(building, source, certificate, told)
-        size = sum(f.stat().st_size for f in building.rglob("*") if f.is_file())
-        publish(building, target)
-    except OSError as error:
-        error.filename = error.filename or str(target)  # a full disk does not say where
-        raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        certificate = certify(folder, source, form, maker.quantize, prompts=prompts, on_progress=on_progress)
+        told = {"weights": maker.file, "command": there, "license": license, "data_license": data_license}
+        mark(folder, source, certificate, told)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     if source.run:
         source.run.append(
             "export", path=str(target), form=form, quantize=maker.quantize, deployable=certificate.deployable
@@ -130,21 +117,6 @@ def _need(weights: Weights, folder: Path, adapter: bool, quantize: str | None) -
     if adapter:
         return (folder / "adapter_model.safetensors").stat().st_size
     return merged.size(weights) * (2 if quantize == "f32" or quantize and is_k_quant(quantize) else 1)
-
-
-def _refuse_others(building: Path, target: Path) -> None:
-    """UsageError where another process makes the same target: it would be found out at the end."""
-    others = [p for p in target.parent.glob(f"{glob.escape(target.name)}.*.tmp") if p != building]
-    if others:
-        process = others[0].name.removesuffix(".tmp").rpartition("-")[2]
-        raise UsageError(f"process {process} is exporting to it", where=str(target), fix="wait, or choose another -o")
-
-
-def _refuse_disk(need: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        short = f"{need / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
-        raise UsageError(short, where=str(folder), fix="choose another -o")
 
 
 class _Maker:
@@ -202,7 +174,9 @@ class _Maker:
         """What runs the export, as a shell takes it."""
         where, name = shlex.quote(str(target)), self._called()
         if form == "ollama":
-            called = name.lower()
+            called = (
+                re.sub("[^a-z0-9._-]+", "-", name.lower()).strip("-_.") or "model"
+            )  # a name at Ollama has no others
             return f"ollama create {called} -f {shlex.quote(str(target / 'Modelfile'))} && ollama run {called}"
         if form == "gguf":
             return f"llama-server -m {shlex.quote(str(target / self.file))} --jinja"
@@ -261,10 +235,10 @@ def certify(
         """Checks as they come; whatever breaks them off is a finding about the export."""
         try:
             checks.extend(found)
-        except (TunesmithError, OSError, ValueError, LookupError, TypeError, AssertionError, RuntimeError) as error:
-            checks.append(
-                Check(what, False, f"{type(error).__name__}: {error}", "whole", getattr(error, "message", str(error)))
-            )
+        except Exception as error:  # of five libraries, each with its own: whatever its files make them do
+            said = " ".join(str(error).split()) or type(error).__name__
+            cause = getattr(error, "message", said)
+            checks.append(Check(what, False, f"{type(error).__name__}: {said}", "whole", cause))
 
     def running() -> Iterator[Check]:
         nonlocal name
@@ -303,6 +277,7 @@ def _files(
     if form in ("gguf", "ollama"):
         file = _gguf(folder)
         yield from inspect.gguf_checks(file, weights, renderer, quantize)
+        yield inspect.no_others(folder, file.name, *(["Modelfile"] if form == "ollama" else []))
         if form == "ollama":
             text = (folder / "Modelfile").read_text(encoding="utf-8")
             yield ollama.modelfile_check(text, renderer, system_of(source.run), file.name, _context(weights))
@@ -372,7 +347,11 @@ def recheck(
     except (OSError, msgspec.MsgspecError):
         raise UsageError("parity.json is damaged", where=str(folder), fix="export again") from None
     source = find_source(model or before.model)
-    found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
+    if missing := [name for name in before.files if not (folder / name).is_file()]:
+        gone = Check("files", False, f"{len(missing)} are missing", "all", f"{', '.join(missing)} is missing")
+        found = msgspec.structs.replace(before, deployable=False, checks=[gone])
+    else:
+        found = certify(folder, source, before.form, before.quantize, prompts=prompts, on_progress=on_progress)
     said = read_json(folder / "model_info.json").get("export", {})
     mark(folder, source, found, {k: said.get(k, "") for k in ("weights", "command", "license", "data_license")})
     if source.run:
@@ -391,7 +370,10 @@ def mark(folder: Path, source: Source, certificate: Certificate, told: dict[str,
         failed=failed,
         **told,
     )
-    card.write_card(source.run, said, folder) if source.run else card.write_plain(source.name, said, folder)
+    if source.run:
+        card.write_card(source.run, said, folder, source.folder)
+    else:
+        card.write_plain(source.name, said, folder)
     write_json(folder / PARITY, certificate)
     if certificate.deployable:
         (folder / REFUSED).unlink(missing_ok=True)

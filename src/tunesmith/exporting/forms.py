@@ -91,14 +91,16 @@ def refuse_form(form: str, quantize: str | None, unmerged: bool) -> None:
 
 def refuse_target(target: Path) -> None:
     """UsageError unless the target is free."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if file := next((each for each in (target, *target.parents) if each.exists() and not each.is_dir()), None):
+        raise UsageError("is a file", where=str(file), fix="choose another -o")
+    if target.exists() and any(target.iterdir()):
         fix = "choose another -o, or delete it" if (target / PARITY).exists() else "choose another -o"
         raise UsageError("the output directory is not empty", where=str(target), fix=fix)
 
 
 def refuse_no_export(folder: Path) -> None:
     """UsageError unless `tunesmith export` made the folder."""
-    if not (folder / PARITY).exists():
+    if not (folder / PARITY).is_file():
         raise UsageError("not an export (no parity.json)", where=str(folder), fix="tunesmith export makes one")
 
 

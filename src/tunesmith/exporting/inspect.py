@@ -22,7 +22,9 @@ from tunesmith.models import read_json
 from tunesmith.render import TOKENIZER_FILES, Renderer, own_template
 
 TOKENIZER = tuple(name for name in TOKENIZER_FILES if name not in ("generation_config.json", "chat_template.jinja"))
-OURS = ("config.json", "model.safetensors.index.json", PARITY, REFUSED, "README.md", "model_info.json")
+CONFIGURATION = ("config.json", "model.safetensors.index.json")
+OURS = (PARITY, REFUSED, "README.md", "model_info.json")
+FREE = ("GGUF.", "general.", "quantize.")  # fields of a GGUF file by which nothing is computed
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types, which have 16 values each
 
 
@@ -40,7 +42,8 @@ def folder_checks(folder: Path, weights: Weights, renderer: Renderer) -> Iterato
     yield _settings(wanted, there.config)
     yield _tied_head(weights.tied, there.tied, _head(there))
     yield _weights(_merged_errors(there, weights, kind), f"as the run's own, rounded to {merged.SHORT[kind].lower()}")
-    yield _files(folder)
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    yield no_others(folder, *CONFIGURATION, *(index.values() if index else ["model.safetensors"]), *TOKENIZER_FILES)
 
 
 def _said(folder: Path, renderer: Renderer, generation: dict[str, Any]) -> Iterator[Check]:
@@ -62,11 +65,9 @@ def _same_file(a: Path, b: Path) -> bool:
     return filecmp.cmp(a, b, shallow=False)
 
 
-def _files(folder: Path) -> Check:
+def no_others(folder: Path, *names: str) -> Check:
     """Whether only what belongs to the export is there: a second weights file would be loaded too."""
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-    expected = {*(index.values() if index else ["model.safetensors"]), *TOKENIZER_FILES, *OURS}
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in expected)
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in (*names, *OURS))
     cause = f"{', '.join(extra)} does not belong to it" if extra else ""
     return Check("files", not extra, cause or "those of the export alone", "no others", cause)
 
@@ -108,6 +109,7 @@ def adapter_checks(folder: Path, own: Path, renderer: Renderer) -> Iterator[Chec
     same = filecmp.cmp(own / name, folder / name, shallow=False)
     said, cause = ("every byte the same", "") if same else ("the files differ", f"{name} differs")
     yield Check("weights", same, said, "every byte", cause)
+    yield no_others(folder, "adapter_config.json", name, *TOKENIZER_FILES)
 
 
 # ---- a GGUF file
@@ -124,7 +126,7 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = gguf_file.text_config(weights.config)
     known = gguf_file.model_facts(config, weights.folder)
-    wanted = gguf_file.settings(config, known)
+    wanted: dict[str, Any] = {"general.architecture": known["arch"]} | gguf_file.settings(config, known)
     tensors = {t.name: t for t in reader.tensors}
     yield _template(fields.get("tokenizer.chat_template"), renderer)
     stops = [fields.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom")]
@@ -134,7 +136,8 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
     yield _vocabulary(words, fields)
     base = f"{known['arch']}.rope.freq_base"
     yield _rope_base(fields.get(base), wanted.get(base))
-    yield _settings(wanted, {k: fields.get(k) for k in wanted})
+    others = {*words, "tokenizer.chat_template", *(k for k in fields if k.startswith(FREE))} - set(wanted)
+    yield _settings(wanted, {k: v for k, v in fields.items() if k not in others})
     head = tensors.get("output.weight")
     same = (
         head is None or "token_embd.weight" in tensors and np.array_equal(head.data, tensors["token_embd.weight"].data)
@@ -178,6 +181,13 @@ def _gguf_errors(
         error = relative(want.reshape(have.shape) if want.numel() == have.numel() else want, have)
         if kinds or not error <= limits(quantize)["weights"]:
             yield target, error, "differs"
+    extra = gguf_file.rope_factors(config)
+    for name, values in extra.items():
+        if name not in tensors or not np.array_equal(tensors[name].data, values):
+            yield name, 1.0, "differs" if name in tensors else "is missing"
+    theirs = set(tensors) - {*gguf_file.targets(weights, config, known).values(), *extra}
+    for name in theirs - {"output.weight" if weights.tied else ""}:  # of a tied head the check above has told
+        yield name, 1.0, "does not belong to it"
 
 
 # ---- one check each
@@ -195,10 +205,16 @@ def _template(there: str | None, renderer: Renderer) -> Check:
 
 def _stops(there: list[int], renderer: Renderer) -> Check:
     wanted = renderer.stop_ids
-    missing = [f"{renderer.tokenizer.id_to_token(i)} ({i})" for i in wanted if i not in there]
+    missing, more = ([f"{renderer.tokenizer.id_to_token(i)} ({i})" for i in some] for some in _apart(wanted, there))
     found = f"answers end at {', '.join(renderer.tokenizer.id_to_token(i) or str(i) for i in there) or 'nothing'}"
     cause = f"a stop token of training is not among them: {', '.join(missing)}" if missing else ""
-    return Check("stop tokens", not missing, found, "those of training", cause)
+    cause = cause or (f"answers would end at {', '.join(more)} too" if more else "")
+    return Check("stop tokens", not cause, found, "those of training", cause)
+
+
+def _apart(a: list[int], b: list[int]) -> tuple[list[int], list[int]]:
+    """What only the first has, and what only the second."""
+    return [i for i in a if i not in b], [i for i in b if i not in a]
 
 
 def _rope_base(there: Any, wanted: Any) -> Check:
@@ -211,7 +227,8 @@ def _rope_base(there: Any, wanted: Any) -> Check:
 
 def _settings(wanted: dict[str, Any], there: dict[str, Any]) -> Check:
     wrong = [f"{k} is {there.get(k)}, not {v}" for k, v in wanted.items() if not _near(there.get(k), v)]
-    found = f"{len(wanted) - len(wrong)} of {len(wanted)} are those of the run's own model"
+    wrong += [f"{k} does not belong to it" for k in there if k not in wanted]
+    found = f"{max(0, len(wanted) - len(wrong))} of {len(wanted)} are those of the run's own model"
     return Check("settings", not wrong, found, "all", "; ".join(wrong[:3]))
 
 

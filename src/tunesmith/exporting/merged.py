@@ -71,6 +71,9 @@ def configuration(weights: Weights, renderer: Renderer, kind: torch.dtype) -> tu
     """config.json in the type of the weights, and generation_config.json that stops where training's answers ended."""
     left_out = ("quantization_config", "torch_dtype", "_name_or_path")
     config = {k: v for k, v in weights.config.items() if k not in left_out}
+    turns = config.get("rope_parameters") or {}
+    if "rope_theta" in turns:  # where programs look that know transformers 4 only: they would take 10,000
+        config = {"rope_theta": turns["rope_theta"]} | config
     stops = renderer.stop_ids
     kept = {k: v for k, v in read_json(weights.folder / "generation_config.json").items() if v is not None}
     end = {"eos_token_id": stops[0] if len(stops) == 1 else stops, "pad_token_id": renderer.pad_id}

@@ -115,8 +115,9 @@ def go_template(known: Parts, adds_bos: str) -> str:
 
 
 def _go(text: str) -> str:
-    """A text as it stands in a Go template: actions of its own are written as strings."""
-    return text if "{{" not in text and "}}" not in text else "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    """A text as it stands in a Go template: one that has an action, or makes one with its neighbours, is written as a string."""
+    plain = "{{" not in text and "}}" not in text and not text.startswith("}") and not text.endswith("{")
+    return text if plain else "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
 
 
 def modelfile(file: str, renderer: Renderer, system: str | None, context: int) -> str:
@@ -154,7 +155,7 @@ def modelfile_check(text: str, renderer: Renderer, system: str | None, file: str
     """Whether a Modelfile is the one of the run."""
     wanted = modelfile(file, renderer, system, context)
     lines = zip_longest(wanted.splitlines(), text.splitlines(), fillvalue="(nothing)")
-    wrong = next((there for line, there in lines if there != line), None if text == wanted else "a line break")
+    first = next((there or "an empty line" for line, there in lines if there != line), "a line break")
     found = f"{len(wanted.splitlines())} lines: template, stops, sampling, system prompt"
-    cause = f"the Modelfile is not the one of training, first: {wrong}" if wrong else ""
-    return Check("Modelfile", not wrong, cause or found, "as in training", cause)
+    cause = "" if text == wanted else f"the Modelfile is not the one of training, first: {first}"
+    return Check("Modelfile", not cause, cause or found, "as in training", cause)

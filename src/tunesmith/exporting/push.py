@@ -127,6 +127,10 @@ def _opened(path: Path, force: bool) -> tuple[Path, Run | None]:
             if not (path / name).is_file() or sha256(path / name) != digest:
                 fix = f"tunesmith parity {shlex.quote(str(path))}"
                 raise UsageError(f"{name} has changed since it was certified", where=str(path), fix=fix)
+        certified = {*(certificate.get("files") or {}), *SAID}
+        if more := sorted(p.name for p in path.iterdir() if _matches(p.name, MODEL) and p.name not in certified):
+            fix = f"take it out, or tunesmith parity {shlex.quote(str(path))}"
+            raise UsageError(f"{more[0]} was not there when it was certified", where=str(path), fix=fix)
         if certificate.get("deployable") is not True and not force:
             failed = ", ".join(c["name"] for c in certificate.get("checks", []) if not c["passed"])
             fix = "export it again, or --force"
@@ -217,6 +221,7 @@ def _said(folder: Path, run: Run | None, repo: str, stand_ins: dict[str, str]) -
     found = {}
     for name, text in texts.items():
         text = text.replace('from_pretrained(".")', f'from_pretrained("{repo}")')
+        text = text.replace("vllm serve . ", f"vllm serve {repo} ")
         found[name] = _PATH.sub(_name, _without(text, stand_ins))
     home = os.path.expanduser("~") + "/"
     for name, text in (found | {p.name: p.read_text("utf-8", "replace") for p in folder.glob("*config.json")}).items():

@@ -6,6 +6,7 @@ A bad file ends that process, not ours. They listen on loopback and ask for a ke
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import secrets
@@ -75,7 +76,7 @@ class _Program:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             raise ModelError(f"{self.called} refuses: {_refusal(error)}", where=path) from None
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise ModelError(f"{self.called} has ended: {error}", where=path) from None
 
     def end(self) -> str:
@@ -112,7 +113,11 @@ class LlamaCpp:
         self._program.address = process.stdout.readline().strip() if said else ""
         if not self._program.address:
             raise ModelError(f"llama.cpp cannot load it: {_why(self._program.end())}", where=str(file))
-        self._whole = self._program.ask("/tokenize", {"content": "a"})["tokens"][-1]
+        try:
+            self._whole = self._program.ask("/tokenize", {"content": "a"})["tokens"][-1]
+        except (ModelError, LookupError):
+            self._program.end()
+            raise
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         ask = self._program.ask

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from tunesmith.errors import ModelError
-from tunesmith.models import find, read_json, shapes
+from tunesmith.models import find, read_json, shapes, weight_files
 
 PEFT = "base_model.model."  # what peft puts before the names of the base's modules
 MERGED = ("lora_A", "lora_B", "lora_magnitude_vector")  # all else in an adapter would be lost
@@ -48,7 +48,7 @@ class Weights:
         own = shapes(self.folder)
         unwanted = (*BUFFERS, "lm_head.weight") if self.tied and any(n.endswith(EMBEDDINGS) for n in own) else BUFFERS
         self.shapes = {n: tuple(s) for n, s in own.items() if not any(fnmatch(n, u) for u in unwanted)}
-        self.files = {name: file for file in sorted(self.folder.glob("*.safetensors")) for name in _names(file)}
+        self.files = {name: file for file in weight_files(self.folder) for name in _names(file)}
         if self._adapter:
             self._adapter.check(set(self.shapes))
 
