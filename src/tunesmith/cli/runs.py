@@ -275,6 +275,7 @@ def events(argv: list[str]) -> int:
 
     from tunesmith import api, backends
 
+    refuse_type(options.type)
     run = api.find_run(options.run)
     if run.manifest()["provider"] == "openai" and api.has_job(run):
         backends.get("openai").poll(run)
@@ -289,6 +290,19 @@ def events(argv: list[str]) -> int:
         said = rest.pop("message", "")
         print(f"{when}  {event['type']:10}  {said}{' ' if said and rest else ''}{_fields(rest)}")
     return 0
+
+
+def refuse_type(name: str | None) -> None:
+    """UsageError for a type of which no run has events."""
+    import tomllib
+
+    from tunesmith.errors import UsageError, did_you_mean
+    from tunesmith.recipe import FACTS
+
+    known = tomllib.loads((FACTS / "events.toml").read_text(encoding="utf-8"))
+    if name is not None and name not in known:
+        fix = f"known: {', '.join(known)}"
+        raise UsageError(f'no type "{name}"{did_you_mean(name, list(known))}', where="--type", fix=fix)
 
 
 def _fields(values: dict[str, object]) -> str:
