@@ -15,6 +15,8 @@ import msgspec
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.recipe import FACTS, MOST, POSITIVE, SAFE, SHARES, SWITCHES, Field, Recipe, canonical, fields
 
+EVALUATED = (("task", "persona"), ("task", "compression"))  # what a model is measured for, and not trained for
+
 
 def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, dict[str, str]]:
     """Defaults, then the task's, the preset's or file's, then flags: (Recipe, origin of each value).
@@ -111,7 +113,8 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if value == "" or isinstance(value, int | float) and not _in_range(name, value):
             raise msgspec.ValidationError
     except msgspec.ValidationError:
-        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=field.help) from None
+        fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
+        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=fix) from None
     return value
 
 

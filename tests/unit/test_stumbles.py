@@ -120,3 +120,17 @@ def test_one_error_is_told_as_one(capsys: Captured, tmp_path: Path) -> None:
     assert cli.main(["data", "check", str(tmp_path / "d.jsonl")]) == 3
     said = capsys.readouterr().out
     assert "1 usable, 1 error," in said and "1 error: training" in said
+
+
+def test_a_task_of_evaluation_is_told_as_one(capsys: Captured) -> None:
+    assert "tunesmith evaluate: --task persona" in refused(capsys, "plan", "--dataset", "echo", "--task", "persona")
+
+
+def test_a_run_fits_a_narrow_terminal(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = api.train("echo", provider="fake", output_dir=tmp_path / "run")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["runs", "show", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "settings given or worked out" in said and "not defaults" not in said
+    chart = [line for line in said.splitlines() if "┤" in line or "└" in line]
+    assert chart and max(map(len, chart)) <= 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +103,13 @@ def show(argv: list[str]) -> int:
     if len(lineage) > 1:
         print("\nlineage\n" + _lineage(lineage))
     evals = run.metrics("eval")
-    for line in of_run(run.metrics("step"), evals):
+    width = max(20, min(60, shutil.get_terminal_size().columns - 12))  # the axis takes the rest
+    for line in of_run(run.metrics("step"), evals, width):
         print(line)
     if evals:
         print("\nvalidation loss\n" + table([("step", "loss"), *((e["step"], f"{e['loss']:.4f}") for e in evals)]))
     print(
-        "\nsettings that are not defaults\n"
+        "\nsettings given or worked out\n"
         + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"])
     )
     for event in run.events():
