@@ -57,6 +57,11 @@ class Interrupted(TunesmithError):
     exit_status = 130
 
 
+def counted(number: int, word: str) -> str:
+    """ "1 error", "2 errors"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """' (did you mean "epochs"?)' for the nearest known word, else ''."""
     import difflib  # only on the way to an error: 4 ms

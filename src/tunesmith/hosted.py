@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -96,15 +97,23 @@ def _other_settings(recipe: Recipe, origin: dict[str, str]) -> list[Issue]:
         if origin[name].startswith("preset "):
             found.append(finding("idle-setting", origin[name], f"{name} has no effect: a service trains", fix))
         else:
-            raise UsageError(f"{name} means nothing to a service", where=origin[name], fix=fix)
+            raise UsageError(f"{name} means nothing to a service", where=_place(name, origin), fix=fix)
     for name, most in MOST.items():
         value = getattr(recipe, name)
         if value != "auto" and not 1 <= value <= most:
-            raise UsageError(f"{name} is {value}; services take 1 to {most}", where=origin[name], fix="change it")
+            raise UsageError(
+                f"{name} is {value}; services take 1 to {most}", where=_place(name, origin), fix="change it"
+            )
     if recipe.suffix is not None and not re.fullmatch(r"[a-z0-9-]{1,64}", recipe.suffix):
         near = re.sub(r"[^a-z0-9]+", "-", recipe.suffix.lower())[:64].strip("-")
-        raise UsageError("suffix: 1 to 64 of a-z, 0-9 and -", where=origin["suffix"], fix=f"take {near or 'another'}")
+        raise UsageError(
+            "suffix: 1 to 64 of a-z, 0-9 and -", where=_place("suffix", origin), fix=f"take {near or 'another'}"
+        )
     return found
+
+
+def _place(name: str, origin: dict[str, str]) -> str:
+    return name if origin[name] == "flag" else origin[name]
 
 
 def _address(recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
@@ -175,9 +184,19 @@ def _model(recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, st
         raise UsageError("which model?", where="--model", fix=f"the service trains {still_trained()}")
     base = name.split(":")[1] if name.startswith("ft:") and name.count(":") > 2 else name
     known = hosted_model(base) if ours or base in hosted()["models"] else None
+    if ours and known and known[1]["ends"] < date.today():  # said before a key is asked for
+        raise UsageError(
+            f"the service has ended this model on {known[1]['ends']}", where=name, fix=instead(recipe.dataset)
+        )
     if known and base == name and known[0] != name:
         recipe, origin = msgspec.structs.replace(recipe, model=known[0]), {**origin, "model": f"auto: {name} in full"}
     return recipe, origin, known
+
+
+def instead(dataset: str | None) -> str:
+    """What to do where a service has ended a model."""
+    words = shlex.join(["tunesmith", "train", "--dataset", str(dataset), "--provider", "huggingface"])
+    return f"train on this machine: {words}"
 
 
 def _over_long(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, did_you_mean
 
 STARTER = Path(__file__).parent / "assets" / "starter"
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never pickled weights
@@ -28,10 +29,10 @@ class ModelFacts(msgspec.Struct, frozen=True):
     context: int
 
 
-def find(name: str) -> Path:
+def find(name: str, *also: str) -> Path:
     """The folder of a model: the starter, a local folder (a run too), or a Hub snapshot.
 
-    Raises ModelError naming what was tried.
+    Raises ModelError naming what was tried; names that the caller would `also` take are suggested.
     """
     path = Path(name).expanduser()
     if name == "starter":  # a folder of that name is ./starter
@@ -46,10 +47,10 @@ def find(name: str) -> Path:
         return path
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or path.exists():
         raise ModelError("no such model folder", where=name, fix="check the path, or use --model starter")
-    return _snapshot(name)
+    return _snapshot(name, also)
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, also: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
@@ -60,11 +61,12 @@ def _snapshot(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True, allow_patterns=_WANTED))
     except Exception:  # not in the cache: whatever the client says, a download is next
         pass
+    known = ["starter", *also]
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, etag_timeout=5))
     except Exception:
         raise ModelError(
-            "neither a folder here, nor in the cache, nor to be had from the Hub",
+            f"neither a folder here, nor in the cache, nor to be had from the Hub{did_you_mean(name, known)}",
             where=name,
             fix=f"check the name, fetch it where there is a network (hf download {name}), or use --model starter",
         ) from None

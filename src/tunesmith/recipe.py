@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from tunesmith.errors import DataError
+from tunesmith.errors import UsageError
 
 FACTS = Path(__file__).parent / "facts"
 Auto = Literal["auto"]
@@ -244,6 +244,7 @@ POSITIVE = (
     "threads",
     "num_workers",
 )  # auto-or-number fields: the union's number must be above 0
+MOST = {"threads": 4096, "num_workers": 4096}  # no machine has more cores; a system refuses far more threads than that
 SHARES = ("freeze_ratio", "warmup_ratio", "valid_fraction", "test_fraction")  # auto-or-share fields
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
@@ -288,7 +289,7 @@ def canonical(key: str) -> str | None:
 
 
 def need_dataset(recipe: Recipe) -> str:
-    """The data set's name, or DataError when none was given."""
+    """The data set's name, or UsageError when none was given."""
     if recipe.dataset is None:
-        raise DataError("no data set", fix="give --dataset FILE (or --dataset echo for the sample)")
+        raise UsageError("no data set", fix="give --dataset FILE (or --dataset echo for the sample)")
     return recipe.dataset

@@ -13,7 +13,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 import msgspec
 
 from tunesmith.errors import UsageError, did_you_mean
-from tunesmith.recipe import FACTS, POSITIVE, SAFE, SHARES, SWITCHES, Field, Recipe, canonical, fields
+from tunesmith.recipe import FACTS, MOST, POSITIVE, SAFE, SHARES, SWITCHES, Field, Recipe, canonical, fields
+
+EVALUATED = (("task", "persona"), ("task", "compression"))  # what a model is measured for, and not trained for
 
 
 def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, dict[str, str]]:
@@ -30,16 +32,16 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
                 if value and layer.get(SWITCHES[key][0], SWITCHES[key][1]) != SWITCHES[key][1]:
                     raise UsageError(
                         f"{key} contradicts {SWITCHES[key][0]} {layer[SWITCHES[key][0]]}",
-                        where=name,
+                        where=key if name == "flag" else name,
                         fix="give one of the two",
                     )
                 key, value = SWITCHES[key][0], SWITCHES[key][1] if value else "full"
             field = canonical(key)
             if field is None:
-                raise unknown(key, name)
-            values[field], origin[field] = _typed(field, value, name), name
+                raise unknown(key, "a keyword" if name == "flag" else name)
+            values[field], origin[field] = _typed(field, value, field if name == "flag" else name), name
 
-    layers = [(_sections(_load_config(config)), _config_name(config))] if config else []
+    layers = [(_sections(_load_config(config), _config_name(config)), _config_name(config))] if config else []
     layers.append((flags, "flag"))
     task = next((layer["task"] for layer, _ in reversed(layers) if "task" in layer), "chat")
     if isinstance(task, str) and (FACTS / "tasks" / f"{task}.toml").exists():
@@ -49,7 +51,9 @@ def resolve(flags: dict[str, Any], config: str | None = None) -> tuple[Recipe, d
     recipe = Recipe(**values)
     if sum(0.1 if share == "auto" else share for share in (recipe.valid_fraction, recipe.test_fraction)) >= 1:
         raise UsageError(
-            "valid_fraction + test_fraction leave nothing to train on", where="flag", fix="make their sum less than 1"
+            "valid_fraction + test_fraction leave nothing to train on",
+            where="valid_fraction",
+            fix="make their sum less than 1",
         )
     return recipe, {name: origin.get(name, "default") for name in fields()}
 
@@ -59,7 +63,7 @@ def unknown(key: str, place: str) -> UsageError:
     if fix := elsewhere().get(key.lstrip("-").replace("-", "_")):
         return UsageError(f"{key} is another trainer's setting", where=place, fix=fix)
     known = [*fields(), *(a for f in fields().values() for a in f.aliases)]
-    fix = "tunesmith train --help lists them all"
+    fix = "docs/settings.md lists them all" if place == "a keyword" else "tunesmith train --help lists them all"
     return UsageError(f'unknown setting "{key}"{did_you_mean(key, known)}', where=place, fix=fix)
 
 
@@ -109,14 +113,17 @@ def _typed(name: str, value: Any, place: str) -> Any:
         if value == "" or isinstance(value, int | float) and not _in_range(name, value):
             raise msgspec.ValidationError
     except msgspec.ValidationError:
-        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=field.help) from None
+        fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
+        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=fix) from None
     return value
 
 
 def _in_range(name: str, value: float) -> bool:
     """What msgspec's limits cannot say of a union ("auto" or a number); JSON and torch take no whole number over 2**63."""
     least = 1e-300 if name in POSITIVE else 0 if name in ("warmup_steps", *SHARES) else -(2**63)
-    return least <= value < (1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf)
+    return least <= value <= MOST.get(name, math.inf) and value < (
+        1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf
+    )
 
 
 def expected(field: Field) -> str:
@@ -129,6 +136,8 @@ def expected(field: Field) -> str:
     words = next((kinds[t] for t in parts if t in kinds), "another kind of value")
     if field.name in POSITIVE or meta.gt is not None:
         words += " over 0"
+    if field.name in MOST:
+        words += f", {MOST[field.name]} at most"
     if field.name in SHARES:
         words += " from 0 up to 1 (less than that)"
     if meta.ge is not None:
@@ -164,11 +173,17 @@ def _load_config(config: str) -> dict[str, Any]:
     return data
 
 
-def _sections(config: dict[str, Any]) -> dict[str, Any]:
+def _sections(config: dict[str, Any], place: str) -> dict[str, Any]:
     """Settings may stand at the top or under their group's name ([training])."""
     groups = {field.group for field in fields().values()}  # [method] is a group where `method = "lora"` is a setting
     flat: dict[str, Any] = {}
     for key, value in config.items():
+        if isinstance(value, dict) and key not in groups and canonical(key) is None:
+            raise UsageError(
+                f"no group of settings [{key}]{did_you_mean(key, sorted(groups))}",
+                where=place,
+                fix=f"groups: {', '.join(sorted(groups))}",
+            )
         flat |= value if key in groups and isinstance(value, dict) else {key: value}
     return flat
 

@@ -265,7 +265,7 @@ def test_init_writes_a_config_that_works(tmp_path: Path, data: Path, cli: Cli) -
     (tmp_path / "all.toml").write_text(
         "\n".join(
             line.removeprefix("# ")
-            if " = " in line and not line.endswith("(not set)") and "# columns" not in line
+            if " = " in line and not line.endswith("; not set") and "# columns" not in line
             else line
             for line in text.splitlines()
         )

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if not isinstance(error, TunesmithError):
             raise
-        return _report(error, "--json" in words)
+        return _report(error, words)
 
 
 def _run(words: list[str]) -> int:
@@ -104,9 +104,10 @@ def _run(words: list[str]) -> int:
         print(overview(words[0]))
         return 0
     if name not in COMMANDS:
+        known = ["--help", "--version"] if name.startswith("-") else list(COMMANDS)
         from tunesmith.errors import UsageError, did_you_mean
 
-        raise UsageError(f'no command "{name}"{did_you_mean(name, list(COMMANDS))}', fix="tunesmith --help lists them")
+        raise UsageError(f'no command "{name}"{did_you_mean(name, known)}', fix="tunesmith --help lists them")
     if words[size:] in (["--help"], ["-h"]) and _width() >= HELP_WIDTH and os.path.exists(help_page(name)):
         with open(help_page(name), encoding="utf-8") as page:
             print(page.read(), end="")
@@ -144,13 +145,23 @@ def _lacking(error: ModuleNotFoundError, command: str) -> Exception:
     return UsageError(message, where=command, fix=f"pip install 'tunesmith[{extra[1]}]'") if extra else error
 
 
-def _report(error: Exception, as_json: bool) -> int:
+def as_typed(place: str, words: list[str]) -> str:
+    """A setting's name as the option that was typed ("track": --report-to); any other place as it is."""
+    from tunesmith.recipe import canonical, fields
+
+    options = (word.partition("=")[0] for word in words if word.startswith("--"))
+    typed = (option for option in options if canonical(option.replace("--no-", "--")) == place)
+    return next(typed, place) if place in fields() else place
+
+
+def _report(error: Exception, words: list[str]) -> int:
     from tunesmith.errors import TunesmithError
 
     assert isinstance(error, TunesmithError)
+    error.where = as_typed(error.where, words)
     word = "interrupted" if error.exit_status == 130 else "error"
     print(f"{word}: {error}", file=sys.stderr)
-    if as_json:
+    if "--json" in words:
         import json
 
         print(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tunesmith.cli.options import Parser, natural, positive, share, show_json
+from tunesmith.cli.options import Parser, natural, positive, share, show_json, temperature
 from tunesmith.conversation import Message
 from tunesmith.errors import DataError
 
@@ -28,7 +28,7 @@ def chat(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="longest answer [256]")
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=temperature,
         default=0.7,
         metavar="T",
         help="0: always the likeliest word [0.7; 0 with --prompt]",

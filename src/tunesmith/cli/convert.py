@@ -108,7 +108,7 @@ def _chosen(options: argparse.Namespace) -> list[Conversation]:
             file=sys.stderr,
         )
     if left_out:
-        print(f"{left_out} of {sum(read)} rows are left out by the options", file=sys.stderr)
+        print(f"{left_out} of {sum(read)} rows left out by the options", file=sys.stderr)
     return rows
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, coloured, columns, positive, show_json
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,10 +62,10 @@ def check(argv: list[str]) -> int:
 
         refuse_taken(Path(options.fix))
     if options.report:
-        page = Path(options.report)
-        if page.exists() or page.is_symlink():
-            raise UsageError("exists already", where=options.report, fix="choose another name, or remove it")
-        if options.report == options.fix or not page.parent.is_dir():
+        from tunesmith.data.write import refuse_output
+
+        refuse_output(Path(options.report))
+        if options.report == options.fix:
             raise UsageError("cannot be written there", where=options.report, fix="name a new file in a folder that is")
     each = None
     if options.model:
@@ -136,7 +136,9 @@ def check(argv: list[str]) -> int:
                 + (f"; also read: {', '.join(sorted(known.optional))}" if known.optional else "")
             )
     kinds = ", ".join(f"{count} {name}" for name, count in found.formats.items()) or "no known format"
-    print(f"{found.rows_in} rows ({kinds}): {found.usable} usable, {errors} errors, {warnings} warnings")
+    print(
+        f"{found.rows_in} rows ({kinds}): {found.usable} usable, {counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    )
     print(f"grade: {word} ({'; '.join(reasons)})")
     if fixed:
         print(f"{fixed['file']}: {fixed['rows']} rows, {fixed['changes']} changes, listed in {fixed['log']}")
@@ -193,8 +195,10 @@ def preview(argv: list[str]) -> int:
     from tunesmith.models import facts, find
     from tunesmith.render import Renderer, chosen_template
 
-    if options.html and Path(options.html).exists():
-        raise UsageError("exists already", where=options.html, fix="choose another name, or remove it")
+    if options.html:
+        from tunesmith.data.write import refuse_output
+
+        refuse_output(Path(options.html))
     found = api.check(options.dataset, columns(options.columns), near_duplicates=False)
     rows = found.conversations or found.require().conversations
     if found.errors():  # what can be shown helps to find out why

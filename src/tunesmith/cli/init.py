@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.cli.options import Parser
-from tunesmith.errors import UsageError
+
+UNSET = {  # what a setting without a default may look like
+    "valid_dataset": "valid.jsonl",
+    "test_dataset": "test.jsonl",
+    "group_by": "metadata.tree_id",
+    "max_steps": 100,
+    "warmup_steps": 10,
+    "base_url": "https://api.openai.com/v1",
+    "api_key_file": "key.txt",
+    "suffix": "echo",
+    "output_dir": "fine_tuned_models/echo",
+}
 
 
 def init(argv: list[str]) -> int:
@@ -16,9 +27,9 @@ def init(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", default="tunesmith.toml", metavar="FILE", help="[tunesmith.toml]")
     options = parser.parse_args(argv)
     path = Path(options.output)
-    if path.exists():
-        raise UsageError("exists already", where=str(path), fix="choose another -o, or remove it")
-    from tunesmith.data.write import write_bytes
+    from tunesmith.data.write import refuse_output, write_bytes
+
+    refuse_output(path)
 
     write_bytes(path, template(options.dataset).encode())
     print(path)
@@ -41,7 +52,6 @@ def template(dataset: str) -> str:
             lines.append(f"dataset = {json.dumps(dataset, ensure_ascii=False)}")
         else:
             value = field.default
-            lines.append(
-                f"# {field.name} = " + ("(not set)" if value is None else "{}" if value == {} else json.dumps(value))
-            )
+            example = json.dumps(UNSET[field.name]) if value is None else "{}" if value == {} else json.dumps(value)
+            lines.append(f"# {field.name} = {example}" + ("  # for example; not set" if value is None else ""))
     return "\n".join(lines) + "\n"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, add_settings, positive, settings, show_json
-from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
     from tunesmith.local.lr_finder import Trial
@@ -26,8 +25,10 @@ def lr_find(argv: list[str]) -> int:
     from tunesmith.cli.progress import clock, table
     from tunesmith.local.machine import tune
 
-    if options.plot and Path(options.plot).exists():
-        raise UsageError("exists already", where=options.plot, fix="choose another name, or remove it")
+    if options.plot:
+        from tunesmith.data.write import refuse_output
+
+        refuse_output(Path(options.plot))
     tune()
     began, done = time.monotonic(), 0
 

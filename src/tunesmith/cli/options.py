@@ -23,11 +23,13 @@ class Parser(argparse.ArgumentParser):
             if word == "--api-key":
                 fix = "export OPENAI_API_KEY=…, or --api-key-file FILE; and change the key if this one is real"
                 raise UsageError("a key on the command line is seen by all users of this machine", where=word, fix=fix)
+            if {"--model", "--lora-rank"} <= set(known) and not word.startswith("-"):
+                raise UsageError(f"unexpected argument {word}", fix=f"data is named by an option: --dataset {word}")
             if {"--model", "--lora-rank"} <= set(known):  # a command with the settings of training
                 from tunesmith.settings import elsewhere, unknown
 
                 if word.startswith("--") and word[2:].replace("-", "_") in elsewhere():
-                    raise unknown(word, "flag")
+                    raise unknown(word, self.prog)
             message = (
                 f"unknown option {word}{did_you_mean(word, known)}"
                 if word.startswith("-")
@@ -50,6 +52,11 @@ def natural(text: str) -> int:
     return _whole(text, 0)
 
 
+def port(text: str) -> int:
+    """An option's value that is a port: 16 bits."""
+    return _whole(text, 0, 65535)
+
+
 def share(text: str) -> float:
     """An option's value that is a number over 0, 1 at most."""
     try:
@@ -61,9 +68,22 @@ def share(text: str) -> float:
     return value
 
 
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, not {text!r}")
+def temperature(text: str) -> float:
+    """An option's value that is a temperature: 0 to 2, as services have it. NaN is in no range."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2, not {text!r}")
+    return value
+
+
+def _whole(text: str, least: int, most: int | None = None) -> int:
+    if not text.isdecimal() or not least <= int(text) <= (most or 2**63 - 1):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} {f'to {most}' if most else 'up'}, not {text!r}"
+        )
     return int(text)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.cli.curves import of_run, sparkline
+from tunesmith.errors import counted
 from tunesmith.runs import Event, Run
 
 EVERY_SECONDS = 5.0  # between progress lines where the line cannot be rewritten
@@ -59,12 +60,13 @@ class Progress:
             bill, tokens = run.manifest()["plan"].get("bill") or {}, event["tokens"]
             planned = f" (the plan said {bill['billed_tokens']})" if bill else ""
             said = "" if tokens is None else f", {tokens} tokens{planned}"
-            self._say(f"trained {event['step']} steps{said}: {event['model']}")
+            self._say(f"trained {counted(event['step'], 'step')}{said}: {event['model']}")
             self._curves(run)
         elif kind == "done":
             early = f", stopped early (no gain since step {event['best_step']})" if event["stopped_early"] else ""
             self._say(
-                f"trained {event['step']} steps in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
+                f"trained {counted(event['step'], 'step')} "
+                f"in {event['seconds']:.0f} s at {event['tokens_per_second']:.0f} tokens/s, "
                 f"peak memory {event['peak_memory_mb']} MB; best step {event['best_step']}{early}"
             )
             self._curves(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +103,13 @@ def show(argv: list[str]) -> int:
     if len(lineage) > 1:
         print("\nlineage\n" + _lineage(lineage))
     evals = run.metrics("eval")
-    for line in of_run(run.metrics("step"), evals):
+    width = max(20, min(60, shutil.get_terminal_size().columns - 12))  # the axis takes the rest
+    for line in of_run(run.metrics("step"), evals, width):
         print(line)
     if evals:
         print("\nvalidation loss\n" + table([("step", "loss"), *((e["step"], f"{e['loss']:.4f}") for e in evals)]))
     print(
-        "\nsettings that are not defaults\n"
+        "\nsettings given or worked out\n"
         + table([(k, manifest["recipe"][k], o) for k, o in manifest["origin"].items() if o != "default"])
     )
     for event in run.events():
@@ -275,6 +277,7 @@ def events(argv: list[str]) -> int:
 
     from tunesmith import api, backends
 
+    refuse_type(options.type)
     run = api.find_run(options.run)
     if run.manifest()["provider"] == "openai" and api.has_job(run):
         backends.get("openai").poll(run)
@@ -289,6 +292,19 @@ def events(argv: list[str]) -> int:
         said = rest.pop("message", "")
         print(f"{when}  {event['type']:10}  {said}{' ' if said and rest else ''}{_fields(rest)}")
     return 0
+
+
+def refuse_type(name: str | None) -> None:
+    """UsageError for a type of which no run has events."""
+    import tomllib
+
+    from tunesmith.errors import UsageError, did_you_mean
+    from tunesmith.recipe import FACTS
+
+    known = tomllib.loads((FACTS / "events.toml").read_text(encoding="utf-8"))
+    if name is not None and name not in known:
+        fix = f"known: {', '.join(known)}"
+        raise UsageError(f'no type "{name}"{did_you_mean(name, list(known))}', where="--type", fix=fix)
 
 
 def _fields(values: dict[str, object]) -> str:

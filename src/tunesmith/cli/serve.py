@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from tunesmith.cli.options import Parser, natural, positive, show_json
+from tunesmith.cli.options import Parser, natural, port, positive, show_json
 from tunesmith.errors import UsageError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -16,7 +16,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(argv: list[str]) -> int:
     parser = Parser("serve", "Serve the OpenAI fine-tuning protocol: files, jobs, models, completions.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
-    parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: any that is free [8000]")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on; 0: any that is free [8000]")
     parser.add_argument(
         "--data-dir", default="tunesmith_data", type=Path, help="where everything is kept [tunesmith_data]"
     )

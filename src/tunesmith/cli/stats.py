@@ -38,8 +38,10 @@ def stats(argv: list[str]) -> int:
 
     if options.price is not None and not 0 <= options.price < 1e6:
         raise UsageError(f"no price: {options.price}", where="--price", fix="dollars for a million tokens: 3.00")
-    if options.report and Path(options.report).exists():
-        raise UsageError("exists already", where=options.report, fix="choose another name, or remove it")
+    if options.report:
+        from tunesmith.data.write import refuse_output
+
+        refuse_output(Path(options.report))
     hosted = hosted_model(options.model)
     if options.price is not None and not hosted:
         raise UsageError("only a hosted model has a price", where="--price", fix="--model gpt-4o-mini")
@@ -69,7 +71,11 @@ def model_lengths(rows: list[Conversation], model: str, progress: Progress) -> l
     from tunesmith.render import Renderer
 
     lengths = []
-    for rendered in Renderer(find(model)).render_all(rows):
+    from tunesmith.data.stats import hosted
+
+    for rendered in Renderer(
+        find(model, *(short.rpartition("-20")[0] or short for short in hosted()["models"]))
+    ).render_all(rows):
         lengths.append(len(rendered.ids))
         if len(lengths) % 1024 == 0:
             progress(len(rows), len(lengths) / len(rows), "counting tokens")

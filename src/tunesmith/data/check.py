@@ -21,7 +21,7 @@ from tunesmith.data.likeness import Likeness
 from tunesmith.data.read import files
 from tunesmith.data.scan import Block, Progress, Rows, Spare, converted, scan, size
 from tunesmith.data.spread import can_fork, cores, spread
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, counted
 
 if TYPE_CHECKING:
     from tunesmith.data.store import Conversations, Packed, Store
@@ -327,7 +327,7 @@ def grade(found: Loaded) -> tuple[str, list[str]]:
     share = found.warned / max(1, found.usable)
     warned = f"{found.warned} of {found.usable} rows ({share:.0%}) have a warning"
     if found.count("error"):
-        return "unusable", [f"{found.count('error')} errors: training would not start"]
+        return "unusable", [f"{counted(found.count('error'), 'error')}: training would not start"]
     reasons = {
         "weak": [f"under {FEW_ROWS} rows"] * (found.rows_in < FEW_ROWS) + [warned] * (share > 0.2),
         "fair": [f"under {SOME_ROWS} rows"] * (found.rows_in < SOME_ROWS) + [warned] * (share > 0.05),

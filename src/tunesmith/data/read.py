@@ -20,7 +20,7 @@ import msgspec
 
 from tunesmith.conversation import Issue
 from tunesmith.data.findings import finding
-from tunesmith.errors import DataError, UsageError
+from tunesmith.errors import DataError, UsageError, did_you_mean
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -346,7 +346,7 @@ def _parquet(path: Path, stream: IO[bytes]) -> Iterator[Row | Issue]:
 def hub(name: str) -> Iterator[Row | Issue]:
     """A Hub data set, its `train` split: from the local cache, else, for a name like owner/name, from the network."""
     missing = DataError(
-        "neither a file here nor a data set that can be had",
+        f"neither a file here nor a data set that can be had{did_you_mean(name, samples())}",
         where=name,
         fix=f"check the path, or fetch it where there is a network and name the folder: "
         f"hf download --repo-type dataset {name} --local-dir {name.rpartition('/')[2]}",

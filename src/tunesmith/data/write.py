@@ -21,6 +21,14 @@ from tunesmith.errors import UsageError
 UNUSED = 30 * 86400  # seconds after which what is kept for later runs is removed
 
 
+def refuse_output(path: Path) -> None:
+    """UsageError unless a new file can be written at a path: asked before the work whose result it is to hold."""
+    if path.exists() or path.is_symlink():
+        raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
+    if not path.parent.is_dir():
+        raise UsageError("cannot be written there", where=str(path), fix="name a new file in a folder that is")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` atomically: after a crash it is the old file or the new one."""
     _replace(path, [data])

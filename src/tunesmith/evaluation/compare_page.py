@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from tunesmith.data.write import write_bytes
+from tunesmith.data.write import refuse_output, write_bytes
 from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation.compare import Table, steep
 from tunesmith.evaluation.report import ticks
@@ -25,8 +25,7 @@ def refuse(path: Path) -> None:
     """UsageError unless the path can become a page or a picture."""
     if path.suffix not in (".html", ".svg"):
         raise UsageError("a page or a picture?", where=str(path), fix="name it .html or .svg")
-    if path.exists():
-        raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
+    refuse_output(path)
 
 
 def write(found: Table, path: Path) -> None:

@@ -68,7 +68,7 @@ def _lora(model: nn.Module, recipe: Recipe, stack: str, frozen: int, layers: int
         if unknown:
             raise UsageError(
                 f'lora_targets: no linear layer "{unknown[0]}"',
-                where="flag",
+                where="lora_targets",
                 fix=f"this model has {', '.join(sorted(present))}",
             )
     assert recipe.lora_alpha != "auto"

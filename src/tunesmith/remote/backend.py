@@ -19,7 +19,7 @@ import msgspec
 from tunesmith.backends import Completer, create_run
 from tunesmith.data.write import write_json
 from tunesmith.errors import Interrupted, RunError, ServiceError, TunesmithError, UsageError
-from tunesmith.hosted import address, effective, local_address
+from tunesmith.hosted import address, effective, instead, local_address
 from tunesmith.planning import Prepared
 from tunesmith.remote import upload
 from tunesmith.remote.answers import Answers
@@ -178,15 +178,8 @@ def quote(prepared: Prepared) -> dict[str, Any]:
     found = service.model(recipe.model)
     ends = service.hidden(found.get("shutdown_date") or "")
     if ends and ends <= time.strftime("%Y-%m-%d"):
-        raise UsageError(
-            f"the service has ended this model on {ends}", where=recipe.model, fix=_instead(recipe.dataset)
-        )
+        raise UsageError(f"the service has ended this model on {ends}", where=recipe.model, fix=instead(recipe.dataset))
     return {**found, "shutdown_date": ends or None}
-
-
-def _instead(dataset: str | None) -> str:
-    words = shlex.join(["tunesmith", "train", "--dataset", str(dataset), "--provider", "huggingface"])
-    return f"train on this machine: {words}"
 
 
 def _key(run: Run) -> str:
@@ -359,7 +352,7 @@ def refused(error: ServiceError, run: Run) -> ServiceError:
     if error.status == 403:
         error.message += ": the service makes no jobs for this account"
     if error.status == 403 or "not available for fine-tuning" in error.message:
-        error.fix = _instead(run.manifest()["recipe"]["dataset"])
+        error.fix = instead(run.manifest()["recipe"]["dataset"])
     return error
 
 

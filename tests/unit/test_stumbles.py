@@ -1,0 +1,136 @@
+"""What a first user types wrong, and what the commands say of it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tunesmith import api, cli
+from tunesmith.cli.init import template
+from tunesmith.errors import UsageError, counted
+from tunesmith.recipe import fields
+from tunesmith.settings import resolve
+
+Captured = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Captured, *words: str, status: int = 2) -> str:
+    assert cli.main([*words]) == status
+    return capsys.readouterr().err
+
+
+def test_a_port_has_16_bits(capsys: Captured) -> None:
+    assert "from 0 to 65535, not '99999'" in refused(capsys, "serve", "--port", "99999")
+
+
+def test_an_ended_model_is_refused_before_the_key(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    words = ("--dataset", "echo", "--provider", "openai", "--model", "gpt-3.5-turbo")
+    for command in (("train", *words), ("plan", *words, "--no-probe")):
+        said = refused(capsys, *command)
+        assert "gpt-3.5-turbo: the service has ended this model on 2026-10-23" in said and "key" not in said
+        assert "tunesmith train --dataset echo --provider huggingface" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (("--epochs", "three"), "--epochs: epochs is 'three'"),
+        (("--num-epochs=three",), "--num-epochs: epochs is 'three'"),
+        (("--report-to", "tensorboard"), "--report-to: track is 'tensorboard'"),
+        (
+            ("--provider", "openai", "--model", "gpt-4.1", "--learning-rate", "1"),
+            "--learning-rate: learning_rate means",
+        ),
+        (("--valid-fraction", "0.6", "--test-fraction", "0.6"), "--valid-fraction: valid_fraction + test_fraction"),
+    ],
+)
+def test_a_place_is_the_option_as_typed(capsys: Captured, words: tuple[str, ...], place: str) -> None:
+    assert refused(capsys, "plan", "--dataset", "echo", *words).startswith(f"error: {place}")
+
+
+def test_a_place_is_the_argument_from_python() -> None:
+    with pytest.raises(UsageError, match=r"^epochs: epochs is 'three'"):
+        api.plan("echo", epochs="three")
+    with pytest.raises(UsageError, match="did you mean") as told:
+        api.plan("echo", epochz=3)
+    assert "--help" not in str(told.value)
+
+
+def test_every_line_of_the_config_file_can_be_uncommented() -> None:
+    lines = template("data.jsonl").splitlines()
+    commented = [i for i, line in enumerate(lines) if re.match(r"# \w+ = ", line)]
+    assert len(commented) == len(fields()) - 1
+    for i in commented:
+        name, value = next(iter(tomllib.loads(lines[i].removeprefix("# ")).items()))
+        resolve({name: value})
+        tomllib.loads("\n".join([*lines[:i], lines[i].removeprefix("# "), *lines[i + 1 :]]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("init", "-o"),
+        ("lr-find", "--dataset", "echo", "--plot"),
+        ("runs", "compare", "no-run", "-o"),
+        ("data", "stats", "echo", "--report"),
+        ("data", "preview", "echo", "--html"),
+        ("data", "check", "echo", "--report"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_first(capsys: Captured, tmp_path: Path, words: tuple[str, ...]) -> None:
+    path = tmp_path / "missing" / "x.html"
+    assert refused(capsys, *words, str(path)).startswith(f"error: {path}: cannot be written there")
+
+
+def test_a_type_of_event_is_one_that_there_is(capsys: Captured) -> None:
+    assert 'no type "stepp" (did you mean "step"?)' in refused(capsys, "runs", "events", "no-run", "--type", "stepp")
+
+
+def test_values_that_no_machine_can_do(capsys: Captured) -> None:
+    assert "4096 at most" in refused(capsys, "plan", "--dataset", "echo", "--threads", "100000")
+    for value in ("-1", "1e9", "nan"):
+        assert "from 0 to 2" in refused(capsys, "chat", f"--temperature={value}")
+    assert "--dataset echo" in refused(capsys, "plan")
+
+
+def test_the_nearest_name_is_told(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    assert 'did you mean "echo"?' in refused(capsys, "data", "check", "ehco", status=3)
+    assert 'did you mean "starter"?' in refused(capsys, "plan", "--dataset", "echo", "--model", "startr")
+    assert "gpt-4o-mini" in refused(capsys, "data", "stats", "echo", "--model", "gtp-4o-mini")
+    assert 'did you mean "--help"?' in refused(capsys, "--hlep")
+    assert "--dataset echo" in refused(capsys, "train", "echo")
+    config = tmp_path / "c.toml"
+    config.write_text("[traning]\nepochs = 1\n")
+    said = refused(capsys, "plan", "--dataset", "echo", "--config", str(config))
+    assert said.startswith(f"error: {config}: no group of settings [traning]") and 'did you mean "training"?' in said
+
+
+def test_one_is_no_plural() -> None:
+    assert (counted(1, "error"), counted(0, "error"), counted(2, "step")) == ("1 error", "0 errors", "2 steps")
+
+
+def test_one_error_is_told_as_one(capsys: Captured, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\nno row\n')
+    assert cli.main(["data", "check", str(tmp_path / "d.jsonl")]) == 3
+    said = capsys.readouterr().out
+    assert "1 usable, 1 error," in said and "1 error: training" in said
+
+
+def test_a_task_of_evaluation_is_told_as_one(capsys: Captured) -> None:
+    assert "tunesmith evaluate: --task persona" in refused(capsys, "plan", "--dataset", "echo", "--task", "persona")
+
+
+def test_a_run_fits_a_narrow_terminal(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = api.train("echo", provider="fake", output_dir=tmp_path / "run")
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["runs", "show", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "settings given or worked out" in said and "not defaults" not in said
+    chart = [line for line in said.splitlines() if "┤" in line or "└" in line]
+    assert chart and max(map(len, chart)) <= 40
