@@ -25,7 +25,7 @@ from pathlib import Path
 import tunesmith
 from tunesmith import errors as tree
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
-from tunesmith.data.findings import table
+from tunesmith.data.findings import ORDER, table
 from tunesmith.evaluation import likelihood, rowreport, stats, tasks
 from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
 from tunesmith.evaluation.metric import Metric
@@ -167,7 +167,7 @@ def findings() -> str:
         "| code | severity | meaning | what to do |",
         "|---|---|---|---|",
     ]
-    for code, known in table().items():
+    for code, known in sorted(table().items(), key=lambda one: (ORDER.index(one[1]["severity"]), one[0])):
         others = [f"{value} for {key}" for key, value in known.items() if key not in ("severity", "meaning", "fix")]
         severity = "; ".join([known["severity"], *others])
         lines.append(_row(f"`{code}`", severity, known["meaning"], known["fix"]))
