@@ -116,6 +116,20 @@ def test_every_finding_code_is_documented_and_used() -> None:
     assert len(named) >= 28 and named <= set(documented)
 
 
+def test_what_a_report_prints_beside_its_metrics_is_defined() -> None:
+    source = (ROOT / "src/tunesmith/evaluation/evaluate.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(loss on [^"]+)"', source)
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert len(names) == 2 and all(f"| {name} |" in text for name in [*names, "identity probes"])
+
+
+def test_the_python_reference_keeps_quotes_and_hides_internals() -> None:
+    text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    assert "form: str = 'merged'" in text and "source: str = ''" in text and "= ," not in text
+    assert "`.summary(" in text and "`.append(" not in text and "`.lock(" not in text
+    assert "\n## Evaluation\n" in text and "- `verdict: str`" in text
+
+
 def test_settings_reference_is_current() -> None:
     """docs/settings.md, docs/metrics.md and the help pages are made from the code: `python tools/pages.py`."""
     done = subprocess.run([sys.executable, ROOT / "tools/pages.py", "--check"], capture_output=True, text=True)
