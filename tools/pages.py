@@ -25,7 +25,7 @@ from pathlib import Path
 import tunesmith
 from tunesmith import errors as tree
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
-from tunesmith.data.findings import table
+from tunesmith.data.findings import ORDER, table
 from tunesmith.evaluation import likelihood, rowreport, stats, tasks
 from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
 from tunesmith.evaluation.metric import Metric
@@ -89,6 +89,46 @@ NOTES = {  # what is to be said of a task's metrics beside their table
     "custom": "Only those of every task, and your own: `--metric` takes a function or a regular expression, whose mean over "
     "answers decides.",
 }
+RETURNED = (  # by the functions of the Python API
+    ("evaluation.result", "Evaluation"),
+    ("exporting.export", "Exported"),
+    ("data.check", "Loaded"),
+    ("planning", "Plan"),
+    ("planning", "Prepared"),
+    ("exporting.push", "Pushed"),
+    ("remote.rescue", "Rescued"),
+)
+INTERNAL = (
+    "append",
+    "events_with_offsets",
+    "lock",
+    "log_size",
+    "mend_log",
+)  # methods of a Run that only the loop needs
+BESIDE = (  # what a report prints that is no row of a metric's table
+    (
+        "loss on general text (nats per token)",
+        "lower",
+        "0 and up, in nats per token",
+        "The canary: the mean of -ln p over the tokens of general text; per byte where the two models do not count tokens alike.",
+        "Cross-entropy, Shannon 1948",
+    ),
+    (
+        "loss on the starter's questions (nats per token)",
+        "lower",
+        "0 and up, in nats per token",
+        "The canary: the same over the answers to plain questions that the starter was never trained on.",
+        "Cross-entropy, Shannon 1948",
+    ),
+    (
+        "identity probes",
+        "none",
+        "0 to the number asked",
+        "Of questions such as who it is, without a system prompt, those answered with the persona's name, by base and tuned; "
+        "asked where there is a persona. None is a training row's prompt.",
+        "Tunesmith",
+    ),
+)
 DIAGNOSES = (
     "What went wrong, by name; a healthy run has none. Those about answers need "
     f"{ANSWERS} of them, those about curves the run's own evaluation."
@@ -167,7 +207,7 @@ def findings() -> str:
         "| code | severity | meaning | what to do |",
         "|---|---|---|---|",
     ]
-    for code, known in table().items():
+    for code, known in sorted(table().items(), key=lambda one: (ORDER.index(one[1]["severity"]), one[0])):
         others = [f"{value} for {key}" for key, value in known.items() if key not in ("severity", "meaning", "fix")]
         severity = "; ".join([known["severity"], *others])
         lines.append(_row(f"`{code}`", severity, known["meaning"], known["fix"]))
@@ -181,6 +221,7 @@ def _row(*cells: str) -> str:
 def metrics() -> str:
     every = (*likelihood.METRICS, likelihood.PER_BYTE, tasks.CHRF)
     parts = [VERDICTS.strip(), "## Every task\n\n" + _measures(every)]
+    parts.append("## Beside the metrics\n\n" + _table(("name", "better", "range", "definition", "source"), BESIDE))
     for name, own in tasks.TASKS.items():
         shown = [m for m in own if m not in every]
         note = [NOTES[name]] if name in NOTES else []
@@ -190,6 +231,10 @@ def metrics() -> str:
     head = "## Codes of the row report\n\nFor `tunesmith data convert --drop-codes`.\n\n| code | meaning |\n|---|---|\n"
     parts.append(head + "\n".join(_row(f"`{code}`", meaning) for code, meaning in rowreport.CODES.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join([_row(*head), "|" + "---|" * len(head), *(_row(*row) for row in rows)])
 
 
 def _measures(chosen: Iterable[Metric]) -> str:
@@ -280,15 +325,23 @@ def python_api() -> str:
             lines += ["```text", f"{name}{shown}", "```", "", _prose(inspect.getdoc(value))]
         methods = vars(value).items() if inspect.isclass(value) else ()
         for method, function in methods:
-            if inspect.isfunction(function) and not method.startswith("_") and function.__doc__:
+            public = inspect.isfunction(function) and not method.startswith("_") and method not in INTERNAL
+            if public and function.__doc__:
                 about = _prose(inspect.getdoc(function)).replace("\n", " ")
                 lines += ["", f"- `.{method}{_signature(function)}`: {about}"]
+    for place, name in RETURNED:
+        kind = getattr(import_module(f"tunesmith.{place}"), name)
+        lines += ["", f"## {name}", "", _prose(inspect.getdoc(kind)), ""]
+        lines += [f"- `{field}: {kind.__annotations__[field]}`" for field in kind.__struct_fields__]
     return "\n".join(lines) + "\n"
 
 
 def _signature(value: object) -> str:
     try:
-        shown = str(inspect.signature(value)).replace("'", "").replace("tunesmith.", "")  # type: ignore[arg-type]
+        shown = str(inspect.signature(value)).replace("tunesmith.", "")  # type: ignore[arg-type]
+        shown = re.sub(
+            r"(: |-> )(['\"])(.*?)\2(?=[,)= ]|$)", r"\1\3", shown
+        )  # annotations are texts; defaults keep quotes
         return re.sub(r"<(?:function|factory)[^=]*?>+(?=[,)])", "…", shown)  # a function's address is never the same
     except ValueError:
         return "(…)"

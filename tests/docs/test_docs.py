@@ -108,10 +108,26 @@ def test_readme_python(block: str, trained: Path) -> None:
 def test_every_finding_code_is_documented_and_used() -> None:
     source = "".join(p.read_text() for p in (ROOT / "src/tunesmith").rglob("*.py"))
     documented = re.findall(r"^\| `([a-z0-9-]+)`", (ROOT / "docs/data-findings.md").read_text(), re.M)
-    assert documented == list(table()) and len(documented) >= 40
+    severity = ("error", "warning", "info")
+    assert documented == sorted(table(), key=lambda code: (severity.index(table()[code]["severity"]), code))
+    assert len(documented) >= 40
     assert not [code for code in documented if f'"{code}"' not in source]
     named = set(re.findall(r'(?:finding\(\s*|Bad\(\s*)"([a-z0-9-]+)"', source))
     assert len(named) >= 28 and named <= set(documented)
+
+
+def test_what_a_report_prints_beside_its_metrics_is_defined() -> None:
+    source = (ROOT / "src/tunesmith/evaluation/evaluate.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(loss on [^"]+)"', source)
+    text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert len(names) == 2 and all(f"| {name} |" in text for name in [*names, "identity probes"])
+
+
+def test_the_python_reference_keeps_quotes_and_hides_internals() -> None:
+    text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    assert "form: str = 'merged'" in text and "source: str = ''" in text and "= ," not in text
+    assert "`.summary(" in text and "`.append(" not in text and "`.lock(" not in text
+    assert "\n## Evaluation\n" in text and "- `verdict: str`" in text
 
 
 def test_settings_reference_is_current() -> None:
@@ -363,6 +379,18 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["echo", "refocused", "emoji"])
+def test_an_example_ends_at_the_first_failure(name: str, tmp_path: Path) -> None:
+    """`sh run.sh` reads no options from the first line: a train that fails is the last command all the same."""
+    source = ROOT / "examples" / name / "run.sh"
+    (tmp_path / "run.sh").write_bytes(source.read_bytes())
+    (tmp_path / "tunesmith").write_text('#!/bin/sh\necho "$1" >> said\nexit 3\n')
+    (tmp_path / "tunesmith").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", tmp_path / "run.sh"], env=env).returncode == 3
+    assert (tmp_path / "said").read_text() == "train\n"
+
+
+@pytest.mark.parametrize("name", ["echo", "refocused", "emoji"])
 def test_an_example(name: str, tmp_path: Path) -> None:
     """In small form: it runs from anywhere, and prints what its expected.txt has, figures and answers apart."""
     source = ROOT / "examples" / name
@@ -371,13 +399,9 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tunesmith "$@"\n')
     program.chmod(0o755)
-    short = (
-        (tmp_path / name / "run.sh")
-        .read_text()
-        .replace("tunesmith evaluate", "tunesmith evaluate --rows 4 --samples 0")
-    )
+    short = (tmp_path / name / "run.sh").read_text()
     (tmp_path / name / "run.sh").write_text(short.replace("tunesmith test", "tunesmith test --max-tokens 8") + "true\n")
-    env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "ROWS": "4"}
     short_run = ["sh", tmp_path / name / "run.sh", "--max-steps", "2", "--threads", "1"]
     done = subprocess.run(short_run, env=env, capture_output=True, text=True)
     assert done.returncode == 0 or "tunesmith test" in short, done.stderr[-2000:]  # two steps teach nothing
