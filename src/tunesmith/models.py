@@ -81,7 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(path), fix="is the file whole?") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path.name} is no object in braces", where=str(path), fix="is it the file that it should be?")
+        raise ModelError(
+            f"{path.name} is no object in braces", where=str(path), fix="is it the file that it should be?"
+        )
     return found
 
 

@@ -212,14 +212,14 @@ def test_a_k_quant_is_made_by_llama_cpps_own_program(run: Run, tmp_path: Path, m
     tool = tmp_path / "bin" / "llama-quantize"
     tool.parent.mkdir()
     tool.write_text(
-        '#!/bin/sh\necho "$3" > "$2.asked"; [ "$3" = Q3_K_S ] && { echo no memory >&2; exit 3; }\ncp "$1" "$2"\n'
+        f'#!/bin/sh\necho "$3" > {tmp_path}/asked; [ "$3" = Q3_K_S ] && {{ echo no memory >&2; exit 3; }}\ncp "$1" "$2"\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     done = forms.export(run, tmp_path / "out", "gguf", "q4_k_m", prompts=2)
     assert done.certificate.deployable and done.certificate.quantize == "q4_k_m"
     assert Path(done.model).name == "my_run-q4_k_m.gguf" and Path(done.model).exists()
-    assert (tmp_path / "out" / "my_run-q4_k_m.gguf.asked").read_text() == "Q4_K_M\n"
+    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
     assert not list((tmp_path / "out").glob("*f16*"))
     with pytest.raises(TunesmithError, match="llama-quantize failed: no memory"):
         forms.export(run, tmp_path / "other", "gguf", "q3_k_s")
@@ -413,7 +413,7 @@ def test_names_are_words_of_a_shell_and_paths_are_whole(
     monkeypatch.chdir("/")
     assert forms.parity(tmp_path / "out", prompts=2).deployable
     (tmp_path / "out" / "Modelfile").unlink()
-    assert "Modelfile" in next(c.found for c in forms.parity(tmp_path / "out", prompts=2).failed())
+    assert "Modelfile is missing" in next(c.cause for c in forms.parity(tmp_path / "out", prompts=2).failed())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "**Not deployable.**" in card and "certificate | failed" in card
 
