@@ -1100,7 +1100,6 @@ def test_the_gap(row: Row, do: Any, here: Path, guide: Path) -> None:
     fit(here / "overfit", data, guide / "base_model", epochs=40, learning_rate=1e-2,
         lr_scheduler="constant", patience=0, valid_fraction=0.3)  # fmt: skip
     said = do(row).out
-    assert re.search(r"^overfitting: the validation loss rises since step \d+ \(epoch", said, re.M)
     assert "warning: overfitting: " in said and "stop there: --epochs" in said
     assert "overfitting" not in do(f"tunesmith runs show ./fine_tuned_models/{CHAT}").out
 

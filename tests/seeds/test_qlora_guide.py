@@ -289,7 +289,7 @@ def test_only_augmented(row: Row, typed: Typed, tmp_path: Path) -> None:
     write(tmp_path / "data.jsonl", items)
     said = typed(row.command)
     want = [r for r in items if r.get("metadata", {}).get("augmented")]
-    assert f"{60 - len(want)} of 60 rows are left out" in said.err and len(want) < 59
+    assert f"{60 - len(want)} of 60 rows left out" in said.err and len(want) < 59
     kept = written(tmp_path / shlex.split(row.command)[-1])
     assert len(kept) == len(want) and all(r["metadata"]["augmented"] is True for r in kept)
 
@@ -1323,7 +1323,7 @@ def test_filter(row: Row, typed: Typed, tmp_path: Path) -> None:
     items[2]["messages"][1]["content"] += "🎉" * 6
     items[4]["messages"][1]["content"] = "A family of two: " + "👩‍👩‍👧‍👦" * 5
     write(tmp_path / "data.jsonl", items)
-    assert "1 of 60 rows are left out" in typed(row.command).err
+    assert "1 of 60 rows left out" in typed(row.command).err
     assert len(written(tmp_path / "calm.jsonl")) == 59
 
 
