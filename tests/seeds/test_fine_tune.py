@@ -358,7 +358,7 @@ def test_every_turn_is_learnt(row: Row, do: Any) -> None:
         assert part.startswith(answer) and "<|im_end|>" in part and ask not in part
 
 
-@page.does("chat: response diversity metrics")
+@page.does("chat: response diversity metrics", "Comprehensive evaluation: task-specific metrics and monitoring")
 def test_diversity(row: Row, evaluated: Any) -> None:
     found = metrics(evaluated(row))
     assert {"distinct-1", "distinct-2", "self-repetition"} <= set(found)
@@ -533,7 +533,7 @@ def test_full(row: Row, trained: Any, guide: Path) -> None:
     )
 
 
-@page.does("full: requires more compute and memory")
+@page.does("full: requires more compute and memory", "Efficient training: memory-optimized techniques")
 def test_the_plan_measures(row: Row, planned: Any) -> None:
     plan = planned(row)
     need = plan["estimate"]
@@ -1429,7 +1429,7 @@ def test_doctor(row: Row, do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 116
+    assert page.undone() == [] and len(page.rows) == 118
     assert not [row.there for row in page.rows.values() if not row.why]
     links = re.findall(r"\]\((\.\./[^)#]+)", page.text)
     assert links and not [link for link in links if not (ROOT / "docs" / "coming-from" / link).exists()]

@@ -607,7 +607,17 @@ def test_a_model_that_is_gone(row: Row, typed: Typed) -> None:
     assert models["gpt-3.5-turbo-0125"]["train"] > models[MINI]["train"]
 
 
-@page.does("Cost: medium, high, low", "Solution: use `gpt-4o-mini` instead of `gpt-4o`", "Link: pricing")
+@page.does("Speed: fast, medium, very fast")
+def test_speed(row: Row, typed: Typed, forty: None) -> None:
+    assert re.search(r"^time +\d+:\d\d at most on this machine \([\d.]+ s a step\)", typed(row.command).out, re.M)
+
+
+@page.does(
+    "Cost: medium, high, low",
+    "Solution: use `gpt-4o-mini` instead of `gpt-4o`",
+    "Link: pricing",
+    "High per-token costs; slow response times; budget concerns",
+)
 def test_cost(row: Row, typed: Typed) -> None:
     price = float(row.command.rpartition(" ")[2])
     bill = json.loads(typed(row.command, "--json").out)["bill"]
@@ -818,6 +828,7 @@ def test_range_of_epochs(row: Row, typed: Typed, tiny: Path) -> None:
     "If overfitting: decrease to 1-2 epochs",
     "Solution: reduce number of epochs (1-2 instead of 3-4)",
     "Solution: increase number of epochs (try 5-8)",
+    "Solution: use fewer epochs (1-2)",
 )
 def test_epochs(row: Row, typed: Typed, tmp_path: Path) -> None:
     write(tmp_path / DATA, ECHO[:24])
@@ -911,10 +922,15 @@ def test_losses(row: Row, typed: Typed, echo_run: Path) -> None:
     assert logged[0]["step"] == (1 if kind == "step" else 0) and logged[-1]["loss"] < logged[0]["loss"]
 
 
-@page.does("If training loss increases, training is unstable", "☐ Training metrics reviewed", "Pitfall 2: underfitting")
+@page.does(
+    "If training loss increases, training is unstable",
+    "☐ Training metrics reviewed",
+    "Pitfall 2: underfitting",
+    "High training and validation loss; poor performance on both training and test data",
+)
 def test_curves(row: Row, typed: Typed, tmp_path: Path) -> None:
     fell, rose = [5.0, 4.0, 4.5, 3.0, 2.0, 2.5, 1.0, 1.0], [5.0, 4.0, 6.0, 6.0, 7.0, 7.0, 8.0, 8.0]
-    if "underfitting" in row.there:
+    if "--json" not in row.command:
         for valid, wanted in (([4.98, 4.96], True), ([3.0, 2.99], False)):
             run = curve(tmp_path / "echo_run", fell, valid)
             assert f"     8  {valid[-1]:.4f}" in typed(row.command).out
@@ -1216,6 +1232,20 @@ def test_runs_side_by_side(row: Row, typed: Typed, echo_run: Path, kept: Path) -
     assert re.search(r"learning_rate +0\.03 +0\.001", out) and "echo_run_2" in out
 
 
+@page.does("Over-reliance on training patterns")
+def test_training_rows_asked(row: Row, judged: Any) -> None:
+    assert row.command == judged.command
+    found = judged.said["training_rows"]
+    assert found["asked"] >= 8 and 0 <= found["recited"] <= found["asked"]
+
+
+@page.does("Can't answer basic questions outside training domain")
+def test_plain_questions(row: Row, judged: Any) -> None:
+    assert row.command == judged.command
+    samples = judged.said["canary"]["answers"]
+    assert len(samples) >= 2 and all(s["reference"] and s["base"] != s["tuned"] for s in samples)
+
+
 @page.does("Pitfall 4: loss of general capabilities")
 def test_canary(row: Row, judged: Any) -> None:
     assert row.command == judged.command
@@ -1296,7 +1326,28 @@ def test_the_sample_planned(row: Row, typed: Typed) -> None:
     assert "204 train, 26 valid, 26 test rows" in typed(row.command).out
 
 
-@page.does("Check if model maintains technical vocabulary", "Ensure character personality is preserved")
+@page.does("Consistent character voice and technical terminology")
+def test_the_voice_has_a_name(row: Row, typed: Typed) -> None:
+    assert re.search(r"^ +persona +Deep Tree Echo +auto: named in \d+ answers", typed(row.command).out, re.M)
+
+
+@page.does("Rich, detailed responses with technical depth")
+def test_lengths_and_variety(row: Row, typed: Typed) -> None:
+    out = typed(row.command).out
+    assert re.search(r"answer, characters +\d", out) and re.search(r"words +\d+ in answers, \d+ different", out)
+
+
+@page.does("Split strategy: 205 training (80%), 51 validation (20%)")
+def test_the_split(row: Row, typed: Typed) -> None:
+    typed(row.command)
+    assert [len(lines(f"split/echo_{side}.jsonl")) for side in ("train", "val")] == [204, 52]
+
+
+@page.does(
+    "Check if model maintains technical vocabulary",
+    "Ensure character personality is preserved",
+    "Model responses don't match expected style",
+)
 def test_persona_metrics(row: Row, typed: Typed, echo_hosted: Hostile) -> None:
     name = re.findall(r"^\*([a-z ]+)\*", row.why)[0]
     other = "The answer to that depends on the words, and no short reply would help those who want to know what is meant by them."
@@ -1540,4 +1591,4 @@ def test_tick_deploy(row: Row, typed: Typed, echo_run: Path) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 162
+    assert page.undone() == [] and len(page.rows) == 172

@@ -1371,6 +1371,16 @@ def test_own_metrics(row: Row, typed: Typed) -> None:
     assert scope["accurate"]("run `pip`", "Run `pip` 2 times") == 0.5 and scope["accurate"]("a", "b") is None
 
 
+@page.does("Extract & augment LMSYS conversations")
+def test_extracting(row: Row, typed: Typed, tmp_path: Path) -> None:
+    answers = ["No emoji.", "\N{THUMBS UP SIGN} one", "\N{THUMBS UP SIGN}" * 6]
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}]
+    short = [{"conversations": [{**turns[0], "value": text}, {**turns[1], "value": text}]} for text in answers]
+    write(tmp_path / "lmsys.jsonl", [*short, {"conversations": turns * 5}])
+    typed(row.command)
+    assert [r["messages"][1]["content"] for r in written(tmp_path / "lmsys_short.jsonl")] == answers[:2]
+
+
 @page.does("Add 1500-2500 LMSYS samples")
 def test_mixing(row: Row, typed: Typed, tmp_path: Path) -> None:
     lmsys = [
@@ -1544,5 +1554,5 @@ def test_tick_iterate(row: Row, trained: Any, typed: Typed) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 198
+    assert page.undone() == [] and len(page.rows) == 199
     assert all(row.why for row in page.rows.values())
