@@ -320,11 +320,17 @@ def test_the_completion_of_bash() -> None:
         "tunesmith tr": "train",
         "tunesmith data ''": "check stats convert split preview",
         "tunesmith runs re": "resume",
-        "tunesmith train --lora-r": "--lora-rank",
+        "tunesmith train --lora-ra": "--lora-rank",
         "tunesmith train --method ''": "full lora qlora freeze",
         "tunesmith data split --method ''": "hash threshold shuffle",
         "tunesmith data split --val": "--valid",
         "tunesmith evaluate my": "",
+        "tunesmith train --base-m": "--base-model",
+        "tunesmith train --config quick": "quick_test",
+        "tunesmith plan --provider ''": "huggingface openai fake",
+        "tunesmith export --quantize q8": "q8_0",
+        "tunesmith evaluate --task per": "persona",
+        "tunesmith runs events --type ste": "step",
         "tunesmith chat --no-such": "",
     }
     lines = "\n".join(f"t {words}" for words in tries)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 
+from tunesmith.backends import BACKENDS
 from tunesmith.cli import COMMANDS, GROUPS, help_page
 from tunesmith.cli.options import Parser
+from tunesmith.evaluation.tasks import TASKS
+from tunesmith.exporting.forms import FORMS, facts
+from tunesmith.recipe import FACTS
 
 SHELLS = {
     "bash": 'eval "$(tunesmith completion bash)"            in ~/.bashrc',
@@ -36,11 +41,25 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     words |= {group: [name.split()[1] for name in COMMANDS if name.split()[0] == group] for group in GROUPS}
     choices: dict[str, list[str]] = {}
     for name in COMMANDS:
-        page = help_page(name).read_text(encoding="utf-8")
-        found = re.findall(r"(?<![\w-])(--[a-z0-9][a-z0-9-]*)(?: \{([^}]+)\})?", page.partition("\n\n")[0])
+        lines = help_page(name).read_text(encoding="utf-8").splitlines()
+        heads = " ".join(head[1] for line in lines if (head := re.match(r"  (-.+?)(?:  |$)", line)))
+        found = re.findall(r"(--[a-z0-9][a-z0-9-]*)(?: \{([^}]+)\})?", heads)
         words[name] = sorted({option for option, _ in found} | {"--help"})
         choices |= {f"{name} {option}": listed.split(",") for option, listed in found if listed}
+        choices |= {f"{name} {option}": known for option, known in _named(name).items() if option in words[name]}
     return words, choices
+
+
+def _named(command: str) -> dict[str, list[str]]:
+    """Values that stand in tables, and may be others too where a file is also taken."""
+    found = {"--config": sorted(path.stem for path in (FACTS / "presets").glob("*.toml")), "--provider": list(BACKENDS)}
+    if command == "export":
+        found |= {"--format": list(FORMS), "--quantize": [*facts()["quantisations"], *facts()["k_quants"]]}
+    if command == "evaluate":
+        found |= {"--task": list(TASKS)}
+    if command == "runs events":
+        found |= {"--type": list(tomllib.loads((FACTS / "events.toml").read_text(encoding="utf-8")))}
+    return found
 
 
 def _cases(table: dict[str, list[str]], assigned: str) -> str:

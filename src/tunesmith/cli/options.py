@@ -91,6 +91,7 @@ def add_settings(parser: Parser) -> None:
     """A flag for each setting of the Recipe, grouped; only flags that are given end up in the namespace."""
     from tunesmith.recipe import fields
 
+    parser.usage = "%(prog)s [options]"  # all of them at once are forty lines, and say nothing
     groups: dict[str, Any] = {}
     for field in fields().values():
         group = groups.setdefault(field.group, None) or parser.add_argument_group(field.group)
