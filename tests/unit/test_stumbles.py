@@ -134,3 +134,15 @@ def test_a_run_fits_a_narrow_terminal(capsys: Captured, tmp_path: Path, monkeypa
     assert "settings given or worked out" in said and "not defaults" not in said
     chart = [line for line in said.splitlines() if "┤" in line or "└" in line]
     assert chart and max(map(len, chart)) <= 40
+
+
+@pytest.mark.parametrize(("command", "left"), [("evaluate", "no verdict is written"), ("chat", "")])
+def test_what_an_interruption_leaves_is_said(
+    command: str, left: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", stop)
+    said = refused(capsys, command, status=130)
+    assert said.startswith("interrupted") and left in said and bool(left) == (said != "interrupted\n")

@@ -53,6 +53,12 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "completion": ("completion:completion", "a script by which bash, zsh or fish completes commands and options"),
 }
 GROUPS = ("data", "runs", "keys")
+LEFT = {  # what is there when a command was broken off
+    "evaluate": ": no verdict is written; a model that was done is not asked again",
+    "export": ": nothing is written",
+    "lr-find": ": nothing is written",
+    "push": ": nothing half is at the Hub",
+}
 HELP_WIDTH = 80  # columns of the help pages
 UNIX = ("fcntl", "resource")  # modules that Python lacks on Windows: locks of files, limits of processes
 
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{LEFT.get(words[0], '')}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away: nothing to say, and nobody to say it to
         import os
