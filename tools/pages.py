@@ -24,12 +24,13 @@ from pathlib import Path
 
 import tunesmith
 from tunesmith import errors as tree
+from tunesmith.backends import BACKENDS
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
 from tunesmith.data.findings import ORDER, table
 from tunesmith.evaluation import likelihood, rowreport, stats, tasks
 from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
 from tunesmith.evaluation.metric import Metric
-from tunesmith.recipe import FACTS, Recipe, fields
+from tunesmith.recipe import FACTS, Field, Recipe, fields
 from tunesmith.settings import expected
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,12 @@ SETTINGS = ROOT / "docs" / "settings.md"
 FINDINGS = SETTINGS.with_name("data-findings.md")
 METRICS = SETTINGS.with_name("metrics.md")
 SOURCE = ROOT / "src" / "tunesmith"
+VALUES = {  # of settings that are text of a certain kind
+    "columns": "names of columns",
+    "provider": f"one of {', '.join(BACKENDS)}",
+    "chat_template": "model, chat, instruct, completion, or a file",
+    "warmup_steps": "a whole number, 0 or more",
+}
 UNITS = {  # of settings that are numbers
     "share": ("valid_fraction", "test_fraction", "lora_dropout", "freeze_ratio", "warmup_ratio"),
     "tokens": ("max_length", "micro_batch_tokens"),
@@ -157,27 +164,56 @@ def settings() -> str:
         "# Settings",
         "",
         "Each is a flag of `train` and `plan`, a key of a `--config` file, and a keyword of `ts.train`. Made from `recipe.py`; "
-        "where `auto` follows a rule of `facts/auto.toml`, it stands there too: by training rows, those of rates by parameters.",
+        "where `auto` follows a rule of `facts/auto.toml`, it stands there too: by training rows, those of rates by parameters. "
+        "A task sets some otherwise ([facts/tasks](../src/tunesmith/facts/tasks)), as a preset does. In the last column: "
+        "in whose settings a name is found too (transformers, peft, OpenAI's fine-tuning jobs).",
     ]
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
     units = {name: unit for unit, names in UNITS.items() for name in names}
+    elsewhere = _elsewhere()
     group = ""
     for field in fields().values():
         if field.group != group:
             group = field.group
-            lines += ["", f"## {group}", "", "| flag | default | value | unit | meaning |", "|---|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {group}",
+                "",
+                "| flag | default | value | unit | meaning | the name is that of |",
+                "|---|---|---|---|---|---|",
+            ]
         names = ", ".join(f"`--{n.replace('_', '-')}`" for n in (field.name, *field.aliases))
         default = (
             ""
             if field.default in (None, {})
             else f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
         )
-        value = "names of columns" if field.name == "columns" else expected(field)
-        lines.append(
-            _row(names, default, value, units.get(field.name, ""), field.help + _rule(rules.get(field.name, {})))
-        )
+        value = VALUES.get(field.name) or expected(field)
+        meaning = field.help + _rule(rules.get(field.name, {}))
+        lines.append(_row(names, default, value, units.get(field.name, ""), meaning, _namesakes(field, elsewhere)))
     return "\n".join(lines) + "\n"
+
+
+def _elsewhere() -> dict[str, set[str]]:
+    """Names of settings by who has them, as the libraries themselves tell."""
+    from inspect import signature
+
+    from openai.types.fine_tuning.job_create_params import Hyperparameters, JobCreateParams
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainingArguments
+
+    made = {"TrainingArguments": TrainingArguments, "LoraConfig": LoraConfig, "BitsAndBytesConfig": BitsAndBytesConfig}
+    found = {name: set(signature(made_by).parameters) for name, made_by in made.items()}
+    return found | {
+        "OpenAI": {*JobCreateParams.__annotations__, *Hyperparameters.__annotations__} - {"method"}
+    }  # dpo there
+
+
+def _namesakes(field: Field, elsewhere: dict[str, set[str]]) -> str:
+    """Which other programs call a setting by its name, or by another that is taken too; else it is Tunesmith's own."""
+    names = [(who, name) for who, known in elsewhere.items() for name in (field.name, *field.aliases) if name in known]
+    return ", ".join(f"{who} `{name}`" for who, name in names) or "Tunesmith"
 
 
 def _rule(rule: dict[str, object]) -> str:
