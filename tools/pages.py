@@ -38,6 +38,16 @@ SETTINGS = ROOT / "docs" / "settings.md"
 FINDINGS = SETTINGS.with_name("data-findings.md")
 METRICS = SETTINGS.with_name("metrics.md")
 SOURCE = ROOT / "src" / "tunesmith"
+TOPICS = {  # of errors, by the modules that raise them: the first that fits
+    **dict.fromkeys(("data.", "preparing.", "tokens.", "cli.data.", "cli.convert.", "cli.stats."), "Data"),
+    **dict.fromkeys(("models.", "render.", "local.model.", "local.adapters."), "Models and templates"),
+    **dict.fromkeys(("recipe.", "settings.", "planning.", "preflight.", "cli.options."), "Settings"),
+    **dict.fromkeys(("exporting.", "cli.export.", "cli.push.", "cli.test."), "Export and push"),
+    **dict.fromkeys(("evaluation.",), "Evaluation"),
+    **dict.fromkeys(("hosted.", "remote.", "cli.rescue."), "Services"),
+    **dict.fromkeys(("server.", "cli.serve."), "Serving"),
+    "": "Training and runs",
+}
 VALUES = {  # of settings that are text of a certain kind
     "columns": "names of columns",
     "provider": f"one of {', '.join(BACKENDS)}",
@@ -316,12 +326,14 @@ def errors() -> str:
         "An error is one line: `error: PLACE: MESSAGE -- FIX`. What stands in braces is filled in.",
     ]
     lines += ["", "```text", str(tree.__doc__).split("\n\n", 1)[1].strip(), "```"]
+    topics: dict[str, dict[tuple[str, str, str], None]] = {title: {} for title in TOPICS.values()}
     for file in sorted(SOURCE.rglob("*.py")):
-        found = dict.fromkeys(_raised(ast.parse(file.read_text(encoding="utf-8"))))
-        if found:
-            module = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
-            lines += ["", f"## {module}", "", "| error | message | what to do |", "|---|---|---|"]
-            lines += [_row(*row) for row in found]
+        module = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+        title = next(title for start, title in TOPICS.items() if f"{module}.".startswith(start))
+        topics[title] |= dict.fromkeys(_raised(ast.parse(file.read_text(encoding="utf-8"))))
+    for title, found in topics.items():
+        lines += ["", f"## {title}", "", "| error | message | what to do |", "|---|---|---|"]
+        lines += [_row(*row) for row in sorted(found, key=lambda row: row[1].lower())]
     return "\n".join(lines) + "\n"
 
 
