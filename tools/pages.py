@@ -175,7 +175,7 @@ def settings() -> str:
         "",
         "Each is a flag of `train` and `plan`, a key of a `--config` file, and a keyword of `ts.train`. Made from `recipe.py`; "
         "where `auto` follows a rule of `facts/auto.toml`, it stands there too: by training rows, those of rates by parameters. "
-        "A task sets some otherwise ([facts/tasks](../src/tunesmith/facts/tasks)), as a preset does. In the last column: "
+        "A task sets some otherwise (`facts/tasks`), as a preset does. In the last column: "
         "in whose settings a name is found too (transformers, peft, OpenAI's fine-tuning jobs).",
     ]
     with (FACTS / "auto.toml").open("rb") as stream:
