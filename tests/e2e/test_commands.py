@@ -62,7 +62,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(name: str, tmp_path: Path, cli
 
 
 def test_no_dataset_and_unknown_commands(cli: Cli) -> None:
-    assert (cli("train").code, cli("trian").code, cli("data", "chekc").code) == (3, 2, 2)
+    assert (cli("train").code, cli("trian").code, cli("data", "chekc").code) == (2, 2, 2)
     assert 'did you mean "train"' in cli("trian").err and 'did you mean "data check"' in cli("data", "chekc").err
 
 

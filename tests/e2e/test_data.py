@@ -36,7 +36,7 @@ def test_check_in_words_and_json(tmp_path: Path, cli: Cli) -> None:
     ]
     data = write(tmp_path / "d.jsonl", items)
     plain = cli("data", "check", data)
-    assert plain.code == 3 and "grade: unusable (1 errors" in plain.out and "sk-abcd…" not in plain.err
+    assert plain.code == 3 and "grade: unusable (1 error:" in plain.out and "sk-abcd…" not in plain.err
     found = cli("data", "check", data, "--json").json()
     assert (found["rows"], found["usable"], found["errors"], found["grade"]) == (62, 61, 1, "unusable")
     first = found["issues"][0]
