@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import TypeVar
 
@@ -33,5 +34,12 @@ def many(ask: Callable[[S], T], items: Iterable[S], most: int = AT_ONCE) -> Iter
             running += 1
         if not running:
             return
-        yield found.get()
+        yield _next(found)
         running -= 1
+
+
+def _next(found: queue.SimpleQueue[T]) -> T:
+    """The next one. A signal that comes just before the wait is seen only after it: so no wait is long."""
+    while True:
+        with suppress(queue.Empty):
+            return found.get(timeout=0.5)
