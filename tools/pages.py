@@ -122,6 +122,7 @@ INTERNAL = (
     "log_size",
     "mend_log",
 )  # methods of a Run that only the loop needs
+MEASURES = ("name", "better", "range", "definition", "source")  # the head of their tables
 BESIDE = (  # what a report prints that is no row of a metric's table
     (
         "loss on general text (nats per token)",
@@ -267,7 +268,7 @@ def _row(*cells: str) -> str:
 def metrics() -> str:
     every = (*likelihood.METRICS, likelihood.PER_BYTE, tasks.CHRF)
     parts = [VERDICTS.strip(), "## Every task\n\n" + _measures(every)]
-    parts.append("## Beside the metrics\n\n" + _table(("name", "better", "range", "definition", "source"), BESIDE))
+    parts.append("## Beside the metrics\n\n" + _table(MEASURES, BESIDE))
     for name, own in tasks.TASKS.items():
         shown = [m for m in own if m not in every]
         note = [NOTES[name]] if name in NOTES else []
@@ -284,8 +285,8 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _measures(chosen: Iterable[Metric]) -> str:
-    rows = [_row(m.name, "none" if m.whole else m.better, m.span, m.about, m.source) for m in chosen]
-    return "\n".join(["| name | better | range | definition | source |", "|---|---|---|---|---|", *rows])
+    rows = ((m.name, "none" if m.whole else m.better, m.span, m.about, m.source) for m in chosen)
+    return _table(MEASURES, rows)
 
 
 def commands() -> str:
