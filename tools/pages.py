@@ -28,6 +28,7 @@ from tunesmith.backends import BACKENDS
 from tunesmith.cli import COMMANDS, HELP_WIDTH, help_page
 from tunesmith.data.findings import ORDER, table
 from tunesmith.evaluation import likelihood, rowreport, stats, tasks
+from tunesmith.evaluation.asking import Options
 from tunesmith.evaluation.diagnosis import ANSWERS, PITFALLS
 from tunesmith.evaluation.metric import Metric
 from tunesmith.recipe import FACTS, Field, Recipe, fields
@@ -106,14 +107,24 @@ NOTES = {  # what is to be said of a task's metrics beside their table
     "custom": "Only those of every task, and your own: `--metric` takes a function or a regular expression, whose mean over "
     "answers decides.",
 }
-RETURNED = (  # by the functions of the Python API
-    ("evaluation.result", "Evaluation"),
+RETURNED = (  # by the functions of the Python API, and what these hold
+    ("evaluation.result", "Evaluation", "Comparison", "Sample", "Persona", "Canary", "Diagnosis"),
+    ("evaluation.rowreport", "RowReport", "RowFinding"),
+    ("evaluation.judgement", "Judgement"),
     ("exporting.export", "Exported"),
+    ("exporting.parity", "Certificate", "Check"),
     ("data.check", "Loaded"),
-    ("planning", "Plan"),
-    ("planning", "Prepared"),
+    ("evaluation.rates", "Advice"),
+    ("planning", "Plan", "Prepared"),
+    ("models", "ModelFacts"),
+    ("data.stats", "Bill"),
     ("exporting.push", "Pushed"),
     ("remote.rescue", "Rescued"),
+)
+SHORT = (  # names of types in signatures
+    ("Splits", "data.split"),
+    ("Progress", "data.scan"),
+    ("Event", "runs"),
 )
 INTERNAL = (
     "append",
@@ -365,24 +376,51 @@ def _spoken(node: ast.expr) -> str:
 
 def python_api() -> str:
     """Signatures and docstrings of what `import tunesmith as ts` offers."""
-    lines = ["# Python API", "", "What `import tunesmith as ts` offers. Names load when they are first used."]
+    lines = [
+        "# Python API",
+        "",
+        "What `import tunesmith as ts` offers. Names load when they are first used. Errors are those of [errors.md](errors.md), "
+        "classes of `tunesmith.errors`; all are a TunesmithError. What functions return is below them.",
+    ]
     for name in tunesmith.__all__:
         value = getattr(tunesmith, name)
         lines += ["", f"## ts.{name}", ""]
         if callable(value):
             shown = "(*, SETTING=…)" if value is Recipe else _signature(value)  # its settings have a page of their own
             lines += ["```text", f"{name}{shown}", "```", "", _prose(inspect.getdoc(value))]
+            if value is Recipe:
+                lines += ["", "All of them: [settings.md](settings.md)."]
+            if value is tunesmith.evaluate:
+                lines += ["", "Options:", "", *_fields(Options)]
+            if inspect.isclass(value) and value is not Recipe and hasattr(value, "__struct_fields__"):
+                lines += ["", *_fields(value)]
         methods = vars(value).items() if inspect.isclass(value) else ()
         for method, function in methods:
             public = inspect.isfunction(function) and not method.startswith("_") and method not in INTERNAL
             if public and function.__doc__:
                 about = _prose(inspect.getdoc(function)).replace("\n", " ")
                 lines += ["", f"- `.{method}{_signature(function)}`: {about}"]
-    for place, name in RETURNED:
-        kind = getattr(import_module(f"tunesmith.{place}"), name)
-        lines += ["", f"## {name}", "", _prose(inspect.getdoc(kind)), ""]
-        lines += [f"- `{field}: {kind.__annotations__[field]}`" for field in kind.__struct_fields__]
+    for place, *names in RETURNED:
+        for name in names:
+            kind = getattr(import_module(f"tunesmith.{place}"), name)
+            lines += ["", f"## {name}", "", _prose(inspect.getdoc(kind)), "", *_fields(kind)]
+    lines += ["", "## Names of types", "", *(_alias(name, place) for name, place in SHORT)]
+    lines += ["- `Conversations`: a list of them, or of a large data set what acts as one and stays on disk"]
     return "\n".join(lines) + "\n"
+
+
+def _fields(kind: type) -> list[str]:
+    """The fields of a struct, each with what its line of the source says of it."""
+    lines = re.findall(r"^    ((\w+): .+?)  # (.+)$", inspect.getsource(kind), re.M)
+    found = {name: f"- `{declared}`: {about}" for declared, name, about in lines}
+    return [found[name] for name in kind.__struct_fields__]  # type: ignore[attr-defined]
+
+
+def _alias(name: str, place: str) -> str:
+    """What a type's short name stands for, as its line of the source says it."""
+    text = (SOURCE / f"{place.replace('.', '/')}.py").read_text(encoding="utf-8")
+    value, about = re.search(rf"^{name} = (.+?)(?:  # (.+))?$", text, re.M).groups()  # type: ignore[union-attr]
+    return f"- `{name}`: `{value}`{f', {about}' if about else ''}"
 
 
 def _signature(value: object) -> str:

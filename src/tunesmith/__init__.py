@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import check, evaluate, load, plan, prepare, rescue, resume, train
+    from tunesmith.api import check, evaluate, load, lr_find, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
     from tunesmith.exporting.forms import export
@@ -26,6 +26,7 @@ _PLACES = {
     "evaluate": "api",
     "export": "exporting.forms",
     "load": "api",
+    "lr_find": "api",
     "plan": "api",
     "prepare": "api",
     "rescue": "api",
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "lr_find",
     "plan",
     "prepare",
     "push",

@@ -17,7 +17,7 @@ from tunesmith.costs import Estimate
 from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.data.scan import Progress
-from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
@@ -30,20 +30,34 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.result import Evaluation
     from tunesmith.remote.rescue import Rescued
 
-POLL_SECONDS = 0.1
-
 
 def load(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None) -> list[Conversation]:
     """The conversations of a data set. Raises DataError with place and fix at the first bad row."""
     return load_checked(str(dataset), columns).require().conversations
 
 
-def check(dataset: str | os.PathLike[str], columns: dict[str, str] | None = None, **options: Any) -> Loaded:
-    """A data set with every finding about it: `.conversations`, `.issues`, `.rows_in`, `.counts`, `.formats`.
+def check(
+    dataset: str | os.PathLike[str],
+    columns: dict[str, str] | None = None,
+    *,
+    task: str | None = None,
+    provider: str | None = None,
+    structure_only: bool = False,
+    near_duplicates: bool = True,
+) -> Loaded:
+    """A data set with every finding about it, as `tunesmith data check`. Raises DataError when nothing can be read at all.
 
-    Options: `task`, `provider`, `structure_only`, `near_duplicates`, as of `tunesmith data check`.
+    `columns`: names of the file's own columns, `{"prompt": "QUESTION", …}`. Severities are those of the `task`, and of what the
+    `provider` would refuse. `structure_only`: JSON, roles and emptiness, nothing about what the texts say.
     """
-    return load_checked(str(dataset), columns, **options)
+    return load_checked(
+        str(dataset),
+        columns,
+        task=task,
+        provider=provider,
+        structure_only=structure_only,
+        near_duplicates=near_duplicates,
+    )
 
 
 def plan(dataset: str | os.PathLike[str] | None = None, *, config: str | None = None, **settings: Any) -> planning.Plan:
@@ -140,7 +154,7 @@ def train(
     _refuse_until(until, provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
     del prepared  # the rows are on disk now
-    return watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
+    return backends.watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
 
 
 def _refuse_until(until: str, provider: str) -> None:
@@ -157,7 +171,7 @@ def _begin(run: Run, until: str, on_event: Callable[[Run, Event], None] | None, 
         if on_event:
             on_event(run, event)
     if run.state() == "failed":
-        raise _failure(run)
+        raise backends.failure(run)
     return run
 
 
@@ -173,7 +187,7 @@ def _together(begin: Callable[[], tuple[Run, int | None]], on_event: Callable[[R
     """Train as one of several processes that a launcher has started."""
     from tunesmith.local.together import together
 
-    return together(begin, lambda run, state: _follow(run, lambda _: state(), lambda _: None, on_event))
+    return together(begin, lambda run, state: backends.follow(run, lambda _: state(), lambda _: None, on_event))
 
 
 def resume(
@@ -187,8 +201,8 @@ def resume(
     """Go on with a run from its last whole checkpoint, or from the one whose folder `path` is, and wait for the end.
 
     A bare `checkpoint-step-N` is that of the newest run that has it. A finished run is returned as it is, but for a named
-    checkpoint or changed settings. Settings may be
-    given again; UsageError where one is another than the run's and decides what is learnt (`recipe.SAFE` do not).
+    checkpoint or changed settings. Settings may be given again; UsageError where one is another than the run's and decides
+    what is learnt (`recipe.SAFE` do not).
     """
     path = _checkpoint(path, settings)
     run, step = find_run(path), None
@@ -219,7 +233,7 @@ def resume(
     if until != "end":
         return _begin(run, until, on_event, offset)
     backend.resume(run, step)
-    return watch(run, backend, on_event, offset)
+    return backends.watch(run, backend, on_event, offset)
 
 
 def state_of(path: str | os.PathLike[str]) -> str:
@@ -253,66 +267,6 @@ def find_run(path: str | os.PathLike[str]) -> Run:
     return run or open_run(here)
 
 
-def watch(
-    run: Run, backend: backends.Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0
-) -> Run:
-    """Pass on events until the run ends. Ctrl-C asks a local worker to stop (a second one ends us, and so the worker), and
-    leaves a job at a service alone: then Interrupted says how to come back to it."""
-    return _follow(run, backend.poll, backend.interrupt, on_event, offset)
-
-
-def _follow(
-    run: Run,
-    poll: Callable[[Run], str],
-    interrupt: Callable[[Run], None],
-    on_event: Callable[[Run, Event], None] | None = None,
-    offset: int = 0,
-) -> Run:
-    interrupted = False
-    while True:
-        try:
-            state = poll(run)
-            events, offset = run.events_from(offset)
-            for event in events:
-                if on_event:
-                    on_event(run, event)
-            if state not in ("queued", "preparing", "running"):
-                break
-            time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            interrupt(run)
-    if state == "succeeded":
-        return run
-    if state in ("paused", "cancelled") and run.last("state").get("at") == "service":
-        go_on = f"go on with: tunesmith runs resume {run:q}" if state == "paused" else "a new job begins anew"
-        raise Interrupted(f"the job is {state} at the service", where=str(run), fix=go_on)
-    if state == "cancelled" and (run / "remote.json").exists():
-        raise Interrupted("cancelled before the service had a job", where=str(run), fix="begin a new run")
-    if state in ("paused", "cancelled"):
-        step = max((e["step"] for e in run.metrics("step")), default=0)
-        raise Interrupted(
-            f"stopped at step {step}; its checkpoints are kept",
-            where=str(run),
-            fix=f"go on with: tunesmith train --resume {run:q}",
-        )
-    raise _failure(run)
-
-
-def _failure(run: Run) -> TunesmithError:
-    """What a failed run's last error says."""
-    last = run.last("error")
-    error = TunesmithError(
-        last.get("message", "the run failed"),
-        where=last.get("where", str(run)),
-        fix=last.get("fix", f"see {run / 'worker.log'}"),
-    )
-    error.exit_status = last.get("exit_status", 1)
-    return error
-
-
 def has_job(run: Run) -> bool:
     """Whether a service has a job of this run, and it is not known to have ended."""
     from tunesmith.remote.backend import ENDED, Link
@@ -326,7 +280,12 @@ def rescue(
     api_key_file: str | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Rescued:
-    """Bring everything that an account holds at a service into a folder; see `tunesmith.remote.rescue`."""
+    """Bring everything that an account holds at a service into a folder: `files/ID/`, and a run directory for each job.
+
+    The key is that of the file, else of OPENAI_API_KEY; `base_url`: None: OPENAI_BASE_URL, or OpenAI's own. What is there
+    already is not fetched again. Raises TunesmithError when the service stays out of reach; what cannot be had of one file or
+    job is noted in `missing`, and the others go on. `on_progress(what)` is told each.
+    """
     from tunesmith.remote.rescue import rescue as bring
     from tunesmith.remote.service import Service
 
@@ -360,7 +319,10 @@ def lr_find(
     config: str | None = None,
     **settings: Any,
 ) -> Advice:
-    """Try learning rates around the recipe's in short runs on this machine; settings as for `train`. Makes no run."""
+    """Try learning rates around the recipe's in short runs on this machine; settings as for `train`. Makes no run.
+
+    `trial_steps`: steps of the first trials, more for those that are left. `on_trial(trial)` is told each.
+    """
     from tunesmith.evaluation.rates import advise
     from tunesmith.local.lr_finder import search
     from tunesmith.local.worker import failure
@@ -372,16 +334,41 @@ def lr_find(
         raise failure(error, "lr-find") or error from None
 
 
-def evaluate(run: Run | str | os.PathLike[str] | None = None, **options: Any) -> Evaluation:
-    """Compare base and tuned on held-out rows; see `tunesmith.evaluation.evaluate`.
+def evaluate(
+    run: Run | str | os.PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    against: str | None = None,
+    dataset: str | None = None,
+    columns: dict[str, str] | None = None,
+    base_url: str | None = None,
+    api_key_file: str | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
 
-    The path of one of a run's checkpoints or of its final_model has that one judged, instead of the best model.
+    The path of one of a run's checkpoints or of its final_model has that one judged, instead of the best model. Without
+    `dataset` the run's own test split is used. Rows that one of the two is known to be trained on, or that ask the same, are
+    refused (DataError). What is kept: the run's own evaluation in evaluation/ and report.html, any other (another model, base
+    or data set) in a folder of its own beside it.
+
+    A model that a service keeps (of a run at a service, or named "ft:…") is judged by its answers. `base_url` and
+    `api_key_file`: of the service, where the run is not one of it.
     """
     from tunesmith.evaluation.evaluate import evaluate as run_evaluation
 
-    if run is None:
-        return run_evaluation(None, **options)
-    found = find_run(run)
-    if Path(run).resolve() != found.path.resolve() and not options.get("model"):
-        options["model"] = str(run)
-    return run_evaluation(found, **options)
+    found = None if run is None else find_run(run)
+    if run is not None and found and Path(run).resolve() != found.path.resolve():
+        model = model or str(run)
+    return run_evaluation(
+        found,
+        model=model,
+        against=against,
+        dataset=dataset,
+        columns=columns,
+        base_url=base_url,
+        api_key_file=api_key_file,
+        on_progress=on_progress,
+        **options,
+    )

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
-from tunesmith.errors import UsageError, did_you_mean
+from tunesmith.errors import Interrupted, TunesmithError, UsageError, did_you_mean
 from tunesmith.planning import Plan, Prepared
-from tunesmith.runs import TEMPLATE, Run, create
+from tunesmith.runs import TEMPLATE, Event, Run, create
 
+POLL_SECONDS = 0.1
 BACKENDS = {
     "huggingface": "tunesmith.local.backend:LocalBackend",
     "openai": "tunesmith.remote.backend:OpenAIBackend",
@@ -211,3 +212,61 @@ class Echo:
         told: Callable[[int], object] = lambda _: None,
     ) -> list[tuple[str, bool | None, int]]:
         return [(text, True, 0) for text in self(prompts)]
+
+
+def watch(run: Run, backend: Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0) -> Run:
+    """Pass on events until the run ends. Ctrl-C asks a local worker to stop (a second one ends us, and so the worker), and
+    leaves a job at a service alone: then Interrupted says how to come back to it."""
+    return follow(run, backend.poll, backend.interrupt, on_event, offset)
+
+
+def follow(
+    run: Run,
+    poll: Callable[[Run], str],
+    interrupt: Callable[[Run], None],
+    on_event: Callable[[Run, Event], None] | None = None,
+    offset: int = 0,
+) -> Run:
+    interrupted = False
+    while True:
+        try:
+            state = poll(run)
+            events, offset = run.events_from(offset)
+            for event in events:
+                if on_event:
+                    on_event(run, event)
+            if state not in ("queued", "preparing", "running"):
+                break
+            time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            interrupt(run)
+    if state == "succeeded":
+        return run
+    if state in ("paused", "cancelled") and run.last("state").get("at") == "service":
+        go_on = f"go on with: tunesmith runs resume {run:q}" if state == "paused" else "a new job begins anew"
+        raise Interrupted(f"the job is {state} at the service", where=str(run), fix=go_on)
+    if state == "cancelled" and (run / "remote.json").exists():
+        raise Interrupted("cancelled before the service had a job", where=str(run), fix="begin a new run")
+    if state in ("paused", "cancelled"):
+        step = max((e["step"] for e in run.metrics("step")), default=0)
+        raise Interrupted(
+            f"stopped at step {step}; its checkpoints are kept",
+            where=str(run),
+            fix=f"go on with: tunesmith train --resume {run:q}",
+        )
+    raise failure(run)
+
+
+def failure(run: Run) -> TunesmithError:
+    """What a failed run's last error says."""
+    last = run.last("error")
+    error = TunesmithError(
+        last.get("message", "the run failed"),
+        where=last.get("where", str(run)),
+        fix=last.get("fix", f"see {run / 'worker.log'}"),
+    )
+    error.exit_status = last.get("exit_status", 1)
+    return error

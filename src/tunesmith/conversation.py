@@ -12,26 +12,23 @@ Role = Literal["system", "developer", "user", "assistant", "tool", "function", "
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
-    """One turn, as the OpenAI format writes it. `weight` 0: an assistant turn that is shown but not learnt.
+    """One turn, as the OpenAI format writes it."""
 
-    The role "text" marks a row of plain text: rendered without a template, learnt whole.
-    """
-
-    role: Role
-    content: str
-    weight: Literal[0, 1] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
+    role: Role  # "text": a row of plain text, rendered without a template and learnt whole
+    content: str  # the text
+    weight: Literal[0, 1] | None = None  # 0: an assistant turn that is shown but not learnt
+    tool_calls: list[dict[str, Any]] | None = None  # of an assistant, as OpenAI writes them
+    tool_call_id: str | None = None  # which call a tool answers
+    name: str | None = None  # of the tool, or the speaker
 
 
 class Conversation(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """A tuple of messages with the place they came from ("file:line") and what else the row held."""
+    """An example: the only shape of one, once a file has been read."""
 
-    messages: tuple[Message, ...]
-    metadata: dict[str, Any] = {}
-    source: str = ""
-    tools: list[dict[str, Any]] | None = None
+    messages: tuple[Message, ...]  # in order
+    metadata: dict[str, Any] = {}  # other columns of the row: never trained on
+    source: str = ""  # its place, "file:line"
+    tools: list[dict[str, Any]] | None = None  # functions that may be called, as JSON schemas
 
     def digest(self) -> str:
         """Hash of what is said, not of where it stood: equal for equal conversations."""
@@ -48,13 +45,13 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class Issue(msgspec.Struct, frozen=True):
-    """A finding about data or a plan. Errors stop a run; warnings are shown and recorded."""
+    """A finding about data or a plan."""
 
-    severity: Literal["error", "warning", "info"]
-    code: str
-    where: str
-    message: str
-    fix: str = ""
+    severity: Literal["error", "warning", "info"]  # errors stop a run; warnings are shown and recorded
+    code: str  # of data-findings.md
+    where: str  # its place: "file:line", a file, a setting
+    message: str  # what is wrong
+    fix: str = ""  # what to do
 
     def line(self) -> str:
         mend = f" -- {self.fix}" if self.fix else ""

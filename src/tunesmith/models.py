@@ -18,15 +18,15 @@ _WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]  # never pi
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
-    """What config.json and the safetensors headers say. `context` and `hidden` in tokens and units."""
+    """What config.json and the safetensors headers say."""
 
-    folder: str
-    architecture: str
-    parameters: int
-    layers: int
-    hidden: int
-    vocabulary: int
-    context: int
+    folder: str  # of its files
+    architecture: str  # class of transformers
+    parameters: int  # all of them
+    layers: int  # blocks
+    hidden: int  # width, in units
+    vocabulary: int  # tokens
+    context: int  # tokens; 0: not known
 
 
 def find(name: str, *also: str) -> Path:

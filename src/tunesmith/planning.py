@@ -33,37 +33,37 @@ WARMUP = 100  # steps
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Counts are of rows and tokens as rendered; `memory_mb` estimates the peak when the longest rows meet in a batch.
+    """What training would do and need.
 
     Of a model that a service trains, nothing but the length of its rows is known (`context`; 0: not even that), and tokens are
     counted as they are billed (`bill`), or not at all.
     """
 
-    recipe: Recipe
-    origin: dict[str, str]
-    model: ModelFacts
-    rows: dict[str, int]
-    tokens: dict[str, int]
-    supervised_tokens: dict[str, int]
-    longest: int
-    dropped: int
-    formats: dict[str, int]
-    steps_per_epoch: int
-    steps: int
-    trainable_parameters: int
-    memory_mb: int
-    issues: list[Issue]
-    bill: Bill | None = None
+    recipe: Recipe  # every setting, nothing `auto` left
+    origin: dict[str, str]  # where each comes from: flag, config, a rule
+    model: ModelFacts  # what is trained
+    rows: dict[str, int]  # of each side: train, valid, test
+    tokens: dict[str, int]  # of each side, as rendered
+    supervised_tokens: dict[str, int]  # of each side, those that are learnt
+    longest: int  # tokens of the longest row
+    dropped: int  # rows left out for their length
+    formats: dict[str, int]  # rows of each format
+    steps_per_epoch: int  # optimizer steps
+    steps: int  # in all, at most
+    trainable_parameters: int  # by the method
+    memory_mb: int  # peak, estimated, when the longest rows meet in a batch
+    issues: list[Issue]  # warnings and notes about data and settings
+    bill: Bill | None = None  # what a service would ask; None: trained here
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A plan with the rows behind it, split, and rendered in the same order, and what rendered them: for a service, nothing."""
+    """A plan with the rows behind it, split, and rendered."""
 
-    plan: Plan
-    splits: Splits
-    tokens: dict[str, Tokens]
-    hashes: dict[str, str]
-    renderer: Renderer | None = None
+    plan: Plan  # what `ts.plan` returns
+    splits: Splits  # rows of each side: train, valid, test
+    tokens: dict[str, Tokens]  # of each side, in the same order; none for a service
+    hashes: dict[str, str]  # of each side's rows
+    renderer: Renderer | None = None  # template and tokenizer; None for a service
 
 
 def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = None) -> Prepared:

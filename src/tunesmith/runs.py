@@ -31,7 +31,7 @@ from tunesmith.data.write import write_bytes, write_json
 from tunesmith.errors import RunError, UsageError
 from tunesmith.recipe import Recipe
 
-Event = dict[str, Any]
+Event = dict[str, Any]  # an object of events.jsonl
 TEMPLATE = "data/chat_template.jinja"
 ROW_LOSSES = "row_losses.npy"
 _MODEL = re.compile(r"best_model|final_model|checkpoint-step-\d+")  # folders of a run that hold one

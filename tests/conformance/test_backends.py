@@ -53,7 +53,7 @@ def test_a_run_from_submit_to_its_end(backend: Backend, prepared: Prepared, tmp_
     seen: list[str] = []
     run = backend.submit(prepared, tmp_path / "run")
     assert (run / "run.json").exists() and (run / "data" / "train.jsonl").exists()
-    api.watch(run, backend, lambda _, event: seen.append(event["type"]))
+    backends.watch(run, backend, lambda _, event: seen.append(event["type"]))
     assert backend.poll(run) == run.state() == "succeeded"
     assert seen.count("step") == 3 and seen.index("step") < seen.index("done")
     summary = run.summary()
@@ -70,7 +70,9 @@ def test_what_is_cancelled_ends_and_says_so(
     prepared = api.prepare(data, provider=provider, model=model, epochs=50)
     run = backend.submit(prepared, tmp_path / "run")
     with pytest.raises(Interrupted):
-        api.watch(run, backend, lambda run, event: backend.cancel(run) if event.get("state") == "running" else None)
+        backends.watch(
+            run, backend, lambda run, event: backend.cancel(run) if event.get("state") == "running" else None
+        )
     assert backend.poll(run) == run.state() == {"huggingface": "paused", "openai": "cancelled"}[provider]
 
 

@@ -127,7 +127,8 @@ def test_the_python_reference_keeps_quotes_and_hides_internals() -> None:
     text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
     assert "form: str = 'merged'" in text and "source: str = ''" in text and "= ," not in text
     assert "`.summary(" in text and "`.append(" not in text and "`.lock(" not in text
-    assert "\n## Evaluation\n" in text and "- `verdict: str`" in text
+    assert "\n## Evaluation\n" in text and len(re.findall(r"^- `[a-z_]+: [^`]+`: .", text, re.M)) >= 150
+    assert "see `tunesmith" not in text and "Options: those of" not in text
 
 
 def test_settings_reference_is_current() -> None:

@@ -247,7 +247,7 @@ def test_pause_resume_cancel_from_disk(hostile: Hostile, settings: dict[str, Any
     wait_until(lambda: work.poll(run) == "running")
     assert work.act(run, "pause") == "paused" == run.state()
     with pytest.raises(Interrupted, match="paused at the service") as caught:
-        api.watch(run, work)
+        backends.watch(run, work)
     assert f"runs resume {run}" in caught.value.fix
     hostile.script = [("running", [])]
     assert work.act(run, "resume") == "running"

@@ -208,9 +208,9 @@ def watch(argv: list[str]) -> int:
             events, offset = run.events_from(0)
             for event in events:
                 progress(run, event)
-            state = api.watch(run, backends.get("openai"), progress, offset).state()
+            state = backends.watch(run, backends.get("openai"), progress, offset).state()
         else:
-            state = _watch_here(run, progress, lambda: time.sleep(api.POLL_SECONDS))
+            state = _watch_here(run, progress, lambda: time.sleep(backends.POLL_SECONDS))
     finally:
         progress.close()
     if options.json:

@@ -32,17 +32,17 @@ LARGE = 32 << 20  # bytes: under a second's work is not worth starting processes
 
 
 class Loaded(msgspec.Struct):
-    """What a data set holds. rows_in = usable + rows with an error; `counts`: findings by code, `issues`: the first of each."""
+    """What a data set holds."""
 
-    dataset: str
-    conversations: list[Conversation] = []
-    stored: Store | None = None  # instead of them
-    issues: list[Issue] = []
-    rows_in: int = 0
-    usable: int = 0
+    dataset: str  # as it was named
+    conversations: list[Conversation] = []  # what is usable, in the file's order
+    stored: Store | None = None  # instead of them, of a large data set that is kept on disk
+    issues: list[Issue] = []  # findings, the first of each code
+    rows_in: int = 0  # usable rows and those with an error
+    usable: int = 0  # rows without an error
     warned: int = 0  # usable rows with a warning
-    formats: dict[str, int] = {}
-    counts: dict[str, int] = {}
+    formats: dict[str, int] = {}  # rows of each format
+    counts: dict[str, int] = {}  # findings of each code, all of them
 
     def rows(self) -> Conversations:
         """What is usable, in memory or on disk."""

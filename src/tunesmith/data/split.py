@@ -26,7 +26,7 @@ from tunesmith.data.store import Conversations, pick
 from tunesmith.errors import DataError, UsageError
 
 SIDES = ("train", "valid", "test")
-Splits = dict[str, Conversations]
+Splits = dict[str, Conversations]  # the rows of each side
 
 
 def split(
@@ -38,8 +38,10 @@ def split(
     seed: int = 42,
     group_by: str | None = None,
 ) -> Splits:
-    """Split rows by shares. Rows with the same prompt, nearly the same text, or equal in `group_by` stay together
-    (threshold: those equal in `group_by`, or else with the same prompt).
+    """The rows of each side, by shares: train, valid and test.
+
+    Rows with the same prompt, nearly the same text, or equal in `group_by` stay together (threshold: those equal in `group_by`,
+    or else with the same prompt).
 
     Counts are exact, ceil(n x share) held out, unless a group is larger than the room left on its side. Only where a side
     would get less than half of its rows, because most rows are one template filled in, is the template itself divided:

@@ -35,18 +35,18 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Bill(msgspec.Struct, frozen=True):
-    """An estimate by the rules of OpenAI's cookbook. `price`: dollars for a million tokens; cost None where it is not known."""
+    """What training at a service would be billed as."""
 
-    model: str
-    epochs: int
-    batch_size: int
-    steps: int
-    tokens_per_epoch: int
-    billed_tokens: int
-    over_long: int
-    price: float | None
-    cost: float | None
-    note: str
+    model: str  # dated name
+    epochs: int  # guessed by the rule of OpenAI's cookbook, or as set
+    batch_size: int  # rows
+    steps: int  # in all
+    tokens_per_epoch: int  # none over the context
+    billed_tokens: int  # tokens of an epoch times epochs
+    over_long: int  # rows longer than the context: cut
+    price: float | None  # dollars for a million tokens, None: not known
+    cost: float | None  # dollars, None: not known
+    note: str  # of the price's date, and the model's end
 
 
 class Stats(msgspec.Struct, frozen=True):

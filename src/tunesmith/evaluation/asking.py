@@ -24,18 +24,18 @@ TAUGHT = 64  # training rows whose prompts the base answers, for the classifier 
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How an evaluation is done; see `evaluate`."""
+    """How an evaluation is done: the options of `ts.evaluate`."""
 
-    task: str | None = None
-    rows: int = 100
-    samples: int = 4
-    max_tokens: int | None = None
-    metric: str | None = None
-    persona: str | None = None
-    judge: str | None = None
-    judge_model: str | None = None
-    judge_key_file: str | None = None
-    seed: int = 0
+    task: str | None = None  # whose metrics; None: the run's own
+    rows: int = 100  # prompts that are answered; 0: none
+    samples: int = 4  # further answers to some prompts, and to each row that has tests
+    max_tokens: int | None = None  # of an answer; None: room for twice the longest reference, 256 at most
+    metric: str | None = None  # one's own: "FILE.py:function" or "re:PATTERN"; its mean decides
+    persona: str | None = None  # a name that the tuned model should give
+    judge: str | None = None  # address of a service whose model compares the answers
+    judge_model: str | None = None  # its name
+    judge_key_file: str | None = None  # a file with the key
+    seed: int = 0  # of which prompts are answered, and of the resampling
 
     def check(self) -> None:
         """UsageError where what is said of a judge does not go together."""

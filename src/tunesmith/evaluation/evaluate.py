@@ -60,20 +60,8 @@ def evaluate(
     on_progress: Progress | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Compare a run's best model with its base, or `model` with `against`, on held-out rows.
-
-    Without `dataset` the run's own test split is used. Rows that one of the two is known to be trained on, or that ask
-    the same, are refused (DataError). What is kept: the run's own evaluation in evaluation/ and report.html, any other
-    (another model, base or data set) in a folder of its own beside it.
-
-    A model that a service keeps (of a run at a service, or named "ft:…") is judged by its answers. `base_url` and
-    `api_key_file`: of the service, where the run is not one of it.
-
-    Options: `task` (of tasks.TASKS: which metrics; default: the run's), `rows` (prompts that are answered, chosen by `seed`;
-    0: none), `samples` (further answers to each of SAMPLED prompts, and to each row that has tests), `max_tokens` (of an answer;
-    None: room for twice the longest reference, 256 at most), `metric` (one's own: see `custom.metric_from`), `persona` (a name),
-    `judge`, `judge_model`, `judge_key_file` (a service's address, its model that compares the answers, its key).
-    """
+    """Compare a run's best model with its base, or `model` with `against`, on held-out rows: see `api.evaluate`. Options: those
+    of `asking.Options`."""
     how = msgspec.convert(options, Options, strict=True)
     task = _task(how.task, run)
     own = tasks.named_apart(metric_from(how.metric)) if how.metric else None

@@ -39,34 +39,27 @@ class Transcript(msgspec.Struct, frozen=True):
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """What a judge thinks of the tuned model's answers, against the base's.
+    """What a judge thinks of the tuned model's answers, against the base's. A share without rows to take it of is None."""
 
-    `rows`: judged, of them `wins`, `ties` and `losses` of the tuned model, and `equal` ties of answers that are the same.
-    `left_out`: rows of which a reply was `unreadable` or `refused` (these two count replies). `missing`: rows that the service
-    did not come to, and in `failure` why. `comparison`: share of rows won, a tie as half of one [0, 1], None without rows.
-    `position_bias`, `first_preferred`: see `positions`. `agreement`, `kappa`: see `agreed`. `length_bias`: Spearman's rank
-    correlation (1904) of preference (-1, 0, 1) with how much longer the tuned answer is [-1, 1], None where all are the same.
-    """
-
-    model: str
-    service: str
-    rows: int
-    wins: int
-    ties: int
-    losses: int
-    equal: int
-    left_out: int
-    unreadable: int
-    refused: int
-    missing: int
-    failure: str
-    comparison: Comparison | None
-    position_bias: float | None
-    first_preferred: float | None
-    agreement: float | None
-    kappa: float | None
-    length_bias: float | None
-    transcripts: list[Transcript] = []
+    model: str  # the judge
+    service: str  # its address
+    rows: int  # judged
+    wins: int  # of them, rows of which the tuned answer is preferred
+    ties: int  # no preference, or another one in each order
+    losses: int  # rows of which the base's is preferred
+    equal: int  # ties of answers that are the same: nobody is asked
+    left_out: int  # rows with an unreadable or refused reply
+    unreadable: int  # replies
+    refused: int  # replies
+    missing: int  # rows that the service did not come to
+    failure: str  # why, "" where none is missing
+    comparison: Comparison | None  # share of rows won, a tie as half of one [0, 1]; None without rows
+    position_bias: float | None  # share of rows whose two replies name the same place [0, 1] (Zheng et al. 2023)
+    first_preferred: float | None  # share of replies that prefer the first answer [0, 1]; 0.5 without bias
+    agreement: float | None  # share of rows on which the judge and the deciding metric say the same [0, 1]
+    kappa: float | None  # the same, corrected for chance [-1, 1] (Cohen 1960)
+    length_bias: float | None  # Spearman's rank correlation (1904) of preference with extra length
+    transcripts: list[Transcript] = []  # every request with its reply; judge.jsonl
 
 
 def figures(

@@ -16,15 +16,12 @@ if TYPE_CHECKING:
 
 
 class Advice(msgspec.Struct, frozen=True):
-    """`rate` is the one to take; `certain`: its lead over the next is more than the noise of these validation rows.
+    """What a search for a learning rate has found."""
 
-    `rounds`: (rate, steps, validation loss or None where it diverged) of each trial, the best first.
-    """
-
-    rate: float
-    certain: bool
-    reason: str
-    rounds: list[list[tuple[float, int, float | None]]]
+    rate: float  # the one to take
+    certain: bool  # its lead over the next is more than the noise of these validation rows
+    reason: str  # why this one, in words
+    rounds: list[list[tuple[float, int, float | None]]]  # of trials, best first: rate, steps, loss (None: diverged)
 
 
 def advise(rounds: Sequence[Sequence[Trial]]) -> Advice:

@@ -39,33 +39,32 @@ Gains = Sequence[float | None]  # nats a token by which a row's own context make
 
 
 class RowFinding(msgspec.Struct, frozen=True):
-    """A row that deserves a look. `losses`: nats a token in each epoch, of training rows; `score`: the suspicion."""
+    """A row that deserves a look."""
 
-    source: str
-    digest: str
-    side: str
-    codes: list[str]
-    score: float
-    losses: list[float]
-    prompt: str
-    answer: str
+    source: str  # the row's place, "file:line"
+    digest: str  # of its content
+    side: str  # train, valid or test
+    codes: list[str]  # of CODES
+    score: float  # the suspicion: a sum of robust z-scores
+    losses: list[float]  # nats a token in each epoch, of training rows
+    prompt: str  # as one text
+    answer: str  # the one to be learnt
 
 
 class RowReport(msgspec.Struct, frozen=True):
-    """Findings, the most suspicious first, and what was looked at.
+    """Findings, and what was looked at.
 
-    `looked_at` of `rows` were weighed; `recited` of `asked` answers of the best-learnt training rows were repeated word for
-    word. `belonging`: how much more prompt and answer have in common than other pairs, mean over rows in standard deviations
-    and twice its standard error; `gain`: the same for the tuned model's likelihood, nats a token, of rows it was not trained on.
+    `belonging`: how much more prompt and answer have in common than other pairs; mean over rows in standard deviations, and
+    twice its standard error. `gain`: the same for the tuned model's likelihood, nats a token, of rows it was not trained on.
     """
 
-    rows: int
-    looked_at: int
-    asked: int
-    recited: int
-    belonging: tuple[float, float] | None
-    gain: tuple[float, float] | None
-    findings: list[RowFinding]
+    rows: int  # of the data set, all sides
+    looked_at: int  # of them, those that were weighed
+    asked: int  # prompts of the best-learnt training rows that were answered
+    recited: int  # of them, those whose answer came back word for word
+    belonging: tuple[float, float] | None  # mean and twice its standard error, or not known
+    gain: tuple[float, float] | None  # the same
+    findings: list[RowFinding]  # the most suspicious first
 
 
 class Candidates(msgspec.Struct, frozen=True):

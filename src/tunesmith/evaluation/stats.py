@@ -30,24 +30,20 @@ KEPT = 32_000_000  # resampling counts, a byte each, that are kept for the next 
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """A metric of base and tuned, their difference (tuned - base) with its 95 % interval, the p-value, and the word for it.
+    """A metric of base and tuned, their difference with its 95 % interval, the p-value, and the word for it. A figure that is
+    no sum over rows has none of these three: those fields are None and the verdict is ""."""
 
-    `rows`: that had something to say of it. `rows_needed`: so many rows would settle it in 80 % of cases, with an effect and a
-    spread like these (only for "cannot tell"; MOST: more than that). `detectable`: the difference that would be found in 80 % of
-    cases on rows like these. A figure that is no sum over rows has no interval: those fields are None and the verdict is "".
-    """
-
-    metric: str
-    base: float
-    tuned: float
-    difference: float
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    verdict: str = ""
-    rows: int = 0
-    rows_needed: int | None = None
-    detectable: float | None = None
+    metric: str  # its name, with the unit
+    base: float  # its value for the base
+    tuned: float  # for the tuned model
+    difference: float  # tuned - base
+    low: float | None = None  # of the interval of the difference
+    high: float | None = None  # of the same
+    p: float | None = None  # of the permutation test [0, 1]
+    verdict: str = ""  # "better", "worse", "cannot tell"; "" where there is no interval
+    rows: int = 0  # that had something to say of it
+    rows_needed: int | None = None  # would settle a "cannot tell" in 80 % of cases; MOST: or more
+    detectable: float | None = None  # the difference that would be found in 80 % of cases on rows like these
 
 
 def ratio(sums: Array) -> Array:

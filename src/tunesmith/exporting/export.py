@@ -24,7 +24,7 @@ from tunesmith.data.write import write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.exporting import building, gguf_file, inspect, merged, ollama, parity, runtime, servers
-from tunesmith.exporting.forms import PARITY, REFUSED, is_k_quant, sha256
+from tunesmith.exporting.forms import PARITY, PROMPTS, REFUSED, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
 from tunesmith.models import facts, find, read_json
@@ -47,13 +47,13 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """An export. `model`: the file or folder that is run; `command`: what runs it."""
+    """An export that is done."""
 
-    path: str
-    model: str
-    command: str
-    bytes: int
-    certificate: Certificate
+    path: str  # the folder
+    model: str  # the file or folder in it that is run
+    command: str  # what runs it
+    bytes: int  # of all its files
+    certificate: Certificate  # what was checked
 
 
 def export(
@@ -63,19 +63,12 @@ def export(
     quantize: str | None = None,
     *,
     unmerged: bool = False,
-    prompts: int = parity.PROMPTS,
+    prompts: int = PROMPTS,
     license: str = "",
     data_license: str = "",
     on_progress: Progress = lambda *_: None,
 ) -> Exported:
-    """Write a run's best model (or a checkpoint, or any model) as `form` into a new folder, and certify it.
-
-    `quantize`: bf16 or f16 of a model folder; a type of facts/gguf.toml, or a k-quant, of a GGUF file [f16]. `unmerged`: of
-    vllm, the adapter beside its base. `prompts`: how many held-out prompts both models answer. `license`, `data_license`: for the
-    card.
-    The export is there even where a check has failed: `certificate.deployable` tells, and so do the files in it.
-    Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
-    """
+    """Write a model for another program and certify it: see `forms.export`, which refuses before torch is loaded."""
     source = find_source(model)
     target = Path(output).expanduser().resolve()
     weights, renderer = Weights(source.folder), Renderer(source.folder)
@@ -210,7 +203,7 @@ def certify(
     form: str,
     quantize: str,
     *,
-    prompts: int = parity.PROMPTS,
+    prompts: int = PROMPTS,
     on_progress: Progress = lambda *_: None,
 ) -> Certificate:
     """Compare an export with the model that it was made of, in the program that will run it."""
@@ -339,7 +332,7 @@ def held_out(run: Run | None, count: int) -> list[tuple[Message, ...]]:
 
 
 def recheck(
-    folder: Path, model: str | None = None, prompts: int = parity.PROMPTS, on_progress: Progress = lambda *_: None
+    folder: Path, model: str | None = None, prompts: int = PROMPTS, on_progress: Progress = lambda *_: None
 ) -> Certificate:
     """Certify an export again: after it was copied, or changed by hand. `model`: what it was made of, where that has moved."""
     try:

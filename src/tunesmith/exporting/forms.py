@@ -26,6 +26,7 @@ FOLDER_TYPES = ("bf16", "f16")
 GGUF_PACKAGES = ("gguf", "xllamacpp")
 K_QUANTISER = "llama-quantize"
 PARITY = "parity.json"
+PROMPTS = 16  # held-out ones that both models answer
 REFUSED = "NOT-DEPLOYABLE.txt"
 
 
@@ -34,25 +35,47 @@ def export(
     output: str | os.PathLike[str],
     form: str = "merged",
     quantize: str | None = None,
-    **options: Any,
+    *,
+    unmerged: bool = False,
+    prompts: int = PROMPTS,
+    license: str = "",
+    data_license: str = "",
+    on_progress: Progress = lambda *_: None,
 ) -> Exported:
-    """Write a run's model for another program and certify it; see `tunesmith.exporting.export.export`."""
-    refuse_form(form, quantize, options.get("unmerged", False))
+    """Write a run's best model (or a checkpoint, or any model) for another program into a new folder, and certify it.
+
+    `form`: merged, adapter, gguf, ollama or vllm. `quantize`: bf16 or f16 of a model folder; a type of facts/gguf.toml, or a
+    k-quant, of a GGUF file [f16]. `unmerged`: of vllm, the adapter beside its base. `prompts`: how many held-out prompts both
+    models answer. `license`, `data_license`: for the card.
+    The export is there even where a check has failed: `certificate.deployable` tells, and so do the files in it.
+    Raises UsageError for what cannot be asked for, ModelError for a model that the form cannot hold.
+    """
+    refuse_form(form, quantize, unmerged)
     refuse_target(Path(output).expanduser().resolve())
     refuse_removed(model)
     find(str(model))
     from tunesmith.exporting.export import export as made
 
-    return made(str(model), Path(output), form, quantize, **options)
+    return made(
+        str(model),
+        Path(output),
+        form,
+        quantize,
+        unmerged=unmerged,
+        prompts=prompts,
+        license=license,
+        data_license=data_license,
+        on_progress=on_progress,
+    )
 
 
 def parity(
     folder: str | os.PathLike[str],
     against: str | None = None,
-    prompts: int = 16,
+    prompts: int = PROMPTS,
     on_progress: Progress = lambda *_: None,
 ) -> Certificate:
-    """Certify an export again; see `tunesmith.exporting.export.recheck`."""
+    """Certify an export again, against the model that it was made from or `against` another; refuses before torch is loaded."""
     refuse_no_export(Path(folder))
     from tunesmith.exporting.export import recheck
 

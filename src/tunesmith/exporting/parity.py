@@ -22,21 +22,19 @@ from tunesmith.render import Renderer
 
 ANSWER = 64  # tokens of a greedy answer
 PLACES = 8  # at which a prompt's answer is looked into
-PROMPTS = 16
 ADDED = 64  # tokens of a model's own that are tried within a text
 LESS = 0.5  # nats by which another token may be likelier where an answer ended
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One check. `found` and `limit`: what was measured, and what was allowed, in words; `value`: the measured figure, where
-    there is one; `cause`: of a failure, by name."""
+    """One check of a certificate."""
 
-    name: str
-    passed: bool
-    found: str
-    limit: str = ""
-    cause: str = ""
-    value: float | None = None
+    name: str  # what was compared
+    passed: bool  # found within the limit
+    found: str  # what was measured, in words
+    limit: str = ""  # what was allowed, in words
+    cause: str = ""  # of a failure, by name
+    value: float | None = None  # the measured figure, where there is one
 
 
 class Own(msgspec.Struct, frozen=True):
@@ -56,20 +54,20 @@ class Own(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True):
-    """parity.json. `deployable`: every check has passed. `files`: the hash (SHA-256) of each file that was checked."""
+    """parity.json: whether an export is still the model that was trained."""
 
-    deployable: bool
-    model: str
-    run: str | None
-    form: str
-    quantize: str
-    runtime: str
-    created: str
-    checks: list[Check]
-    prompts: int
-    probes: int
-    tunesmith: str
-    files: dict[str, str] = {}
+    deployable: bool  # every check has passed
+    model: str  # the folder that it was made from
+    run: str | None  # the run it was made from, None: from a model
+    form: str  # merged, adapter, gguf, ollama or vllm
+    quantize: str  # the type of its numbers
+    runtime: str  # the program that was asked, with its version
+    created: str  # when, with the offset from UTC
+    checks: list[Check]  # each with what was found
+    prompts: int  # that both models answered
+    probes: int  # texts whose token ids were compared
+    tunesmith: str  # version
+    files: dict[str, str] = {}  # SHA-256 of each file that was checked
 
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]

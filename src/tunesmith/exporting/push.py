@@ -65,19 +65,35 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pushed(msgspec.Struct, frozen=True):
-    """A push that is done. `deleted`: weights of an earlier one that are not this model's."""
+    """A push that is done."""
 
-    url: str
-    commit: str
-    private: bool
-    files: list[str]
-    bytes: int
-    deleted: list[str]
+    url: str  # of the repository
+    commit: str  # its hash
+    private: bool  # who may see it: you and those you name
+    files: list[str]  # names of what was sent
+    bytes: int  # of them
+    deleted: list[str]  # weights of an earlier push that are not this model's
 
 
-def push(source: str | os.PathLike[str], repo: str, *, token_file: str | None = None, **options: Any) -> Pushed:
-    """Send an export, or a run's best model, to the Hub. Options: those of `gather`, and `token_file` of `send`."""
-    return send(gather(source, repo, **options), token_file)
+def push(
+    source: str | os.PathLike[str],
+    repo: str,
+    *,
+    public: bool = False,
+    with_data: bool = False,
+    with_evaluation: bool = False,
+    force: bool = False,
+    token_file: str | None = None,
+) -> Pushed:
+    """Send an export, or a run's best model, to the Hub, in one commit; the repository is made where it is not there yet.
+
+    `public`: for everybody to see. `with_data`: the run's splits too, under data/; `with_evaluation`: its result and report,
+    which show rows and so need `with_data`. `force`: also an export whose certificate has failed. The token is that of the
+    file, else of HF_TOKEN or of the client's login. Raises UsageError without one, or where the repository is there and
+    another may see it than was asked for; ServiceError where the Hub refuses, or is not reached.
+    """
+    parcel = gather(source, repo, public=public, with_data=with_data, with_evaluation=with_evaluation, force=force)
+    return send(parcel, token_file)
 
 
 def gather(
@@ -89,11 +105,7 @@ def gather(
     with_evaluation: bool = False,
     force: bool = False,
 ) -> Parcel:
-    """What pushing an export or a run to `repo` would send; asks nobody.
-
-    `public`: for everybody to see. `with_data`: the run's splits too, under data/; `with_evaluation`: its result and report,
-    which show rows and so need `with_data`. `force`: also an export whose certificate has failed.
-    """
+    """What pushing an export or a run to `repo` would send, with the options of `push`; asks nobody."""
     _refuse_name(repo)
     path = Path(source).expanduser()
     folder, run = _opened(path, force)
@@ -270,11 +282,7 @@ def _metadata(contents: dict[str, Path | bytes], folder: Path) -> dict[str, Any]
 
 
 def send(parcel: Parcel, token_file: str | os.PathLike[str] | None = None) -> Pushed:
-    """Make the repository where it is not there yet, and publish the files in one commit.
-
-    The token is that of the file, else of HF_TOKEN or of the client's login. Raises UsageError without one, or where the
-    repository is there and another may see it than was asked for; ServiceError where the Hub refuses, or is not reached.
-    """
+    """Make the repository where it is not there yet, and publish the files in one commit: see `push`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     token = _token(token_file)

@@ -28,16 +28,16 @@ from tunesmith.runs import Run, create, listing
 
 
 class Rescued(msgspec.Struct):
-    """What is here now, and what could not be had ("what: why"). `fetched`: files that were not here before."""
+    """What of an account is here now."""
 
-    folder: str
-    base_url: str
-    files: int = 0
-    fetched: int = 0
-    bytes: int = 0
+    folder: str  # where it is
+    base_url: str  # of the service
+    files: int = 0  # that are here now
+    fetched: int = 0  # of them, those that were not here before
+    bytes: int = 0  # of all of them
     jobs: dict[str, str] = {}  # id: state
-    models: list[str] = []
-    missing: list[str] = []
+    models: list[str] = []  # names of fine-tuned models
+    missing: list[str] = []  # what could not be had, "what: why"
 
 
 def rescue(service: Service, folder: Path, say: Callable[[str], None] = lambda _: None) -> Rescued:
