@@ -159,7 +159,7 @@ def train(
 
 def _refuse_until(until: str, provider: str) -> None:
     if until not in ("files", "job", "end") or until != "end" and provider != "openai":
-        raise UsageError(f"until {until}: only a service has files and jobs", where="--until", fix="leave it out")
+        raise UsageError(f"until {until}: only a service has files and jobs", where="until", fix="leave it out")
 
 
 def _begin(run: Run, until: str, on_event: Callable[[Run, Event], None] | None, offset: int = 0) -> Run:
@@ -179,7 +179,7 @@ def _laid_out(prepared: planning.Prepared) -> Run:
     from tunesmith.local.backend import lay_out
 
     if prepared.plan.recipe.provider != "huggingface":
-        raise UsageError("only training on this machine can be shared by processes", where="--provider")
+        raise UsageError("only training on this machine can be shared by processes", where="provider")
     return lay_out(prepared, planning.output_path(prepared.plan.recipe))
 
 

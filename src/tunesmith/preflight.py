@@ -34,7 +34,9 @@ def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
     ]
     for names, acts, reason, fix in idle:
         for name in names:
-            if not acts and (origin[name] == "flag" or origin[name].endswith((".toml", ".json"))):
+            if not acts and origin[name] == "flag":
+                yield finding("idle-setting", name, f"it has no effect: {reason}", fix)
+            elif not acts and origin[name].endswith((".toml", ".json")):
                 yield finding("idle-setting", origin[name], f"{name} has no effect: {reason}", fix)
 
 

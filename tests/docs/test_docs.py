@@ -401,12 +401,12 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tunesmith "$@"\n')
     program.chmod(0o755)
-    short = (tmp_path / name / "run.sh").read_text()
-    (tmp_path / name / "run.sh").write_text(short.replace("tunesmith test", "tunesmith test --max-tokens 8") + "true\n")
     env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "ROWS": "4"}
     short_run = ["sh", tmp_path / name / "run.sh", "--max-steps", "2", "--threads", "1"]
     done = subprocess.run(short_run, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 or "tunesmith test" in short, done.stderr[-2000:]  # two steps teach nothing
+    assert done.returncode == (name == "emoji"), done.stderr[
+        -2000:
+    ]  # its `tunesmith test` fails: two steps teach nothing
     expected = (source / "expected.txt").read_text(encoding="utf-8")
     for start in ("  metric  ", "  loss (nats per token)", "verdict: ", "report:  run"):
         count = len([line for line in expected.splitlines() if line.startswith(start)])

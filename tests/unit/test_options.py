@@ -139,7 +139,7 @@ def _(b: Bench) -> None:
         2,
     )
     for name in ("base_url", "api_key_file", "suffix"):
-        assert [i.code for i in b.plan(**{name: "x"}).issues if f"{name} has no effect" in i.message] == [
+        assert [i.code for i in b.plan(**{name: "x"}).issues if i.where == name and "has no effect" in i.message] == [
             "idle-setting"
         ]
     with pytest.raises(UsageError, match="a multiplier is of a service"):
@@ -154,7 +154,7 @@ def _(b: Bench) -> None:
 
 @proves("nproc", "sharding")  # that the work is shared, to the same result: test_processes.py
 def _(b: Bench) -> None:
-    assert [i.code for i in b.plan(sharding="fsdp2").issues if "sharding" in i.message] == ["idle-setting"]
+    assert [i.code for i in b.plan(sharding="fsdp2").issues if i.where == "sharding"] == ["idle-setting"]
     with pytest.raises(UsageError, match="qlora cannot be spread"):
         b.plan(method="qlora", nproc=2, sharding="fsdp2")
 
@@ -516,8 +516,10 @@ def test_setting_acts(proof: Callable[[Bench], None], tiny: Path, tmp_path: Path
 
 def test_what_does_nothing_is_said(tiny: Path, tmp_path: Path) -> None:
     b = Bench(tiny, tmp_path)
-    said = {i.message for i in b.plan(lora_rank=8, warmup_steps=2, warmup_ratio=0.5).issues if i.code == "idle-setting"}
-    assert said == {"lora_rank has no effect: the method is full", "warmup_ratio has no effect: warmup_steps is set"}
+    found = b.plan(lora_rank=8, warmup_steps=2, warmup_ratio=0.5).issues
+    said = {(i.where, i.message) for i in found if i.code == "idle-setting"}
+    why = {"lora_rank": "the method is full", "warmup_ratio": "warmup_steps is set"}
+    assert said == {(name, f"it has no effect: {reason}") for name, reason in why.items()}
     assert not [i for i in b.plan(lora_rank=8, method="lora").issues if i.code == "idle-setting"]
 
 

@@ -157,7 +157,7 @@ def as_typed(place: str, words: list[str]) -> str:
 
     options = (word.partition("=")[0] for word in words if word.startswith("--"))
     typed = (option for option in options if canonical(option.replace("--no-", "--")) == place)
-    return next(typed, place) if place in fields() else place
+    return next(typed, place) if place in (*fields(), "until") else place
 
 
 def _report(error: Exception, words: list[str]) -> int:
