@@ -9,9 +9,11 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 from typing import get_args
 
@@ -69,11 +71,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def started_and_stopped(words: list[str], folder: Path) -> bool:
+    """Whether a `serve` answers where it says it listens, on any free port, and a Ctrl-C ends it in good order."""
+    command = [sys.executable, "-m", "tunesmith", *words, "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
+        assert served.stdout
+        url = served.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/health") as answer:
+            well = answer.status == 200
+        served.send_signal(signal.SIGINT)
+        _, said = served.communicate(timeout=60)
+    assert served.returncode == 0, said
+    return well and url.startswith("http://127.0.0.1:")
+
+
 @pytest.mark.parametrize("line", commands())
 def test_readme_command(line: str, trained: Path) -> None:
     """Each command runs as written; training is cut short, quickstart has a test of its own."""
     words = shlex.split(line)[1:]
-    if words[0] in ("quickstart", "serve"):  # each has tests of its own
+    if words[0] == "serve":
+        assert started_and_stopped(words, trained)
+        return
+    if words[0] == "quickstart":  # it has tests of its own
         words = [words[0], "--help"]
     elif words[0] == "lr-find":
         words += ["--trial-steps", "1"]
@@ -296,10 +315,11 @@ def test_tree_is_free_of_machine_paths() -> None:
     assert not [str(p) for p in texts if re.search(r"(?<![\w.])/(root|home/\w+)/", p.read_text(encoding="utf-8"))]
 
 
-def test_the_guide_to_serving(tiny: Path, tmp_path: Path) -> None:
-    """Its options exist, and its program runs against a server."""
+def test_the_guide_to_serving(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options exist, its commands run one after another, and its program runs against a server."""
     from serving import Server, chats
 
+    monkeypatch.chdir(tmp_path)
     guide = (ROOT / "docs/guides/serving.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", guide, re.S)
     lines = [line.split("  #")[0] for kind, text in blocks if kind == "sh" for line in text.splitlines()]
@@ -307,6 +327,11 @@ def test_the_guide_to_serving(tiny: Path, tmp_path: Path) -> None:
     known = (ROOT / "src/tunesmith/assets/help/serve.txt").read_text()
     for option in set(re.findall(r"--[a-z][a-z-]+", guide)) - {"--admin"}:
         assert option in known, option
+    for name in ("Qwen2.5-0.5B", "Llama-3.2-1B"):
+        (tmp_path / name).symlink_to(tiny)
+    for line in lines:
+        words = shlex.split(line.replace("0.0.0.0", "127.0.0.1"))[1:]
+        assert started_and_stopped(words, tmp_path) if words[0] == "serve" else cli.main(words) == 0, line
     (tmp_path / "train.jsonl").write_bytes(chats(12))
     server = Server(tmp_path / "data")
     try:

@@ -52,8 +52,6 @@ def run(service: Service, host: str, port: int) -> int:
         except OSError as error:
             fix = "choose another --port" if error.errno == errno.EADDRINUSE else "check --host and --port"
             raise UsageError(str(error.strerror), where=f"{host}:{port}", fix=fix) from None
-        shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{listening.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(
             build(service, ROUTES),
             log_config=None,
@@ -63,10 +61,15 @@ def run(service: Service, host: str, port: int) -> int:
             h11_max_incomplete_event_size=64 << 10,
             server_header=False,
         )
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # uvicorn has its own, and sends what it got on to these at its end
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+
+        def stop(*_: object) -> None:  # until uvicorn's own stand; it sends on what it got at its end
+            server.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        listening.listen()  # who reads the address may ask at once
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listening.getsockname()[1]}/v1", flush=True)
+        server.run(sockets=[listening])
     return 0
