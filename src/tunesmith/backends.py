@@ -253,7 +253,7 @@ def follow(
     if state in ("paused", "cancelled"):
         step = max((e["step"] for e in run.metrics("step")), default=0)
         raise Interrupted(
-            f"stopped at step {step}; its checkpoints are kept",
+            f"stopped at step {step}; its checkpoints are kept" if step else "stopped before its first step",
             where=str(run),
             fix=f"go on with: tunesmith train --resume {run:q}",
         )

@@ -31,8 +31,8 @@ from tunesmith.data.scan import Progress, size
 from tunesmith.data.split import Splits, leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
-from tunesmith.data.write import begun, sync_folder, tidy, write_json
-from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.data.write import begun, kept, sync_folder, tidy, write_json
+from tunesmith.errors import DataError, RunError, TunesmithError, UsageError
 from tunesmith.models import ModelFacts
 from tunesmith.preflight import Seen
 from tunesmith.recipe import Recipe, need_dataset
@@ -84,7 +84,7 @@ def prepare_data(
     listed = [(name, files(name)) for name in _datasets(recipe)]
     if any(paths is None for _, paths in listed) or size(listed) < LARGE:
         return _made(recipe, renderer, model, limit, None, progress)
-    folder = _kept_in() / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, model, limit)
+    folder = kept("data") / _key([path for _, paths in listed for path in paths or ()], recipe, renderer, model, limit)
     if (folder / "facts.json").exists():
         try:
             os.utime(folder)
@@ -93,7 +93,12 @@ def prepare_data(
             shutil.rmtree(folder)
     tidy(folder.parent)
     building = begun(folder)
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        what = f"so large a data set is prepared on disk: {error.strerror}"
+        fix = "set XDG_CACHE_HOME to a folder that may be written"
+        raise TunesmithError(what, where=str(folder.parent), fix=fix) from None
     try:
         made = _made(recipe, renderer, model, limit, building, progress)
         if any(issue.severity == "error" for issue in made.facts.issues) or not len(made.rows["train"]):
@@ -112,10 +117,6 @@ def _datasets(recipe: Recipe) -> list[str]:
 
 
 # ---- kept on disk
-
-
-def _kept_in() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "data"
 
 
 def _key(paths: list[Path], recipe: Recipe, renderer: Renderer, model: ModelFacts, limit: int) -> str:

@@ -131,6 +131,28 @@ def test_interrupt_checkpoints_and_says_how_to_go_on(number: int, tiny: Path, tm
     assert last[-1]["state"] == "paused" and last[-2]["type"] == "checkpoint" and last[-3]["step"] == last[-2]["step"]
 
 
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.4, 0.8])
+def test_a_worker_that_does_not_listen_yet_is_ended(after: float, tiny: Path, tmp_path: Path) -> None:
+    """It takes seconds to load its libraries: a Ctrl-C then is an end like any other."""
+    data, run = write(tmp_path / "data.jsonl", rows(60)), tmp_path / "run"
+    process = subprocess.Popen(
+        command(*settings(tiny, data, "full"), "--output-dir", run),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = run / "events.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count('"queued"') > 1, process)  # type: ignore[arg-type]
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped before its first step -- go on with: " in err, err
+    assert json.loads(log.read_text().splitlines()[-1])["state"] == "cancelled"
+
+
 def test_a_run_that_is_being_trained_is_left_alone(tiny: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     data, run = write(tmp_path / "data.jsonl", rows(60)), tmp_path / "run"
     process = start([*settings(tiny, data, "full"), "--epochs", 300, "--patience", 0, "--output-dir", run], tmp_path)

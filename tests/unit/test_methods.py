@@ -178,6 +178,15 @@ def test_a_cache_that_finds_no_room_is_no_end(
     assert not list((cache / "prefix").iterdir())
 
 
+def test_a_cache_where_no_folder_can_be_is_no_end(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    run = fit(tmp_path / "run", data, tiny, freeze_ratio=0.5, max_steps=2)
+    assert any("is not kept: Not a directory" in e.get("message", "") for e in run.events()) and run.last("done")
+
+
 def test_what_decides_the_bottom_is_in_the_caches_name(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
     theta = tmp_path / "theta"
     shutil.copytree(tiny, theta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tunesmith.conversation import Conversation, Issue
 from tunesmith.data import read
 from tunesmith.data.check import Loaded, examine
 from tunesmith.data.findings import finding
-from tunesmith.data.spread import can_fork, spread
+from tunesmith.data.spread import _held_back, can_fork, spread
 from tunesmith.errors import DataError
 
 needs_fork = pytest.mark.skipif(not can_fork(), reason="one process only where forking is not safe")
@@ -104,3 +105,12 @@ def test_the_command(tmp_path: Path, cli: Callable[..., Result]) -> None:
     path = damaged(tmp_path)[0]
     alone, shared = (cli("data", "check", path, "--json", "--num-workers", n) for n in (1, 2))
     assert alone.out == shared.out and alone.code == shared.code == 3
+
+
+def test_ctrl_c_waits_until_processes_have_begun() -> None:
+    """What it raises in a callback of a fork is dropped by Python, and training would go on."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), _held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of the block")
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler

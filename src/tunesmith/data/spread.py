@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tunesmith.errors import DataError
@@ -43,7 +45,8 @@ def spread(
                     done.set_result(function(part))
                     waiting.append(done)
                 else:
-                    waiting.append(pool.submit(_call, part))
+                    with _held_back():  # the first one forks
+                        waiting.append(pool.submit(_call, part))
                 while len(waiting) > AHEAD * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -65,6 +68,22 @@ def cores() -> int:
 
 def can_fork() -> bool:
     return sys.platform == "linux"
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Ctrl-C waits: what it raises in a callback of a fork is dropped, and in a process that has just begun it ends that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin() -> None:

@@ -95,6 +95,11 @@ def publish(building: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def kept(what: str) -> Path:
+    """The folder of a kind of things that are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / what
+
+
 def tidy(folder: Path, unused: float = UNUSED) -> None:
     """Delete from a folder what processes that were killed on this machine had begun, and, as befits a cache, what nobody has
     used for so many seconds (its time of change is that of its last use)."""

@@ -21,7 +21,7 @@ import msgspec
 from tunesmith import backends
 from tunesmith.conversation import Conversation, Message
 from tunesmith.data.scan import Progress
-from tunesmith.data.write import tidy, write_json
+from tunesmith.data.write import kept, tidy, write_json
 from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.models import find
 
@@ -74,7 +74,7 @@ class Tally:
 
 def observe(name: str, ask: Ask, template: str | None, doing: str, progress: Progress) -> Observed:
     """Ask a model on this machine. What was heard before of the same model and the same question is read from the cache."""
-    path = _cache() / f"{_key(name, ask, template)}.json"
+    path = kept("evaluation") / f"{_key(name, ask, template)}.json"
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Observed)
         with suppress(OSError):  # its time of change is that of its last use: a cache that is only read has none
@@ -205,10 +205,6 @@ def _gains(rows: Sequence[Conversation], own: Sequence[Any], others: Sequence[An
 
 
 # ---- what is kept
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "evaluation"
 
 
 def _key(name: str, ask: Ask, template: str | None) -> str:

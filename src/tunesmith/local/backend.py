@@ -92,7 +92,7 @@ class LocalBackend:
             if at_once:
                 os.killpg(worker.pid, signal.SIGKILL)
             else:
-                worker.send_signal(signal.SIGINT)
+                worker.terminate()
 
     def interrupt(self, run: Run) -> None:
         self.cancel(run)
@@ -109,7 +109,7 @@ class LocalBackend:
         holder = run.holder()
         if holder is None:
             raise RunError("its process cannot be told", where=str(run), fix="Ctrl-C where it was started")
-        os.kill(holder, signal.SIGINT)
+        os.kill(holder, signal.SIGTERM)
         deadline = time.monotonic() + 60
         while run.busy() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -13,7 +13,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.costs import frozen_layers
-from tunesmith.data.write import begun, tidy
+from tunesmith.data.write import begun, kept, tidy
 from tunesmith.local import methods
 from tunesmith.local.batches import Batch
 from tunesmith.local.loss import LossModule
@@ -142,9 +142,9 @@ def prepare(
     opened = {}
     for side, tokens in sets.items():
         path, reason = cache_file(prefix, tokens, recipe)
-        if path and not path.exists() and world.size > 1:
+        if path and not os.path.exists(path) and world.size > 1:
             path, reason = None, "each of several processes would see only some of the rows"
-        if path and not path.exists():
+        if path and not os.path.exists(path):
             path, reason = _room(path, tokens, prefix)
         if reason:
             run.append("warning", message=f"the output of the frozen layers is not kept: {reason}")
@@ -156,15 +156,16 @@ def prepare(
 
 def _room(path: Path, tokens: Tokens, prefix: Prefix) -> tuple[Path | None, str]:
     """Take the disk that a cache will need, now: a mapped file that finds none later ends the process. The path, or why not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tidy(path.parent)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tidy(path.parent)
         with begun(path).open("wb") as stream:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(stream.fileno(), 0, _bytes(tokens, prefix))
             stream.truncate(_bytes(tokens, prefix))
     except OSError as error:
-        begun(path).unlink(missing_ok=True)
+        with suppress(OSError):
+            begun(path).unlink(missing_ok=True)
         return None, f"{error.strerror} ({path.parent})"
     return path, ""
 
@@ -230,11 +231,11 @@ def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | N
     if not recipe.prefix_cache or not len(tokens):
         return None, ""
     need = _bytes(tokens, prefix)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "prefix"
+    folder = kept("prefix")
     path = folder / f"{_key(prefix, tokens, recipe)}.f32"
-    if path.exists() and path.stat().st_size == need:
+    if os.path.exists(path) and path.stat().st_size == need:  # Path.exists raises where a parent may not be searched
         return path, ""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     if need > SHARE_OF_DISK * free:
         return None, f"{need / 1e9:.1f} GB would be over half of the {free / 1e9:.1f} GB that are free"

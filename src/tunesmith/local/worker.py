@@ -27,8 +27,7 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
     follows = int(os.environ.get("RANK", 0)) > 0  # one of several processes, and not the first
     run = Run(path, silent=follows)
     stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the libraries load either just ends it: nothing is lost
     if attached:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -44,6 +43,8 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
         from tunesmith.local.loop import train
         from tunesmith.local.machine import tune
 
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopping.set())
         tune()
         train(run, stopping.is_set, step)
     except Interrupted as error:
@@ -82,7 +83,9 @@ def failure(error: BaseException, where: str) -> TunesmithError | None:
     if isinstance(error, OSError) or full:
         what = "No space left on device" if full else getattr(error, "strerror", None) or str(error)
         place = getattr(error, "filename", None) or where
-        return TunesmithError(what, where=str(place), fix=f"then go on with: tunesmith train --resume {where}")
+        return TunesmithError(
+            what, where=str(place), fix=f"mend that, then go on with: tunesmith train --resume {where}"
+        )
     return None
 
 
