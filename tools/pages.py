@@ -337,7 +337,7 @@ def errors() -> str:
         "",
         "An error is one line: `error: PLACE: MESSAGE -- FIX`. What stands in braces is filled in.",
     ]
-    lines += ["", "```text", str(tree.__doc__).split("\n\n", 1)[1].strip(), "```"]
+    lines += ["", "```text", _tree(), "```"]
     topics: dict[str, dict[tuple[str, str, str], None]] = {title: {} for title in TOPICS.values()}
     for file in sorted(SOURCE.rglob("*.py")):
         module = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
@@ -347,6 +347,11 @@ def errors() -> str:
         lines += ["", f"## {title}", "", "| error | message | what to do |", "|---|---|---|"]
         lines += [_row(*row) for row in sorted(found, key=lambda row: row[1].lower())]
     return "\n".join(lines) + "\n"
+
+
+def _tree() -> str:
+    """The tree of errors with their exit statuses."""
+    return str(tree.__doc__).split("\n\n", 1)[1].strip()
 
 
 def _raised(tree_of_file: ast.AST) -> Iterator[tuple[str, str, str]]:
@@ -379,11 +384,13 @@ def python_api() -> str:
     lines = [
         "# Python API",
         "",
-        "What `import tunesmith as ts` offers. Names load when they are first used. Errors are those of [errors.md](errors.md), "
-        "classes of `tunesmith.errors`; all are a TunesmithError. What functions return is below them.",
+        "What `import tunesmith as ts` offers. Names load when they are first used. What functions return "
+        "is below them, and at the end the errors that they raise.",
     ]
     for name in tunesmith.__all__:
         value = getattr(tunesmith, name)
+        if isinstance(value, type) and issubclass(value, tree.TunesmithError):
+            continue
         lines += ["", f"## ts.{name}", ""]
         if callable(value):
             shown = "(*, SETTING=…)" if value is Recipe else _signature(value)  # its settings have a page of their own
@@ -406,6 +413,8 @@ def python_api() -> str:
             lines += ["", f"## {name}", "", _prose(inspect.getdoc(kind)), "", *_fields(kind)]
     lines += ["", "## Names of types", "", *(_alias(name, place) for name, place in SHORT)]
     lines += ["- `Conversations`: a list of them, or of a large data set what acts as one and stays on disk"]
+    about = "All are attributes of `ts`; each has `message`, `where` and `fix`. What they say: [errors.md](errors.md)."
+    lines += ["", "## Errors", "", about, "", "```text", _tree(), "```"]
     return "\n".join(lines) + "\n"
 
 

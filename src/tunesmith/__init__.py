@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from tunesmith.api import check, evaluate, load, lr_find, plan, prepare, rescue, resume, train
     from tunesmith.conversation import Conversation, Issue, Message
     from tunesmith.data.split import split
+    from tunesmith.errors import (
+        DataError,
+        Interrupted,
+        ModelError,
+        RunError,
+        ServiceError,
+        TunesmithError,
+        UsageError,
+    )
     from tunesmith.exporting.forms import export
     from tunesmith.exporting.push import push
     from tunesmith.recipe import Recipe
@@ -39,13 +48,27 @@ _PLACES = {
     "push": "exporting.push",
     "Recipe": "recipe",
     "Run": "runs",
+    "DataError": "errors",
+    "Interrupted": "errors",
+    "ModelError": "errors",
+    "RunError": "errors",
+    "ServiceError": "errors",
+    "TunesmithError": "errors",
+    "UsageError": "errors",
 }
 __all__ = [
     "Conversation",
+    "DataError",
+    "Interrupted",
     "Issue",
     "Message",
+    "ModelError",
     "Recipe",
     "Run",
+    "RunError",
+    "ServiceError",
+    "TunesmithError",
+    "UsageError",
     "check",
     "evaluate",
     "export",
