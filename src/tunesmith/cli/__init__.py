@@ -15,16 +15,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMANDS = {  # words -> (module:function, one line of help)
-    "quickstart": (
-        "quickstart:quickstart",
-        "train the sample persona from the built-in model and prove it: about two minutes",
-    ),
+    "quickstart": ("quickstart:quickstart", "train the sample persona and prove it: about two minutes"),
     "init": ("init:init", "write a commented config.toml for your data"),
     "data check": ("data:check", "find every problem in a data set, with line and fix"),
-    "data stats": ("stats:stats", "lengths, turns, variety, emoji, languages; what a service would bill"),
+    "data stats": ("stats:stats", "lengths, turns, variety, languages; what a service would bill"),
     "data convert": ("convert:convert", "write rows in another format, chosen, changed and mixed"),
     "data split": ("convert:split", "write train, valid and test files"),
-    "data preview": ("data:preview", "show rows as the model sees them, with what is learnt highlighted"),
+    "data preview": ("data:preview", "rows as the model sees them, with what is learnt highlighted"),
     "plan": ("train:plan", "what a training run would do and need; makes none"),
     "lr-find": ("lr_find:lr_find", "try learning rates in short runs and recommend one"),
     "train": ("train:train", "fine-tune a model"),
@@ -38,19 +35,19 @@ COMMANDS = {  # words -> (module:function, one line of help)
     "runs cancel": ("runs:cancel", "stop a run, also from another process"),
     "runs pause": ("runs:pause", "pause a job at a service"),
     "runs resume": ("runs:resume", "have a service go on with a paused job"),
-    "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on, with a verdict"),
-    "export": ("export:export", "write a model for llama.cpp, Ollama, vLLM or transformers, with a certificate"),
+    "evaluate": ("evaluate:evaluate", "base against tuned on rows neither was trained on: a verdict"),
+    "export": ("export:export", "a model for llama.cpp, Ollama, vLLM or transformers, certified"),
     "parity": ("export:parity", "certify an export again"),
     "push": ("push:push", "send an export, or a run's best model, to the Hugging Face Hub"),
-    "test": ("test:smoke_test", "try a model before it is deployed: answers beside the base's, and sanity checks"),
-    "rescue": ("rescue:rescue", "bring everything an account holds at a service here, before it is gone"),
+    "test": ("test:smoke_test", "try a model before it is deployed: answers and sanity checks"),
+    "rescue": ("rescue:rescue", "bring home what an account holds at a service"),
     "serve": ("serve:serve", "offer files, jobs and models to any OpenAI client"),
     "keys add": ("serve:add", "make a key for a server"),
     "keys list": ("serve:list_keys", "a server's keys"),
     "keys rm": ("serve:rm", "take a key back"),
     "chat": ("chat:chat", "talk with a model or a run"),
     "doctor": ("doctor:doctor", "what this machine has, and what is missing"),
-    "completion": ("completion:completion", "a script by which bash, zsh or fish completes commands and options"),
+    "completion": ("completion:completion", "a script by which bash, zsh or fish completes what is typed"),
 }
 GROUPS = ("data", "runs", "keys")
 LEFT = {  # what is there when a command was broken off
@@ -196,4 +193,9 @@ def overview(group: str = "") -> str:
     ]
     lines += [f"  {name:13} {line}" for name, line in shown.items()]
     lines += ["", "tunesmith COMMAND --help explains each one. First steps: tunesmith quickstart"]
+    if (width := _width()) < HELP_WIDTH:
+        from textwrap import wrap
+
+        indent = min(16, width // 3)
+        lines = [part for line in lines for part in wrap(line, max(20, width), subsequent_indent=" " * indent) or [""]]
     return "\n".join(lines)

@@ -42,10 +42,11 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     choices: dict[str, list[str]] = {}
     for name in COMMANDS:
         lines = help_page(name).read_text(encoding="utf-8").splitlines()
-        heads = " ".join(head[1] for line in lines if (head := re.match(r"  (-.+?)(?:  |$)", line)))
-        found = re.findall(r"(--[a-z0-9][a-z0-9-]*)(?: \{([^}]+)\})?", heads)
-        words[name] = sorted({option for option, _ in found} | {"--help"})
-        choices |= {f"{name} {option}": listed.split(",") for option, listed in found if listed}
+        heads = [head[1] for line in lines if (head := re.match(r"  (-.+?)(?:  |$)", line))]
+        found = {option: head for head in heads for option in re.findall(r"--[a-z0-9][a-z0-9-]*", head)}
+        words[name] = sorted({*found, "--help"})
+        listed = {option: one[1] for option, head in found.items() if (one := re.search(r"\{([^}]+)\}", head))}
+        choices |= {f"{name} {option}": values.split(",") for option, values in listed.items()}
         choices |= {f"{name} {option}": known for option, known in _named(name).items() if option in words[name]}
     return words, choices
 

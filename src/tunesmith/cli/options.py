@@ -10,10 +10,26 @@ from typing import Any, NoReturn
 from tunesmith.errors import UsageError, did_you_mean
 
 
+class _Formatter(argparse.HelpFormatter):
+    """The value once, behind all names of an option, as Python 3.13 prints it; and of the ways to say no the first."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if not name.startswith("--no-")]
+        if len(names) < len(action.option_strings):
+            names.append(next(name for name in action.option_strings if name.startswith("--no-")))
+        value = (
+            "" if action.nargs == 0 else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+        )
+        return ", ".join(names) + value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are UsageErrors with a suggestion."""
 
     def __init__(self, name: str, description: str, **kwargs: Any) -> None:
+        kwargs = {"formatter_class": _Formatter, **kwargs}
         super().__init__(prog=f"tunesmith {name}", description=description, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
