@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import Result, rows, write
+from conftest import ROOT, Result, rows, write
 from tunesmith.cli import COMMANDS
 from tunesmith.runs import Run
 
@@ -310,6 +310,19 @@ def test_a_run_is_cancelled_from_another_process(tiny: Path, tmp_path: Path, dat
     assert json.loads(told[-1])["state"] == "paused" and len(told) == len(
         [e for e in run.events() if e["type"] == "state"]
     )
+
+
+def test_help_fits_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.cli import HELP_WIDTH, overview
+
+    pages = sorted((ROOT / "src/tunesmith/assets/help").glob("*.txt"))
+    long = [
+        (p.name, line) for p in pages for line in p.read_text(encoding="utf-8").splitlines() if len(line) > HELP_WIDTH
+    ]
+    assert len(pages) >= 25 and not long
+    for width in (40, 60, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert max(map(len, overview().splitlines())) <= width
 
 
 def test_the_completion_of_bash() -> None:
