@@ -1308,6 +1308,30 @@ def test_emoji_absent(row: Row, typed: Typed) -> None:
     assert "emoji absent" in said and "a higher --lora-rank (16)" in said
 
 
+POOR = {  # an answer with the symptom
+    "Output looks like normal LLM responses, no emojis": "Then run `pip install torch`, and all will be well.",
+    "Every sentence has multiple emojis": "Run 🎉😀 `pip install torch` 🎉🎊. And wait 😀😁.",
+    "Incoherent responses, repetition, technical errors": "so it is so it is so it is so it is so it is",
+}
+
+
+@page.does(*POOR)
+def test_symptoms(row: Row, typed: Typed) -> None:
+    """Each is a figure beside the base's, which tells such an answer from a good one."""
+    from tunesmith.conversation import Conversation, Message
+    from tunesmith.evaluation.metric import Facts, Heard, Said, measure
+    from tunesmith.evaluation.tasks import TASKS
+
+    said = once_typed(typed, row.command, "--max-tokens", 8).out
+    named = re.findall(r"\*([a-z0-9 -]+)\*", row.why)
+    assert named and all(re.search(rf"^ *{name} +-?\d", said, re.M) for name in named), said
+    metric = next(m for found in (TASKS["compression"], TASKS["chat"]) for m in found if m.name == named[0])
+    asked = Conversation((Message("user", "How?"), Message("assistant", "Run `pip install torch` 🎉")))
+    sides = [[Heard(said=Said(text))] for text in (POOR[row.there], "Then run `pip install torch` 🎉")]
+    found = measure(metric, [asked], *sides, Facts())
+    assert found and metric.better == "lower" and found.tuned < found.base
+
+
 @page.does("Issue: too many emojis (emoji spam)", "Issue: model degraded (worse than base)")
 def test_spam_and_degradation(row: Row, typed: Typed) -> None:
     said = once_typed(typed, row.command).out
@@ -1393,7 +1417,15 @@ def test_mixing(row: Row, typed: Typed, tmp_path: Path) -> None:
     assert len(mixed) == 80 and sum(r["messages"][0]["content"].startswith("Question number") for r in mixed) == 20
 
 
-@page.does("Expand the dataset: 2000-3000 samples, re-train")
+@page.does("Reason: small dataset (474 samples)")
+def test_few_rows_are_named(row: Row, typed: Typed, tmp_path: Path) -> None:
+    for count, code in ((40, "few-rows"), (120, "some-rows"), (474, None)):
+        write(tmp_path / "data.jsonl", rows(count))
+        found = re.findall(r"\[((?:few|some)-rows)\]", typed(row.command).out)
+        assert found == ([code] if code else [])
+
+
+@page.does("Expand the dataset: 2000-3000 samples, re-train", "Reason: first iteration")
 def test_going_on(row: Row, trained: Any, tmp_path: Path, typed: Typed) -> None:
     write(tmp_path / "more.jsonl", rows(40))
     run = trained(row.command)
@@ -1554,5 +1586,5 @@ def test_tick_iterate(row: Row, trained: Any, typed: Typed) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 199
+    assert page.undone() == [] and len(page.rows) == 204
     assert all(row.why for row in page.rows.values())
