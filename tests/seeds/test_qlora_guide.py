@@ -32,7 +32,7 @@ from tunesmith.evaluation import compression, rowreport
 from tunesmith.local import backend, methods
 from tunesmith.local import model as models
 from tunesmith.local.loop import train
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, canonical, fields
 from tunesmith.runs import Run
 
 page = Page("qlora-guide.md")
@@ -183,6 +183,36 @@ def test_names_of_other_trainers(row: Row, typed: Typed, tmp_path: Path) -> None
         for words in (f"--config c.toml --dataset {SAMPLE}", f"--dataset {SAMPLE} --{name.replace('_', '-')} 1"):
             said = typed(f"tunesmith plan {words}", status=2)
             assert f"another trainer's setting -- {fix}" in said.err and said.err.count("\n") == 1
+    left, renamed = (re.search(rf"^- {start}.*$", page.text, re.M) for start in ("names of what", "names that have"))
+    assert left and renamed
+    assert set(re.findall(r"`(\w+)`", left[0])) >= set(LEFT_OUT.values()) and set(
+        re.findall(r"`(\w+)`", left[0])
+    ) <= set(elsewhere())
+    for there, here in re.findall(r"`(\w+)` \((?:`lora_r` or )?`(\w+)`\)", renamed[0]):
+        assert canonical(here) and f"--{here.replace('_', '-')}" in elsewhere()[there]
+    given = "output_dir num_train_epochs per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing"
+    given += " learning_rate lr_scheduler_type warmup_ratio eval_steps save_steps save_total_limit optim report_to lora_alpha"
+    given += " target_modules lora_dropout bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant max_seq_length"
+    assert all(canonical(name) for name in given.split())
+    values = tomllib.loads((ROOT / "src/tunesmith/facts/elsewhere.toml").read_text())["values"]
+    for name in ("optim", "report_to", "bnb_4bit_compute_dtype"):
+        choices = fields()[str(canonical(name))].choices()
+        words = {there: here for there, here in values.items() if here in choices}
+        assert words
+        for there, here in words.items():
+            (tmp_path / "c.toml").write_text(f'{name} = "{there}"\n')
+            assert (
+                f"-- here it is {here}; " in typed(f"tunesmith plan --config c.toml --dataset {SAMPLE}", status=2).err
+            )
+            option = name.replace("_", "-")
+            assert (
+                f"-- here it is {here}; "
+                in typed(f"tunesmith plan --{option} {there} --dataset {SAMPLE}", status=2).err
+            )
+    said = typed("tunesmith plan --bnb-4bit-compute-dtype torch.float16", status=2)
+    assert "here it is fp16" in said.err
+    said = typed("tunesmith plan --optim sgd", status=2)
+    assert "here it is" not in said.err  # what is nobody's word is not taken for one
     said = typed("tunesmith plan --loging-steps 1", status=2)
     assert "unknown option" in said.err  # what is nobody's setting is not taken for one
     for option in set(re.findall(r"--[a-z][a-z-]+", " ".join(elsewhere().values()))) - {"--top-p", "--temperature"}:
