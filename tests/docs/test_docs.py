@@ -165,6 +165,37 @@ def test_every_number_has_a_unit() -> None:
     assert sorted(named) == sorted(numbers) and len(numbers) >= 30
 
 
+def test_messages_that_helpers_make_are_among_the_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is said by a command, and stands in docs/errors.md, where braces stand for what is filled in."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data.jsonl", rows(12))
+    (tmp_path / "my_run").mkdir()
+    (tmp_path / "my_run" / "run.json").write_text("{}")
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    messages = [line.split(" | ")[1] for line in page.splitlines() if re.match(r"\| \w+(Error|ed) \|", line)]
+    assert len(messages) > 300 and not [text for text in messages if re.fullmatch(r"(\{[^}]*\})+", text)]
+    known = [re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(text))) for text in messages]
+    for line, said in (
+        ("train --colour red", "unknown option --colour"),
+        ("train --dataset data.jsonl --optim sgd", "expected one of adamw"),
+        ("data stats data.jsonl --model gpt-3.5-turbo-0001", "is not among the hosted models"),
+        ("train --dataset data.jsonl --output-dir my_run", "holds another run"),
+        ("data preview data.jsonl --colour red", "unknown option --colour"),
+    ):
+        assert cli.main(line.split()) == 2
+        error = capsys.readouterr().err
+        message = error.split(" -- ")[0].partition(": ")[2]
+        assert said in message and any(said.split()[0] in one.pattern and one.search(message) for one in known)
+    (tmp_path / "file").write_text("")
+    for line, said in (
+        ("data split data.jsonl -o file/part", "File exists"),
+        ("train --epochs", "expected one argument"),
+    ):
+        assert cli.main(line.split()) > 0 and said in capsys.readouterr().err and said in page
+
+
 def appended() -> dict[str, set[str]]:
     """Types of events that the source adds to a run, with the names of their fields."""
     found: dict[str, set[str]] = {}
