@@ -72,9 +72,15 @@ UNITS = {  # of settings that are numbers
     "nats a token": ("min_gain",),
     "factor": ("lora_alpha", "adam_beta1", "adam_beta2", "neftune_alpha", "learning_rate_multiplier"),
     "a step": ("learning_rate", "weight_decay"),
-    "norm": ("max_grad_norm", "adam_epsilon"),
+    "norm": ("max_grad_norm",),
+    "size of a gradient": ("adam_epsilon",),
     "number": ("seed",),
 }
+SFT = {
+    "max_length",
+    "max_seq_length",
+    "chat_template_path",
+}  # TRL's, which is not installed; the second in older versions
 VERDICTS = f"""
 # Metrics
 
@@ -190,7 +196,7 @@ def settings() -> str:
         "Each is a flag of `train` and `plan`, a key of a `--config` file, and a keyword of `ts.train`. Made from `recipe.py`; "
         "where `auto` follows a rule of `facts/auto.toml`, it stands there too: by training rows, those of rates by parameters. "
         "A task sets some otherwise (`facts/tasks`), as a preset does. In the last column: "
-        "in whose settings a name is found too (transformers, peft, OpenAI's fine-tuning jobs).",
+        "in whose settings a name is found too (transformers, peft, TRL, OpenAI's fine-tuning jobs).",
     ]
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
@@ -220,7 +226,7 @@ def settings() -> str:
 
 
 def _elsewhere() -> dict[str, set[str]]:
-    """Names of settings by who has them, as the libraries themselves tell."""
+    """Names of settings by who has them, as the libraries that are here tell themselves."""
     from inspect import signature
 
     from openai.types.fine_tuning.job_create_params import Hyperparameters, JobCreateParams
@@ -230,7 +236,8 @@ def _elsewhere() -> dict[str, set[str]]:
     made = {"TrainingArguments": TrainingArguments, "LoraConfig": LoraConfig, "BitsAndBytesConfig": BitsAndBytesConfig}
     found = {name: set(signature(made_by).parameters) for name, made_by in made.items()}
     return found | {
-        "OpenAI": {*JobCreateParams.__annotations__, *Hyperparameters.__annotations__} - {"method"}
+        "SFTConfig": SFT,
+        "OpenAI": {*JobCreateParams.__annotations__, *Hyperparameters.__annotations__} - {"method"},
     }  # dpo there
 
 

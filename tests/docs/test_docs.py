@@ -156,6 +156,8 @@ def test_settings_reference_is_current() -> None:
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs/settings.md").read_text()
     assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())
+    assert "| SFTConfig `max_length`, SFTConfig `max_seq_length` |" in page
+    assert "| SFTConfig `chat_template_path` |" in page
 
 
 def test_every_number_has_a_unit() -> None:
