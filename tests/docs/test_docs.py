@@ -124,6 +124,15 @@ def test_readme_python(block: str, trained: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_each_row_of_the_readme_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (text for kind, text in BLOCKS if kind == "json")
+    assert len(block.splitlines()) == 4
+    for number, line in enumerate(block.splitlines()):
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n", encoding="utf-8")
+        assert cli.main(["data", "check", str(tmp_path / f"{number}.jsonl"), "--structure-only"]) == 0, line
+        assert "1 usable, 0 errors" in capsys.readouterr().out
+
+
 def test_every_finding_code_is_documented_and_used() -> None:
     source = "".join(p.read_text() for p in (ROOT / "src/tunesmith").rglob("*.py"))
     documented = re.findall(r"^\| `([a-z0-9-]+)`", (ROOT / "docs/data-findings.md").read_text(), re.M)
@@ -416,6 +425,7 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     guide = (ROOT / "docs/guides/services.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", guide, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    assert [line for line in lines if not line.startswith("tunesmith ")] == ["export OPENAI_API_KEY=…"]  # done below
     lines = [line for line in lines if line.startswith("tunesmith ")]
     assert len(lines) >= 9
     (tmp_path / "data.jsonl").write_bytes((ROOT / "src/tunesmith/assets/data/chat.jsonl").read_bytes())
@@ -435,6 +445,38 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "verdict: cannot tell" in said["evaluate hosted"] and "An answer." in said["chat hosted"]
     assert (tmp_path / "hosted/report.html").exists() and (tmp_path / "rescued/ftjob-000/run.json").exists()
     assert "1 jobs: 1 succeeded" in said["rescue --output-dir"]
+
+
+def test_the_page_of_the_examples(tmp_path: Path) -> None:
+    """Its folders are there with what it says is in them, and its lines give the program words that it takes."""
+    from tunesmith.cli.options import Parser, add_settings, settings
+    from tunesmith.settings import resolve
+
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    folders = re.findall(r"^\| \[(\w+)\]\((\w+)\) \|", page, re.M)
+    assert [name for name, _ in folders] == ["echo", "refocused", "emoji"] and all(a == b for a, b in folders)
+    for name, _ in folders:
+        made = {path.name for path in (ROOT / "examples" / name).iterdir()}
+        assert {"run.sh", "expected.txt", "custom.toml" if name == "refocused" else "recipe.toml"} <= made
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("run", "runs"))
+    program = tmp_path / "tunesmith"
+    program.write_text(
+        f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> {tmp_path}/said\necho >> {tmp_path}/said\n'
+    )
+    program.chmod(0o755)
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.S)
+    lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        (tmp_path / "said").unlink(missing_ok=True)
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        assert subprocess.run(line, shell=True, cwd=tmp_path, env=env).returncode == 0
+        train, evaluate, *_ = (call.split("\n") for call in (tmp_path / "said").read_text().split("\n\n"))
+        parser = Parser("train", "")
+        add_settings(parser)
+        recipe, _ = resolve(settings(parser.parse_args(train[3:])))
+        assert train[:3] == ["train", "--config", "recipe.toml"] and evaluate[:2] == ["evaluate", "run"]
+        assert (recipe.max_steps == 2) == ("--max-steps 2" in line) and ("4" in evaluate) == ("ROWS=4" in line)
 
 
 @pytest.mark.parametrize("name", ["echo", "refocused", "emoji"])
