@@ -183,7 +183,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = (
         "auto"
     )
-    save_total_limit: Annotated[int, opt("watching", "checkpoints kept besides the best", ge=1)] = 2
+    save_total_limit: Annotated[
+        int, opt("watching", "newest checkpoints kept; the best stay too, and may be among these", ge=1)
+    ] = 2
     save_best_limit: Annotated[
         int, opt("watching", "checkpoints kept for the lowest validation losses, the best among them", ge=1)
     ] = 1

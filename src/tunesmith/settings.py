@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -70,7 +71,14 @@ def unknown(key: str, place: str) -> UsageError:
 @functools.cache
 def elsewhere() -> dict[str, str]:
     """Settings of other trainers that have no namesake here, each with what to do instead."""
-    return {name: str(fix) for name, fix in _read_toml(FACTS / "elsewhere.toml").items()}
+    return {name: fix for name, fix in _read_toml(FACTS / "elsewhere.toml").items() if isinstance(fix, str)}
+
+
+def called_here(value: Any, choices: Sequence[object]) -> str | None:
+    """Which of the choices another trainer's word for a value means."""
+    known: dict[str, str] = _read_toml(FACTS / "elsewhere.toml")["values"]
+    found = known.get(str(value).removeprefix("torch."))
+    return found if found in choices else None
 
 
 def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) -> dict[str, Any]:
@@ -114,6 +122,8 @@ def _typed(name: str, value: Any, place: str) -> Any:
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
+        if here := called_here(value, field.choices()):
+            fix = f"here it is {here}; {field.help}"
         raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=fix) from None
     return value
 

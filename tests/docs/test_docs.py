@@ -124,6 +124,15 @@ def test_readme_python(block: str, trained: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_each_row_of_the_readme_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (text for kind, text in BLOCKS if kind == "json")
+    assert len(block.splitlines()) == 4
+    for number, line in enumerate(block.splitlines()):
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n", encoding="utf-8")
+        assert cli.main(["data", "check", str(tmp_path / f"{number}.jsonl"), "--structure-only"]) == 0, line
+        assert "1 usable, 0 errors" in capsys.readouterr().out
+
+
 def test_every_finding_code_is_documented_and_used() -> None:
     source = "".join(p.read_text() for p in (ROOT / "src/tunesmith").rglob("*.py"))
     documented = re.findall(r"^\| `([a-z0-9-]+)`", (ROOT / "docs/data-findings.md").read_text(), re.M)
@@ -156,6 +165,8 @@ def test_settings_reference_is_current() -> None:
     assert done.returncode == 0, done.stderr
     page = (ROOT / "docs/settings.md").read_text()
     assert all(f"`--{name.replace('_', '-')}`" in page for name in fields())
+    assert "| SFTConfig `max_length`, SFTConfig `max_seq_length` |" in page
+    assert "| SFTConfig `chat_template_path` |" in page
 
 
 def test_every_number_has_a_unit() -> None:
@@ -163,6 +174,37 @@ def test_every_number_has_a_unit() -> None:
     named = [name for names in units.values() for name in names]
     numbers = [f.name for f in fields().values() if {int, float} & {f.type, *get_args(f.type)}]
     assert sorted(named) == sorted(numbers) and len(numbers) >= 30
+
+
+def test_messages_that_helpers_make_are_among_the_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is said by a command, and stands in docs/errors.md, where braces stand for what is filled in."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data.jsonl", rows(12))
+    (tmp_path / "my_run").mkdir()
+    (tmp_path / "my_run" / "run.json").write_text("{}")
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    messages = [line.split(" | ")[1] for line in page.splitlines() if re.match(r"\| \w+(Error|ed) \|", line)]
+    assert len(messages) > 300 and not [text for text in messages if re.fullmatch(r"(\{[^}]*\})+", text)]
+    known = [re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(text))) for text in messages]
+    for line, said in (
+        ("train --colour red", "unknown option --colour"),
+        ("train --dataset data.jsonl --optim sgd", "expected one of adamw"),
+        ("data stats data.jsonl --model gpt-3.5-turbo-0001", "is not among the hosted models"),
+        ("train --dataset data.jsonl --output-dir my_run", "holds another run"),
+        ("data preview data.jsonl --colour red", "unknown option --colour"),
+    ):
+        assert cli.main(line.split()) == 2
+        error = capsys.readouterr().err
+        message = error.split(" -- ")[0].partition(": ")[2]
+        assert said in message and any(said.split()[0] in one.pattern and one.search(message) for one in known)
+    (tmp_path / "file").write_text("")
+    for line, said in (
+        ("data split data.jsonl -o file/part", "File exists"),
+        ("train --epochs", "expected one argument"),
+    ):
+        assert cli.main(line.split()) > 0 and said in capsys.readouterr().err and said in page
 
 
 def appended() -> dict[str, set[str]]:
@@ -383,6 +425,7 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     guide = (ROOT / "docs/guides/services.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", guide, re.S)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    assert [line for line in lines if not line.startswith("tunesmith ")] == ["export OPENAI_API_KEY=…"]  # done below
     lines = [line for line in lines if line.startswith("tunesmith ")]
     assert len(lines) >= 9
     (tmp_path / "data.jsonl").write_bytes((ROOT / "src/tunesmith/assets/data/chat.jsonl").read_bytes())
@@ -402,6 +445,38 @@ def test_the_guide_to_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "verdict: cannot tell" in said["evaluate hosted"] and "An answer." in said["chat hosted"]
     assert (tmp_path / "hosted/report.html").exists() and (tmp_path / "rescued/ftjob-000/run.json").exists()
     assert "1 jobs: 1 succeeded" in said["rescue --output-dir"]
+
+
+def test_the_page_of_the_examples(tmp_path: Path) -> None:
+    """Its folders are there with what it says is in them, and its lines give the program words that it takes."""
+    from tunesmith.cli.options import Parser, add_settings, settings
+    from tunesmith.settings import resolve
+
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    folders = re.findall(r"^\| \[(\w+)\]\((\w+)\) \|", page, re.M)
+    assert [name for name, _ in folders] == ["echo", "refocused", "emoji"] and all(a == b for a, b in folders)
+    for name, _ in folders:
+        made = {path.name for path in (ROOT / "examples" / name).iterdir()}
+        assert {"run.sh", "expected.txt", "custom.toml" if name == "refocused" else "recipe.toml"} <= made
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("run", "runs"))
+    program = tmp_path / "tunesmith"
+    program.write_text(
+        f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> {tmp_path}/said\necho >> {tmp_path}/said\n'
+    )
+    program.chmod(0o755)
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.S)
+    lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        (tmp_path / "said").unlink(missing_ok=True)
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        assert subprocess.run(line, shell=True, cwd=tmp_path, env=env).returncode == 0
+        train, evaluate, *_ = (call.split("\n") for call in (tmp_path / "said").read_text().split("\n\n"))
+        parser = Parser("train", "")
+        add_settings(parser)
+        recipe, _ = resolve(settings(parser.parse_args(train[3:])))
+        assert train[:3] == ["train", "--config", "recipe.toml"] and evaluate[:2] == ["evaluate", "run"]
+        assert (recipe.max_steps == 2) == ("--max-steps 2" in line) and ("4" in evaluate) == ("ROWS=4" in line)
 
 
 @pytest.mark.parametrize("name", ["echo", "refocused", "emoji"])

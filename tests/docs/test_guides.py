@@ -1,7 +1,8 @@
 """Guides whose every block is executed, in order, in one folder with `data.jsonl`: a block that cannot be says why before it.
 
 `sh`: each line is a `tunesmith` command, run as written on a small model and cut short; a line's comment may end in
-"status N". `python` is run, `toml`, `json` and `jsonl` are read. `text` is what a program prints. A block after
+"status N". `python` is run, `toml`, `json` and `jsonl` are read. `text` is what a program prints: what of it another model
+and a shorter run would print as well (TOLD) has been printed by a block before it, figures apart. A block after
 `<!-- not run: reason -->` is left alone.
 """
 
@@ -36,6 +37,11 @@ SHORTER: dict[str, dict[str, str]] = {
     "test": {"--max-tokens": "8"},
 }
 SHELL = re.compile(r"\s+#\s")
+TOLD = re.compile(
+    r"^(?:error|warning|info) .*\[[a-z-]+\] -- .+|^error: .+|^grade: .+|^  estimate .+|^\S+: \d+ rows, \d+ changes, .+"
+    r"|\([^()]+ nats, [^()]+\)",
+    re.M,
+)
 
 
 def blocks(text: str) -> list[tuple[str, str, str]]:
@@ -64,8 +70,23 @@ def shortened(words: list[str], tiny: Path) -> list[str]:
     return [*words, *added]
 
 
+def alike(text: str) -> str:
+    """A text without its figures."""
+    return re.sub(r"[-+]?\d[\d.,:]*(?:e-?\d+)?", "#", text)
+
+
 def test_there_are_guides() -> None:
     assert len(GUIDES) == 10
+
+
+def test_what_doctor_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """The guide's excerpt has the same lines up to where it leaves some out, and ends alike."""
+    text = (ROOT / "docs/guides/offline.md").read_text(encoding="utf-8")
+    (shown,) = (body.splitlines() for kind, body, _ in blocks(text) if kind == "text" and body.startswith("python "))
+    assert cli.main(["doctor"]) == 0
+    printed, upto = capsys.readouterr().out.splitlines(), shown.index("  …")
+    assert [line.split()[0] for line in shown[:upto]] == [line.split()[0] for line in printed[:upto]]
+    assert shown[upto + 1 :] == printed[-1:]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
@@ -74,7 +95,7 @@ def test_a_guide(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(ROOT / "src/tunesmith/assets/data/chat.jsonl", "data.jsonl")
-    done = 0
+    done, printed = 0, ""
     for kind, body, why in blocks(guide.read_text(encoding="utf-8")):
         if why:
             assert why.startswith(REASONS), f"{guide.name}: no such reason: {why}"
@@ -84,7 +105,9 @@ def test_a_guide(
                 program, *words = shlex.split(line)
                 assert program == "tunesmith", f"{guide.name}: {line}: mark its block with a reason"
                 code = cli.main(shortened(words, tiny))
-                assert code == status, (guide.name, line, code, capsys.readouterr())
+                said = capsys.readouterr()
+                assert code == status, (guide.name, line, code, said)
+                printed += (said.out + said.err).replace(str(tiny), "starter")
                 done += 1
         elif kind == "python":
             ran = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True)
@@ -97,4 +120,6 @@ def test_a_guide(
             assert [json.loads(part) for part in parts]
         else:
             assert kind == "text", f"{guide.name}: a block of kind {kind!r}"
+            for told in TOLD.findall(body):
+                assert alike(told) in alike(printed), f"{guide.name}: nothing has printed {told!r}"
     assert done >= 2, f"{guide.name} has hardly a command"

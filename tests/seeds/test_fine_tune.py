@@ -452,6 +452,32 @@ def test_the_task_domain(row: Row, trained: Any) -> None:
     assert weights(run / "final_model") != weights(run.path.parent.parent / "base_model")
 
 
+@page.does("Task-specific optimizations: tailored configurations")
+def test_what_a_task_sets(row: Row, planned: Any) -> None:
+    plans = {task: planned(row.command.replace("--task domain", f"--task {task}")) for task in ("domain", "chat")}
+    by_task = {name for name, origin in plans["domain"]["origin"].items() if "task domain" in origin}
+    assert by_task == {"chat_template", "warmup_ratio", "persona"}
+    for name in ("learning_rate", "batch_size", "epochs"):
+        assert plans["domain"]["recipe"][name] == plans["chat"]["recipe"][name]
+
+
+@page.does("domain: medical, legal, etc.")
+def test_any_field_has_terms(row: Row, evaluated: Any, made: Any) -> None:
+    from tunesmith.evaluation.domain import mine_terms
+
+    assert "term recall" in metrics(evaluated(row))
+    terms = json.loads((made(DOMAIN) / "evaluation" / "facts.json").read_text())["terms"]
+    assert {"brood", "hive", "queen"} <= set(terms)  # the sample's field is keeping bees
+    said = {
+        "pericardial effusion": "The dyspnoea of patient {} points to a pericardial effusion, so an echocardiogram is done.",
+        "repudiatory breach": "The indemnity of clause {} survives a repudiatory breach, so the lessee may go to court.",
+    }
+    for term, answer in said.items():
+        assert term in mine_terms([answer.format(n) for n in range(8)])
+    german = "Die Haftung aus Absatz {} besteht auch nach einer Kündigung fort, und der Mieter kann Ersatz verlangen."
+    assert mine_terms([german.format(n) for n in range(8)]) == []
+
+
 @page.does("domain: extended training")
 def test_a_domain_warms_up_longer(row: Row, planned: Any) -> None:
     plan, chat = planned(row), planned(row.command.replace("--task domain", "--task chat"))
@@ -533,6 +559,15 @@ def test_full(row: Row, trained: Any, guide: Path) -> None:
     )
 
 
+@page.does("full: best for significant task shifts")
+def test_full_beside_adapters(row: Row, do: Any, guide: Path, here: Path) -> None:
+    for word, method in zip(shlex.split(row.command)[3:5], ("full", "lora"), strict=True):
+        fit(here / word, guide / "domain_data.jsonl", guide / "base_model", task="domain", method=method, max_steps=4)
+    said = do(row).out
+    assert re.search(r"^ *method +full +lora", said, re.M) and "validation loss (nats per token)" in said
+    assert (here / "compare.html").exists()
+
+
 @page.does("full: requires more compute and memory", "Efficient training: memory-optimized techniques")
 def test_the_plan_measures(row: Row, planned: Any) -> None:
     plan = planned(row)
@@ -597,6 +632,14 @@ def test_frozen_layers_are_computed_once(row: Row, trained: Any) -> None:
     plain = trained(row, "--no-prefix-cache", "--runs-dir", "plain")
     assert not [e for e in plain.events() if e["type"] == "prefix_cache"]
     assert losses(plain) == pytest.approx(losses(run), rel=1e-4)
+
+
+@page.does("freezing: good for similar tasks")
+def test_how_near_a_task_is(row: Row, trained: Any, guide: Path, here: Path) -> None:
+    far = trained(row, "--max-steps", "2").metrics("eval")[0]
+    first = fit(here / "first", guide / "data.jsonl", guide / "base_model", epochs=6, learning_rate=1e-2)
+    near = trained(row.command.replace("./base_model", str(first.path)), "--max-steps", "2").metrics("eval")[0]
+    assert far["step"] == near["step"] == 0 and near["loss"] < 0.7 * far["loss"]
 
 
 # ---- configuration
@@ -1429,7 +1472,7 @@ def test_doctor(row: Row, do: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 118
+    assert page.undone() == [] and len(page.rows) == 122
     assert not [row.there for row in page.rows.values() if not row.why]
     links = re.findall(r"\]\((\.\./[^)#]+)", page.text)
     assert links and not [link for link in links if not (ROOT / "docs" / "coming-from" / link).exists()]

@@ -845,6 +845,18 @@ def test_the_rule_counts_rows(row: Row, typed: Typed) -> None:
     assert [stats.epochs(n) for n in (10, 33, 34, 205, 8333, 8334, 25_000)] == [10, 3, 3, 3, 3, 2, 1]
 
 
+@page.does("Formula: capped between 1 and 25")
+def test_the_rule_is_capped(row: Row, typed: Typed, tmp_path: Path) -> None:
+    for count, wanted in ((3, 25), (10, 10), (256, 3)):
+        write(tmp_path / DATA, ECHO[:count])
+        assert json.loads(typed(row.command).out)["bill"]["epochs"] == wanted
+    found = [stats.epochs(n) for n in range(1, 30_000)]
+    assert (min(found), max(found)) == (1, 25) and 25_000 // 25_001 == 0 < stats.epochs(25_001)
+    write(tmp_path / "training_messages.jsonl", messages(ECHO[:9]))
+    refused = typed("tunesmith data check training_messages.jsonl --provider openai", status=3)
+    assert "[too-few-rows]" in refused.out
+
+
 @page.does("Batch size: auto-configured as ~0.2% of training examples, capped at 256")
 def test_batch_size(row: Row, typed: Typed) -> None:
     found = json.loads(typed(row.command).out)
@@ -1161,6 +1173,38 @@ def test_inconsistent(row: Row, typed: Typed, echo_hosted: Hostile) -> None:
     assert "inconsistent outputs" in typed(row.command, "--rows", 16).out
 
 
+@page.does("Some responses are excellent, others are poor")
+def test_good_and_poor_answers(row: Row, typed: Typed, echo_hosted: Hostile) -> None:
+    from tunesmith.evaluation.instruct import chrf
+
+    poor = {item["input"] for item in ECHO[::2]}
+    echo_hosted.answer = lambda body: "No." if asked(body) in poor else persona(body)
+    typed("tunesmith evaluate echo_hosted", "--samples", 0)
+    references = [item["messages"][1]["content"] for item in lines("echo_hosted/data/test.jsonl")]
+    asked_of = [item["messages"][0]["content"] for item in lines("echo_hosted/data/test.jsonl")]
+    answers = [item["tuned"]["said"]["text"] for item in lines(row.code[0])]
+    found = {ask: chrf(answer, ref) for ask, answer, ref in zip(asked_of, answers, references, strict=True)}
+    assert {ask for ask, figure in found.items() if figure < 50} == poor & set(asked_of)
+    assert 5 < len(poor & set(asked_of)) < len(found) == 26
+
+
+@page.does("Inconsistent tone or formatting")
+def test_a_mixed_tone(row: Row, typed: Typed, echo_hosted: Hostile) -> None:
+    other = "The answer to that depends on the words, and no short reply would help those who want to know what is meant by them."
+    odd: set[str] = set()
+    echo_hosted.answer = lambda body: (
+        persona(body) if body["model"].startswith("ft:") and asked(body) not in odd else other
+    )
+
+    def style() -> float:
+        found = json.loads(typed(row.command, "--samples", 0).out)["metrics"]
+        return float(next(m for m in found if m["metric"] == row.code[1])["tuned"])
+
+    one_tone = style()
+    odd.update(item["input"] for item in ECHO[::2])
+    assert 0.2 < style() < one_tone - 0.2
+
+
 @page.does('Model sometimes "forgets" the character')
 def test_identity(row: Row, typed: Typed, echo_hosted: Hostile) -> None:
     said = "asked who it is, the tuned model says “Deep Tree Echo” in {} of 8 answers, the base in 0"
@@ -1237,6 +1281,15 @@ def test_training_rows_asked(row: Row, judged: Any) -> None:
     assert row.command == judged.command
     found = judged.said["training_rows"]
     assert found["asked"] >= 8 and 0 <= found["recited"] <= found["asked"]
+
+
+@page.does("Excellent at specific tasks but poor at general conversation")
+def test_better_and_worse_at_once(row: Row, judged: Any) -> None:
+    assert row.command == judged.command
+    assert judged.said[row.code[1]] in ("better", "worse", "cannot tell") and judged.said[row.code[2]]["metrics"]
+    worse = Comparison("loss on general text", 4.0, 4.5, 0.5, 0.4, 0.6, 0.001, "worse", 24)
+    found = diagnose(Evidence("better", {}, canary=Canary([worse], [])))
+    assert [d.name for d in found] == ["loss of general capability"]
 
 
 @page.does("Can't answer basic questions outside training domain")
@@ -1469,9 +1522,11 @@ def test_guides(row: Row) -> None:
 
 
 @page.does("Link: community forum")
-def test_one_line(row: Row, typed: Typed) -> None:
-    said = typed(row.command, status=3)
+def test_no_forum(row: Row, typed: Typed) -> None:
+    assert row.here == "nothing of this kind"
+    said = typed("tunesmith data check no_such_file.jsonl", status=3)
     assert re.fullmatch(r"error: no_such_file\.jsonl: .+ -- .+\n", said.err)
+    assert (ROOT / "docs/coming-from" / re.findall(r"\]\((.+?)\)", row.why)[0]).exists()
 
 
 @page.does("Link: cookbook examples")
@@ -1591,4 +1646,4 @@ def test_tick_deploy(row: Row, typed: Typed, echo_run: Path) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 172
+    assert page.undone() == [] and len(page.rows) == 176

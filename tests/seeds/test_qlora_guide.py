@@ -32,7 +32,7 @@ from tunesmith.evaluation import compression, rowreport
 from tunesmith.local import backend, methods
 from tunesmith.local import model as models
 from tunesmith.local.loop import train
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, canonical, fields
 from tunesmith.runs import Run
 
 page = Page("qlora-guide.md")
@@ -183,6 +183,36 @@ def test_names_of_other_trainers(row: Row, typed: Typed, tmp_path: Path) -> None
         for words in (f"--config c.toml --dataset {SAMPLE}", f"--dataset {SAMPLE} --{name.replace('_', '-')} 1"):
             said = typed(f"tunesmith plan {words}", status=2)
             assert f"another trainer's setting -- {fix}" in said.err and said.err.count("\n") == 1
+    left, renamed = (re.search(rf"^- {start}.*$", page.text, re.M) for start in ("names of what", "names that have"))
+    assert left and renamed
+    assert set(re.findall(r"`(\w+)`", left[0])) >= set(LEFT_OUT.values()) and set(
+        re.findall(r"`(\w+)`", left[0])
+    ) <= set(elsewhere())
+    for there, here in re.findall(r"`(\w+)` \((?:`lora_r` or )?`(\w+)`\)", renamed[0]):
+        assert canonical(here) and f"--{here.replace('_', '-')}" in elsewhere()[there]
+    given = "output_dir num_train_epochs per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing"
+    given += " learning_rate lr_scheduler_type warmup_ratio eval_steps save_steps save_total_limit optim report_to lora_alpha"
+    given += " target_modules lora_dropout bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant max_seq_length"
+    assert all(canonical(name) for name in given.split())
+    values = tomllib.loads((ROOT / "src/tunesmith/facts/elsewhere.toml").read_text())["values"]
+    for name in ("optim", "report_to", "bnb_4bit_compute_dtype"):
+        choices = fields()[str(canonical(name))].choices()
+        words = {there: here for there, here in values.items() if here in choices}
+        assert words
+        for there, here in words.items():
+            (tmp_path / "c.toml").write_text(f'{name} = "{there}"\n')
+            assert (
+                f"-- here it is {here}; " in typed(f"tunesmith plan --config c.toml --dataset {SAMPLE}", status=2).err
+            )
+            option = name.replace("_", "-")
+            assert (
+                f"-- here it is {here}; "
+                in typed(f"tunesmith plan --{option} {there} --dataset {SAMPLE}", status=2).err
+            )
+    said = typed("tunesmith plan --bnb-4bit-compute-dtype torch.float16", status=2)
+    assert "here it is fp16" in said.err
+    said = typed("tunesmith plan --optim sgd", status=2)
+    assert "here it is" not in said.err  # what is nobody's word is not taken for one
     said = typed("tunesmith plan --loging-steps 1", status=2)
     assert "unknown option" in said.err  # what is nobody's setting is not taken for one
     for option in set(re.findall(r"--[a-z][a-z-]+", " ".join(elsewhere().values()))) - {"--top-p", "--temperature"}:
@@ -1308,6 +1338,30 @@ def test_emoji_absent(row: Row, typed: Typed) -> None:
     assert "emoji absent" in said and "a higher --lora-rank (16)" in said
 
 
+POOR = {  # an answer with the symptom
+    "Output looks like normal LLM responses, no emojis": "Then run `pip install torch`, and all will be well.",
+    "Every sentence has multiple emojis": "Run 🎉😀 `pip install torch` 🎉🎊. And wait 😀😁.",
+    "Incoherent responses, repetition, technical errors": "so it is so it is so it is so it is so it is",
+}
+
+
+@page.does(*POOR)
+def test_symptoms(row: Row, typed: Typed) -> None:
+    """Each is a figure beside the base's, which tells such an answer from a good one."""
+    from tunesmith.conversation import Conversation, Message
+    from tunesmith.evaluation.metric import Facts, Heard, Said, measure
+    from tunesmith.evaluation.tasks import TASKS
+
+    said = once_typed(typed, row.command, "--max-tokens", 8).out
+    named = re.findall(r"\*([a-z0-9 -]+)\*", row.why)
+    assert named and all(re.search(rf"^ *{name} +-?\d", said, re.M) for name in named), said
+    metric = next(m for found in (TASKS["compression"], TASKS["chat"]) for m in found if m.name == named[0])
+    asked = Conversation((Message("user", "How?"), Message("assistant", "Run `pip install torch` 🎉")))
+    sides = [[Heard(said=Said(text))] for text in (POOR[row.there], "Then run `pip install torch` 🎉")]
+    found = measure(metric, [asked], *sides, Facts())
+    assert found and metric.better == "lower" and found.tuned < found.base
+
+
 @page.does("Issue: too many emojis (emoji spam)", "Issue: model degraded (worse than base)")
 def test_spam_and_degradation(row: Row, typed: Typed) -> None:
     said = once_typed(typed, row.command).out
@@ -1393,7 +1447,15 @@ def test_mixing(row: Row, typed: Typed, tmp_path: Path) -> None:
     assert len(mixed) == 80 and sum(r["messages"][0]["content"].startswith("Question number") for r in mixed) == 20
 
 
-@page.does("Expand the dataset: 2000-3000 samples, re-train")
+@page.does("Reason: small dataset (474 samples)")
+def test_few_rows_are_named(row: Row, typed: Typed, tmp_path: Path) -> None:
+    for count, code in ((40, "few-rows"), (120, "some-rows"), (474, None)):
+        write(tmp_path / "data.jsonl", rows(count))
+        found = re.findall(r"\[((?:few|some)-rows)\]", typed(row.command).out)
+        assert found == ([code] if code else [])
+
+
+@page.does("Expand the dataset: 2000-3000 samples, re-train", "Reason: first iteration")
 def test_going_on(row: Row, trained: Any, tmp_path: Path, typed: Typed) -> None:
     write(tmp_path / "more.jsonl", rows(40))
     run = trained(row.command)
@@ -1554,5 +1616,5 @@ def test_tick_iterate(row: Row, trained: Any, typed: Typed) -> None:
 
 
 def test_every_row_is_done() -> None:
-    assert page.undone() == [] and len(page.rows) == 199
+    assert page.undone() == [] and len(page.rows) == 204
     assert all(row.why for row in page.rows.values())

@@ -2,7 +2,7 @@
 
 The verdict is that of one metric, said beforehand: the user's own where one was given, else the loss (nats per token of the
 reference answers), else, where a service has a model and tells no likelihoods, the chrF of the answers. The other metrics explain
-it; each keeps its own five percent of error, so of twenty that measure nothing one may look like something.
+it; each has its own error, three percent, so of thirty that measure nothing one may look like something.
 
 Everything shown can be recomputed from `evaluation/` in the run: `rows.jsonl` (what both models did with each row),
 `canary.jsonl`, `suspects.jsonl`, `held.jsonl`, `facts.json` and, of training, `events.jsonl` and `row_losses.npy`.
