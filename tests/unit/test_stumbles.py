@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -146,3 +149,40 @@ def test_what_an_interruption_leaves_is_said(
     monkeypatch.setattr(cli, "_run", stop)
     said = refused(capsys, command, status=130)
     assert said.startswith("interrupted") and left in said and bool(left) == (said != "interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("data", "check", "chat"), ("frob", "--json")])
+def test_output_that_nobody_takes(words: tuple[str, ...], unbuffered: str) -> None:
+    expected = 2 if words[0] == "frob" else 0
+    reader, gone = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for stdout, status, lines in ((gone, (expected, expected and 1), 0), (full, (expected or 1, 1), 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "tunesmith", *words],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+        os.close(stdout)
+        assert done.returncode in status and done.stderr.count("\n") == (1 if expected else lines), done.stderr
+        assert "error: " in done.stderr or not done.stderr
+
+
+def test_help_of_a_command_by_either_way(capsys: Captured) -> None:
+    assert cli.main(["help", "train"]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(["train", "--help"]) == 0 and said == capsys.readouterr().out and "--lora-rank" in said
+    assert "tunesmith train --help" in refused(capsys, "train", "help")
+
+
+def test_a_server_s_folder_that_cannot_be_used(capsys: Captured, tmp_path: Path) -> None:
+    for place in ("folder", "text"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "folder" / "tunesmith.db").mkdir()
+    (tmp_path / "text" / "tunesmith.db").write_text("no database at all" * 100)
+    for place in ("folder", "text"):
+        said = refused(capsys, "keys", "add", "bob", "--data-dir", str(tmp_path / place))
+        assert said.startswith(f"error: {tmp_path / place / 'tunesmith.db'}: no database") and said.count("\n") == 1

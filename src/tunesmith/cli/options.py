@@ -23,6 +23,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--api-key":
                 fix = "export OPENAI_API_KEY=…, or --api-key-file FILE; and change the key if this one is real"
                 raise UsageError("a key on the command line is seen by all users of this machine", where=word, fix=fix)
+            if word == "help":
+                raise UsageError("unexpected argument help", fix=f"{self.prog} --help")
             if {"--model", "--lora-rank"} <= set(known) and not word.startswith("-"):
                 raise UsageError(f"unexpected argument {word}", fix=f"data is named by an option: --dataset {word}")
             if {"--model", "--lora-rank"} <= set(known):  # a command with the settings of training
@@ -36,6 +38,10 @@ class Parser(argparse.ArgumentParser):
                 else f"unexpected argument {word}"
             )
         raise UsageError(message, fix=f"{self.prog} --help lists the options")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # help that could not be written is told of as any output
+        super().exit(status, message)
 
     def with_json(self) -> Parser:
         self.add_argument("--json", action="store_true", help="the result as JSON on stdout")

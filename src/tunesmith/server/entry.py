@@ -30,8 +30,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def opened(folder: Path) -> Store:
-    """The database of a data directory."""
-    return Store(f"sqlite:///{folder / 'tunesmith.db'}")
+    """The database of a data directory. Raises UsageError where it cannot be read and written."""
+    path = folder / "tunesmith.db"
+    try:
+        return Store(f"sqlite:///{path}")
+    except sql.exc.DatabaseError as error:
+        fix = "check its owner and its rights, and the folder's: the server and keys write it as one user"
+        raise UsageError(f"no database to write in: {error.orig}", where=str(path), fix=fix) from None
 
 
 def has_keys(store: Store) -> bool:
