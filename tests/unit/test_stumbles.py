@@ -186,3 +186,23 @@ def test_a_server_s_folder_that_cannot_be_used(capsys: Captured, tmp_path: Path)
     for place in ("folder", "text"):
         said = refused(capsys, "keys", "add", "bob", "--data-dir", str(tmp_path / place))
         assert said.startswith(f"error: {tmp_path / place / 'tunesmith.db'}: no database") and said.count("\n") == 1
+
+
+def test_a_config_that_is_no_file(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("quick_test").mkdir()
+    for config, told in (
+        ("configs/missing.toml", "no such file or preset"),
+        ("../findings", "no such file or preset"),
+        ("quick_tests", 'no such file or preset (did you mean "quick_test"?)'),
+        ("folder", "not a file"),
+        ("/dev/null", "not a file"),
+    ):
+        said = refused(capsys, "plan", "--dataset", "echo", "--config", config)
+        assert said.startswith(f"error: {config}: {told} -- ") and said.endswith("low_resource, production, quick_test\n")
+    assert "preset quick_test" in resolve({}, "quick_test")[1].values()
+    Path("c.toml").touch()
+    monkeypatch.setattr(Path, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UsageError, match=r"^c\.toml: cannot be read: Permission denied -- "):
+        resolve({}, "c.toml")
