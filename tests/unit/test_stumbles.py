@@ -200,9 +200,27 @@ def test_a_config_that_is_no_file(capsys: Captured, tmp_path: Path, monkeypatch:
         ("/dev/null", "not a file"),
     ):
         said = refused(capsys, "plan", "--dataset", "echo", "--config", config)
-        assert said.startswith(f"error: {config}: {told} -- ") and said.endswith("low_resource, production, quick_test\n")
+        assert said.startswith(f"error: {config}: {told} -- ") and said.endswith(
+            "low_resource, production, quick_test\n"
+        )
     assert "preset quick_test" in resolve({}, "quick_test")[1].values()
     Path("c.toml").touch()
     monkeypatch.setattr(Path, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UsageError, match=r"^c\.toml: cannot be read: Permission denied -- "):
         resolve({}, "c.toml")
+
+
+@pytest.mark.parametrize("form", ["text", "code"])
+def test_a_format_that_holds_nothing_of_the_rows(capsys: Captured, tmp_path: Path, form: str) -> None:
+    target = tmp_path / "lossy.jsonl"
+    words = ("data", "convert", "chat", "--to", form, "-o", str(target))
+    said = refused(capsys, *words, "--lossy", status=3)
+    assert said == f"error: chat: no row is left: {form} cannot hold who says what -- --to messages\n"
+    assert "--lossy" not in refused(capsys, *words, status=3) and not target.exists()
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"text": "plain"}\n')
+    assert cli.main(["data", "convert", str(tmp_path / "d.jsonl"), "--to", form, "-o", str(target), "--lossy"]) == 0
+    told = capsys.readouterr()
+    (tmp_path / "t.jsonl").write_text('{"text": "plain"}\n')
+    words = ("data", "convert", str(tmp_path / "t.jsonl"), "-o", str(tmp_path / "x.jsonl"))
+    assert refused(capsys, *words, status=3).endswith("-- --to text\n")
+    assert "in 1 row\n1 of 2 rows left out" in told.err and told.out.endswith("1 row\n")

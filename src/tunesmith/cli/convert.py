@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, columns, natural, positive, show_json
-from tunesmith.errors import DataError, UsageError
+from tunesmith.errors import DataError, UsageError, counted
 
 if TYPE_CHECKING:
     from tunesmith.conversation import Conversation
@@ -163,7 +164,7 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--lossy", action="store_true", help="write even what the format cannot hold whole")
     _choosing(parser)
     options = parser.parse_args(argv)
-    from tunesmith.data.convert import FORMATS, to_row
+    from tunesmith.data.convert import FORMATS
     from tunesmith.data.write import write_rows
     from tunesmith.errors import did_you_mean
 
@@ -175,29 +176,41 @@ def convert(argv: list[str]) -> int:
     if target.exists():
         raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")
     rows = _without_metadata(_chosen(options), options.strip_metadata)
-    written = []
-    losses: dict[str, int] = {}
-    for conversation in rows:
-        row, lost = to_row(conversation, options.to)
-        for what in lost:
-            losses[what] = losses.get(what, 0) + 1
-        if lost and not options.lossy:
-            raise DataError(
-                f"{options.to} cannot hold {lost[0]}",
-                where=conversation.source,
-                fix="--to messages, or --lossy to leave it out",
-            )
-        if row:
-            written.append(row)
+    written, losses = _as_rows(rows, options.to, options.lossy)
+    if not written:
+        reason = f"no row is left: {options.to} cannot hold {next(iter(losses))}"
+        raise DataError(reason, where=", ".join(options.dataset), fix=_holding(rows[0]))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_rows(target, written)
     if options.json:
         show_json({"file": str(target), "rows": len(written), "left_out": len(rows) - len(written), "lost": losses})
     else:
         for what, count in losses.items():
-            print(f"lost     {what}, in {count} rows", file=sys.stderr)
-        print(f"{target}  {len(written)} rows")
+            print(f"lost     {what}, in {counted(count, 'row')}", file=sys.stderr)
+        if len(rows) > len(written):
+            print(f"{len(rows) - len(written)} of {len(rows)} rows left out: nothing of them is left", file=sys.stderr)
+        print(f"{target}  {counted(len(written), 'row')}")
     return 0
+
+
+def _as_rows(rows: list[Conversation], form: str, lossy: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """(what a format can hold of the rows, in how many of them each thing is lost). DataError for a loss unless `lossy`."""
+    from tunesmith.data.convert import to_row
+
+    written, losses = [], Counter[str]()
+    for conversation in rows:
+        row, lost = to_row(conversation, form)
+        losses.update(lost)
+        if lost and not lossy:
+            fix = _holding(conversation) + (", or --lossy to leave it out" if row else "")
+            raise DataError(f"{form} cannot hold {lost[0]}", where=conversation.source, fix=fix)
+        if row:
+            written.append(row)
+    return written, losses
+
+
+def _holding(row: Conversation) -> str:
+    return "--to text" if row.messages[0].role == "text" else "--to messages"
 
 
 def split(argv: list[str]) -> int:
