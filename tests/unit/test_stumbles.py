@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tunesmith import api, cli
 from tunesmith.cli.init import template
 from tunesmith.errors import UsageError, counted
+from tunesmith.evaluation import rates
 from tunesmith.recipe import fields
 from tunesmith.settings import resolve
 
@@ -224,3 +226,43 @@ def test_a_format_that_holds_nothing_of_the_rows(capsys: Captured, tmp_path: Pat
     words = ("data", "convert", str(tmp_path / "t.jsonl"), "-o", str(tmp_path / "x.jsonl"))
     assert refused(capsys, *words, status=3).endswith("-- --to text\n")
     assert "in 1 row\n1 of 2 rows left out" in told.err and told.out.endswith("1 row\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("init", "-o"),
+        ("lr-find", "--dataset", "echo", "--plot"),
+        ("data", "convert", "echo", "-o"),
+        ("data", "split", "echo", "-o"),
+        ("data", "stats", "echo", "--report"),
+    ],
+)
+def test_a_folder_that_may_not_be_written_is_said_first(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    assert refused(capsys, *words, f"{tmp_path}/x.svg").startswith(f"error: {tmp_path}: may not be written -- ")
+
+
+def test_a_run_that_may_not_be_written_is_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = api.train("echo", provider="fake", output_dir=tmp_path / "run")
+    pair = SimpleNamespace(base="starter", tuned=str(run / "final_model"))
+    monkeypatch.setattr("tunesmith.evaluation.evaluate.sides", lambda *a: pair)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run.path)
+    for against in (None, "starter"):
+        with pytest.raises(UsageError, match="run: may not be written"):
+            api.evaluate(run, against=against)
+
+
+def test_the_advice_is_told_before_the_picture_is_written(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = rates.Advice(1e-3, True, "better", [[(1e-3, 1, 2.0), (2e-3, 1, 3.0)]])
+    monkeypatch.setattr(api, "lr_find", lambda *a, **k: found)
+    (tmp_path / "folder").mkdir()
+    words = ("lr-find", "--dataset", "echo", "--plot", f"{tmp_path}/folder/x.svg")
+    monkeypatch.setattr("tunesmith.local.machine.tune", lambda: (tmp_path / "folder").rmdir())  # gone meanwhile
+    assert cli.main([*words]) == 1
+    assert "take: --learning-rate 0.001" in capsys.readouterr().out
+    assert "end the name with .svg" in refused(capsys, *words[:-1], f"{tmp_path}/x.png")

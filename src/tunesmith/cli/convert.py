@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.data.store import Conversations
 
 SHOWN = 3  # leaks printed; --json has all
+UNWRITABLE = "choose another --output, in a folder that this user may write"
 
 
 def _choosing(parser: Parser) -> None:
@@ -165,7 +166,7 @@ def convert(argv: list[str]) -> int:
     _choosing(parser)
     options = parser.parse_args(argv)
     from tunesmith.data.convert import FORMATS
-    from tunesmith.data.write import write_rows
+    from tunesmith.data.write import refuse_unwritable, write_rows
     from tunesmith.errors import did_you_mean
 
     if options.to not in FORMATS:
@@ -175,6 +176,7 @@ def convert(argv: list[str]) -> int:
     target = Path(options.output)
     if target.exists():
         raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")
+    refuse_unwritable(target, UNWRITABLE)
     rows = _without_metadata(_chosen(options), options.strip_metadata)
     written, losses = _as_rows(rows, options.to, options.lossy)
     if not written:
@@ -235,11 +237,12 @@ def split(argv: list[str]) -> int:
             )
     from tunesmith.data.split import leaks
     from tunesmith.data.split import split as divide
-    from tunesmith.data.write import as_row, write_jsonl
+    from tunesmith.data.write import as_row, refuse_unwritable, write_jsonl
 
     prefix = Path(options.output)
     if not prefix.name or options.output.endswith("/"):
         raise UsageError("not the beginning of file names", where=options.output, fix="e.g. --output out/mydata")
+    refuse_unwritable(prefix.parent, UNWRITABLE)
     parts = divide(
         _chosen(options),
         options.valid,

@@ -27,6 +27,14 @@ def refuse_output(path: Path) -> None:
         raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
     if not path.parent.is_dir():
         raise UsageError("cannot be written there", where=str(path), fix="name a new file in a folder that is")
+    refuse_unwritable(path.parent, "name a new file in a folder that this user may write")
+
+
+def refuse_unwritable(path: Path, fix: str) -> None:
+    """UsageError where a path, or what there is above it, may not be written."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError("may not be written", where=str(above), fix=fix)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
