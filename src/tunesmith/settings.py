@@ -114,7 +114,9 @@ def _typed(name: str, value: Any, place: str) -> Any:
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
-        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=fix) from None
+        near = did_you_mean(str(value), list(field.choices()))
+        said = f"is {value!r}{near}; expected {expected(field)}"
+        raise UsageError(said if place == name else f"{name} {said}", where=place, fix=fix) from None
     return value
 
 

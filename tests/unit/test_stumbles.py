@@ -14,6 +14,8 @@ import pytest
 
 from tunesmith import api, cli
 from tunesmith.cli.init import template
+from tunesmith.data.repair import repair
+from tunesmith.data.write import write_bytes
 from tunesmith.errors import UsageError, counted
 from tunesmith.evaluation import rates
 from tunesmith.recipe import fields
@@ -44,9 +46,9 @@ def test_an_ended_model_is_refused_before_the_key(capsys: Captured, monkeypatch:
 @pytest.mark.parametrize(
     ("words", "place"),
     [
-        (("--epochs", "three"), "--epochs: epochs is 'three'"),
-        (("--num-epochs=three",), "--num-epochs: epochs is 'three'"),
-        (("--report-to", "tensorboard"), "--report-to: track is 'tensorboard'"),
+        (("--epochs", "three"), "--epochs: is 'three'"),
+        (("--num-epochs=three",), "--num-epochs: is 'three'"),
+        (("--report-to", "tensorboard"), "--report-to: is 'tensorboard'"),
         (
             ("--provider", "openai", "--model", "gpt-4.1", "--learning-rate", "1"),
             "--learning-rate: learning_rate means",
@@ -59,7 +61,7 @@ def test_a_place_is_the_option_as_typed(capsys: Captured, words: tuple[str, ...]
 
 
 def test_a_place_is_the_argument_from_python() -> None:
-    with pytest.raises(UsageError, match=r"^epochs: epochs is 'three'"):
+    with pytest.raises(UsageError, match=r"^epochs: is 'three'"):
         api.plan("echo", epochs="three")
     with pytest.raises(UsageError, match="did you mean") as told:
         api.plan("echo", epochz=3)
@@ -266,3 +268,53 @@ def test_the_advice_is_told_before_the_picture_is_written(
     assert cli.main([*words]) == 1
     assert "take: --learning-rate 0.001" in capsys.readouterr().out
     assert "end the name with .svg" in refused(capsys, *words[:-1], f"{tmp_path}/x.png")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train --dataset", "--dataset: needs a value -- tunesmith train --help"),
+        ("data check chat --json=3", "--json: takes no value -- "),
+        ("data split chat -o x --valid x", "--valid: expected a number, not 'x' -- "),
+        ("data split chat -o x --valid 1.5", "--valid: a share of 1.5 leaves nothing"),
+        ("data split chat -o x --valid 0.6 --test 0.6", "--valid and --test: a share of 1.2 leaves nothing"),
+        ("data convert chat", "data convert: needs -o/--output -- tunesmith data convert --help"),
+        ("plan --dataset echo --task chta", "--task: is 'chta' (did you mean \"chat\"?); expected one of chat"),
+        ("plan --dataset echo --method lorra", "--method: is 'lorra' (did you mean \"lora\"?)"),
+        ("data check --task chta chat", '--task: no "chta" (did you mean "chat"?) -- known: chat, code'),
+        ("data preview chat --worst lnog", '--worst: no "lnog" (did you mean "long"?)'),
+        ("completion basj", 'shell: no "basj" (did you mean "bash"?) -- known: bash, zsh, fish'),
+        (
+            "data stats echo --model gpt-4o-min",
+            "--model: gpt-4o-min is not among the hosted models that can be trained (did",
+        ),
+        ("serve --allow-model foo=", "--allow-model foo=: names no model -- --allow-model ALIAS=FOLDER"),
+        ("serve --allow-model =foo", "--allow-model =foo: names no model"),
+    ],
+)
+def test_the_words_of_a_wrong_value(capsys: Captured, line: str, told: str) -> None:
+    said = refused(capsys, *line.split())
+    assert said.startswith(f"error: {told}") and " -- " in said
+
+
+def test_a_metric_that_is_measured_anyway(tmp_path: Path) -> None:
+    run = api.train("echo", provider="fake", output_dir=tmp_path / "run")
+    for spec, where in (
+        ("chrf", "chrF is measured in every task"),
+        ("loss", "loss (nats per token) is measured in every"),
+    ):
+        with pytest.raises(UsageError, match=rf"^--metric {spec}: {re.escape(where)}.*re:PATTERN$"):
+            api.evaluate(run, metric=spec)
+
+
+def test_an_error_of_a_temporary_file_names_the_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "x.jsonl", tmp_path):
+        with pytest.raises(OSError, match=r"missing|directory") as told:
+            write_bytes(path, b"x")
+        assert told.value.filename == str(path)
+
+
+def test_a_repaired_copy_in_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match="may not be written -- "):
+        repair(["chat"], tmp_path / "x.jsonl")

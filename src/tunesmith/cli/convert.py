@@ -230,11 +230,11 @@ def split(argv: list[str]) -> int:
     parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
     _choosing(parser)
     options = parser.parse_args(argv)
-    for share in (options.valid, options.test, options.valid + options.test):
+    both = options.valid + options.test
+    for place, share in (("--valid", options.valid), ("--test", options.test), ("--valid and --test", both)):
         if not 0 <= share < 1:
-            raise UsageError(
-                f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1"
-            )
+            fix = "shares are from 0 up to, not including, 1"
+            raise UsageError(f"a share of {share:g} leaves nothing to train on", where=place, fix=fix)
     from tunesmith.data.split import leaks
     from tunesmith.data.split import split as divide
     from tunesmith.data.write import as_row, refuse_unwritable, write_jsonl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -18,6 +19,7 @@ import msgspec
 from tunesmith.conversation import Conversation
 from tunesmith.errors import UsageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; no name comes with them
 UNUSED = 30 * 86400  # seconds after which what is kept for later runs is removed
 
 
@@ -76,6 +78,10 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(temporary) or error.errno in FULL:
+            error.filename = str(path)  # a name that its user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -64,6 +64,7 @@ def evaluate(
     of `asking.Options`."""
     how = msgspec.convert(options, Options, strict=True)
     task = _task(how.task, run)
+    tasks.refuse_known(how.metric or "")
     own = tasks.named_apart(metric_from(how.metric)) if how.metric else None
     how.check()
     pair = sides(run, model, against, dataset, columns)

@@ -65,7 +65,9 @@ def allowed(names: list[str]) -> dict[str, Path]:
     """Bases by name: the starter, and for each "PATH", "HUB/NAME" or "ALIAS=PATH" that the operator allows its folder."""
     found = {"starter": find("starter")}
     for word in names:
-        alias, _, place = word.rpartition("=")
+        alias, named, place = word.rpartition("=")
+        if not place or named and not alias:
+            raise UsageError("names no model", where=f"--allow-model {word}", fix="--allow-model ALIAS=FOLDER")
         folder = find(place).resolve()
         found[alias or (Path(place).name if Path(place).is_dir() else place)] = folder
     return found
