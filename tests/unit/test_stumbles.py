@@ -318,3 +318,14 @@ def test_a_repaired_copy_in_a_folder_that_may_not_be_written(tmp_path: Path, mon
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UsageError, match="may not be written -- "):
         repair(["chat"], tmp_path / "x.jsonl")
+
+
+def test_a_config_for_no_data(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").touch()
+    Path("folder").mkdir()
+    for name in ("nofile.jsonl", "empty.jsonl", "folder"):
+        assert refused(capsys, "init", name, "-o", "q.toml", status=3).startswith(f"error: {name}: ")
+    assert cli.main(["init", "chat", "-o", "-"]) == 0 and capsys.readouterr().out == template("chat")
+    assert cli.main(["init"]) == 0 and sorted(path.name for path in tmp_path.iterdir())[-1] == "tunesmith.toml"
+    assert not Path("q.toml").exists() and not Path("-").exists()
