@@ -899,7 +899,10 @@ def test_more_epochs(row: Row, typed: Typed, few: Path, tiny: Path, here: None) 
 @page.does("poor outputs: another learning rate")
 def test_rate(row: Row, typed: Typed, few: Path, tiny: Path) -> None:
     said = typed(row.command, "--model", tiny, "--trial-steps", "2").out
-    assert re.search(r"--learning-rate \d", said)
+    *trials, advice = said.strip().splitlines()
+    last = {float(line.split()[1]) for line in trials if line.split()[0] == "8"}  # steps of the last round: 2, 4, 8
+    proposed = re.search(r"^(?:take|perhaps): --learning-rate (\S+) ", advice)
+    assert proposed and len(last) == 2 and min(abs(float(proposed[1]) / rate - 1) for rate in last) < 0.05
 
 
 @page.does("poor outputs: the dataset's quality")
