@@ -353,25 +353,56 @@ def _raised(tree_of_file: ast.AST) -> Iterator[tuple[str, str, str]]:
     kinds = {
         name for name, kind in vars(tree).items() if isinstance(kind, type) and issubclass(kind, tree.TunesmithError)
     }
-    for node in ast.walk(tree_of_file):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
-            fix = next((k.value for k in node.keywords if k.arg == "fix"), None)
-            message = _spoken(node.args[0])
-            if message.strip("{}…"):
-                yield node.func.id, message, _spoken(fix) if fix else ""
+    for function in _functions(tree_of_file):
+        texts = _texts(function)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and node.args:
+                fix = next((k.value for k in node.keywords if k.arg == "fix"), None)
+                message = _spoken(node.args[0], texts)
+                if message.strip("{}…"):
+                    yield node.func.id, message, _spoken(fix, texts) if fix else ""
 
 
-def _spoken(node: ast.expr) -> str:
+def _functions(tree_of_file: ast.AST) -> Iterator[ast.AST]:
+    """The functions of a file and the methods of its classes; what is defined within one is part of it."""
+    for node in ast.iter_child_nodes(tree_of_file):
+        if isinstance(node, ast.ClassDef):
+            yield from _functions(node)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def _texts(function: ast.AST) -> dict[str, str]:
+    """The names that a function gives to texts, each to one."""
+    given: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = (
+                    zip(target.elts, node.value.elts) if _both_tuples(target, node.value) else [(target, node.value)]
+                )
+                for name, value in pairs:
+                    if isinstance(name, ast.Name):
+                        given.setdefault(name.id, []).append(value)
+    said = {name: _spoken(values[0], {}) for name, values in given.items() if len(values) == 1}
+    return {name: text for name, text in said.items() if " " in text}
+
+
+def _both_tuples(*nodes: ast.expr) -> bool:
+    return all(isinstance(node, ast.Tuple) for node in nodes)
+
+
+def _spoken(node: ast.expr, texts: dict[str, str]) -> str:
     """A text of the source as it will be read, with names in braces where something is filled in."""
     if isinstance(node, ast.Constant):
         return str(node.value).replace("\n", " ")
     if isinstance(node, ast.JoinedStr):
-        return "".join(_spoken(part) for part in node.values)
+        return "".join(_spoken(part, texts) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return f"{{{node.value.id}}}" if isinstance(node.value, ast.Name) else "{…}"
+        return _spoken(node.value, texts) if isinstance(node.value, ast.Name) else "{…}"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _spoken(node.left) + _spoken(node.right)
-    return f"{{{node.id}}}" if isinstance(node, ast.Name) else "{…}"
+        return _spoken(node.left, texts) + _spoken(node.right, texts)
+    return texts.get(node.id, f"{{{node.id}}}") if isinstance(node, ast.Name) else "{…}"
 
 
 def python_api() -> str:

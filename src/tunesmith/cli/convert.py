@@ -170,9 +170,8 @@ def convert(argv: list[str]) -> int:
     from tunesmith.errors import did_you_mean
 
     if options.to not in FORMATS:
-        raise UsageError(
-            f'no format "{options.to}"{did_you_mean(options.to, list(FORMATS))}', fix=f"known: {', '.join(FORMATS)}"
-        )
+        near = did_you_mean(options.to, list(FORMATS))
+        raise UsageError(f'no format "{options.to}"{near}', where="--to", fix=f"known: {', '.join(FORMATS)}")
     target = Path(options.output)
     if target.exists():
         raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")

@@ -80,7 +80,8 @@ def _pattern(pattern: str, better: Literal["lower", "higher"]) -> Metric:
 def _function(spec: str, better: Literal["lower", "higher"]) -> Metric:
     file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
-        raise UsageError(f'no metric is named "{spec}"', fix="path/to/file.py:function, or re:PATTERN")
+        fix = "path/to/file.py:function, or re:PATTERN"
+        raise UsageError(f'no metric is named "{spec}"', where="--metric", fix=fix)
     path = Path(file).expanduser()
     function = _named(_loaded(path), name, path)
     names = _parameters(function, f"{path}:{name}")

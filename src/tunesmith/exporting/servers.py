@@ -75,11 +75,11 @@ class _Program:
             with self._open(request, timeout=seconds) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
-            fix = f"another version of {self.called} may take it"
-            raise ModelError(f"{self.called} refuses: {_refusal(error)}", where=path, fix=fix) from None
+            other = f"another version of {self.called} may take it"
+            raise ModelError(f"{self.called} refuses: {_refusal(error)}", where=path, fix=other) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            fix = "is there memory enough for it? then try again"
-            raise ModelError(f"{self.called} has ended: {error}", where=path, fix=fix) from None
+            again = "is there memory enough for it? then try again"
+            raise ModelError(f"{self.called} has ended: {error}", where=path, fix=again) from None
 
     def end(self) -> str:
         """Stop it, with all that it has started; its last words."""
