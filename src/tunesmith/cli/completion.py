@@ -49,7 +49,7 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         found = re.findall(r"(--[a-z0-9][a-z0-9-]*)(?: \{([^}]+)\})?", heads)
         words[name] = sorted({option for option, _ in found} | {"--help"})
         choices |= {f"{name} {option}": listed.split(",") for option, listed in found if listed}
-        argument = next((found[1] for line in lines if (found := re.match(r"  \{([^}]+)\}", line))), "")
+        argument = next((shown[1] for line in lines if (shown := re.match(r"  \{([^}]+)\}", line))), "")
         choices |= {f"{name} {name.split()[-1]}": argument.split(",")} if argument else {}
         choices |= {f"{name} {option}": known for option, known in _named(name).items() if option in words[name]}
     return words, choices
