@@ -179,7 +179,9 @@ def _laid_out(prepared: planning.Prepared) -> Run:
     from tunesmith.local.backend import lay_out
 
     if prepared.plan.recipe.provider != "huggingface":
-        raise UsageError("only training on this machine can be shared by processes", where="provider")
+        raise UsageError(
+            "only training on this machine can be shared by processes", where="provider", fix="huggingface"
+        )
     return lay_out(prepared, planning.output_path(prepared.plan.recipe))
 
 

@@ -124,7 +124,9 @@ def _typed(name: str, value: Any, place: str) -> Any:
         fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
         if here := called_here(value, field.choices()):
             fix = f"here it is {here}; {field.help}"
-        raise UsageError(f"{name} is {value!r}; expected {expected(field)}", where=place, fix=fix) from None
+        near = "" if here else did_you_mean(str(value), list(field.choices()))
+        said = f"is {value!r}{near}; expected {expected(field)}"
+        raise UsageError(said if place == name else f"{name} {said}", where=place, fix=fix) from None
     return value
 
 
@@ -160,22 +162,23 @@ def expected(field: Field) -> str:
 
 
 def _config_name(config: str) -> str:
-    return config if Path(config).exists() else f"preset {config}"
+    return config if Path(config).is_file() else f"preset {config}"
 
 
 def _load_config(config: str) -> dict[str, Any]:
     """A TOML or JSON file, or the name of a preset."""
     path = Path(config)
     if not path.is_file():
-        preset = FACTS / "presets" / f"{config}.toml"
-        names = sorted(p.stem for p in preset.parent.glob("*.toml"))
-        if not preset.exists():
-            raise UsageError(
-                f"no such file or preset{did_you_mean(config, names)}", where=config, fix=f"presets: {', '.join(names)}"
-            )
-        return _read_toml(preset)
+        presets = {preset.stem: preset for preset in sorted((FACTS / "presets").glob("*.toml"))}
+        if config not in presets:
+            what = "not a file" if path.exists() else f"no such file or preset{did_you_mean(config, list(presets))}"
+            raise UsageError(what, where=config, fix=f"name a .toml or .json file, or a preset: {', '.join(presets)}")
+        return _read_toml(presets[config])
     try:
         data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)
+    except OSError as error:
+        fix = "name a file that this user may read"
+        raise UsageError(f"cannot be read: {error.strerror}", where=config, fix=fix) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {error}", where=config, fix="write a JSON object (.json) or TOML") from None
     if not isinstance(data, dict):

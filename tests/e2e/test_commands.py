@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -345,10 +346,28 @@ def test_the_completion_of_bash() -> None:
         "tunesmith evaluate --task per": "persona",
         "tunesmith runs events --type ste": "step",
         "tunesmith chat --no-such": "",
+        "tunesmith completion ''": "bash zsh fish",
+        "tunesmith data convert --to prompt-c": "prompt-completion",
+        "tunesmith data split --drop-codes forg": "forgotten",
+        "tunesmith train --chat-template ins": "instruct",
+        "tunesmith train --method = lo": "lora",  # where = breaks words
+        "tunesmith train --method =": "full lora qlora freeze",
+        "tunesmith train --method=lo": "--method=lora",  # where it does not
     }
     lines = "\n".join(f"t {words}" for words in tries)
     done = subprocess.run(["bash", "-c", script.stdout + "\n" + asks + lines], capture_output=True, text=True)
     assert done.stdout.split("\n")[:-1] == list(tries.values()), done.stderr
+
+
+def test_the_completion_of_fish() -> None:
+    if not shutil.which("fish"):
+        pytest.skip("no fish here")
+    script = subprocess.run([sys.executable, "-m", "tunesmith", "completion", "fish"], capture_output=True, text=True)
+    tries = {"completion ": "bash", "data convert --to sh": "sharegpt", "train --method=q": "--method=qlora"}
+    for typed, offered in tries.items():
+        asked = script.stdout + f'\ncomplete -C "tunesmith {typed}"'
+        done = subprocess.run(["fish", "--no-config", "-c", asked], capture_output=True, text=True)
+        assert offered in done.stdout.split(), (typed, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -207,8 +207,9 @@ def echo_hosted(account: Hostile, typed: Typed) -> Hostile:
 
 @page.does('"validated and meets OpenAI requirements"')
 def test_what_a_service_would_refuse(row: Row, typed: Typed, tmp_path: Path) -> None:
-    said = typed(row.command, status=3)
+    said = typed(row.command)
     assert "[extra-field]" in said.out and "here: input-output" in said.out and "data convert" in said.out
+    assert "256 usable, 0 errors" in said.out and "train --provider openai converts it" in said.out
     write(tmp_path / DATA, messages(ECHO))
     assert "grade: good" in typed(row.command).out
 

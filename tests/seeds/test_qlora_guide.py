@@ -1289,7 +1289,7 @@ def test_held_out(row: Row, typed: Typed) -> None:
     short = ("--samples", 0, "--max-tokens", 4, "--rows", 2)
     assert "on 24 held-out rows" in typed(row.command, *short).out
     seen = typed("tunesmith evaluate my_run --dataset my_run/data/valid.jsonl", *short, status=None)
-    assert seen.code == 3 and "seen" in seen.err or "trained" in seen.err or "chosen" in seen.err
+    assert seen.code == 3 and ("seen" in seen.err or "trained" in seen.err or "chosen" in seen.err)
 
 
 @page.does("`max_new_tokens=512`", "`generate(…, temperature=0.7)` without `do_sample`")

@@ -50,6 +50,13 @@ def test_a_provider_has_the_last_word_on_a_severity(tmp_path: Path) -> None:
     assert "extra-field" not in load(path).counts
 
 
+def test_what_train_converts_for_a_service_is_no_error(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "d.jsonl", [{**row, "note": "x"} for row in distinct(60)]))
+    found = load(path, provider="openai")
+    assert {i.severity for i in found.issues if i.code == "extra-field"} == {"warning"} and not found.errors()
+    assert api.plan(path, provider="openai", model="gpt-4o-mini-2024-07-18").rows["train"]
+
+
 def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     items = [{"question": f"{i}?", "context": "c", "answer": str(i)} for i in range(30)]
     found = load(str(write(tmp_path / "d.jsonl", items)))

@@ -74,7 +74,7 @@ def test_none_leaves_a_row_out_and_classes_work(file: Callable[[str], str]) -> N
     ("text", "name", "said"),
     [
         ("def score(answer): return 1", "scor", 'mine.py: no function "scor" (did you mean "score"?)'),
-        ("score = 3", "score", 'mine.py: no function "score"'),
+        ("score = 3", "score", 'mine.py: no function "score" -- define it there: def score(answer)'),
         (
             "def f(anwser): return 1",
             "f",

@@ -72,7 +72,7 @@ def test_the_method_freeze_trains_the_upper_three_tenths(tiny: Path, tmp_path: P
     run = fit(tmp_path / "run", data, tiny, method="freeze", max_steps=2)
     trained = next(e["trainable"] for e in run.events() if e.get("state") == "running")
     assert trained == plan.trainable_parameters < plan.model.parameters / 4
-    with pytest.raises(UsageError, match=r"freeze_ratio is 1\.0; expected a number from 0 up to 1"):
+    with pytest.raises(UsageError, match=r"freeze_ratio: is 1\.0; expected a number from 0 up to 1"):
         api.plan(data, model=str(tiny), freeze_ratio=1.0)
 
 

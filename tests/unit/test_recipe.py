@@ -86,7 +86,7 @@ def test_lora_switch_and_columns() -> None:
     [
         ({"epoks": 1}, 'did you mean "epochs"'),
         ({"epochs": 0}, "a whole number over 0, or auto"),
-        ({"epochs": "three"}, "epochs is 'three'"),
+        ({"epochs": "three"}, "epochs: is 'three'"),
         ({"task": "chta"}, "one of chat, code"),
         ({"valid_fraction": 1.0}, "to 1 (less than that)"),
         ({"lora_rank": 0}, "a whole number from 1 up"),

@@ -62,18 +62,36 @@ UNIX = ("fcntl", "resource")  # modules that Python lacks on Windows: locks of f
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.stdout, sys.stderr = (
+        stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for stream in (sys.stdout, sys.stderr)
+    )  # None: closed
     for stream in (sys.stdout, sys.stderr):  # a sign that the terminal's encoding lacks is no reason to fail
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if words[0] in ("--version", "-V"):
-        from importlib.metadata import version
+    status = 1
+    try:
+        status = _answer(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError as error:  # nobody reads our output any more, or the disk that it goes to is full
+        if not status and not isinstance(error, BrokenPipeError):
+            print(f"error: stdout: {error.strerror} -- check the disk", file=sys.stderr)
+            status = 1
+        _drop_unwritten()
+    return status
 
-        print(f"tunesmith {version('tunesmith')}")
-        return 0
+
+def _drop_unwritten() -> None:
+    """So that Python, which writes what is left when it ends, does not fail once more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _answer(words: list[str]) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -101,6 +119,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[0] == "help" and words[1:]:
+        words = [*words[1:], "--help"]
+    if words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("--version", "-V"):
+        from importlib.metadata import version
+
+        print(f"tunesmith {version('tunesmith')}")
+        return 0
     size = 2 if words[0] in GROUPS else 1
     name = " ".join(words[:size])
     if words[0] in GROUPS and (len(words) == 1 or words[1] in ("-h", "--help")):

@@ -12,6 +12,8 @@ import tomllib
 from tunesmith.backends import BACKENDS
 from tunesmith.cli import COMMANDS, GROUPS, help_page
 from tunesmith.cli.options import Parser
+from tunesmith.data.convert import FORMATS
+from tunesmith.evaluation.rowreport import CODES
 from tunesmith.evaluation.tasks import TASKS
 from tunesmith.exporting.forms import FORMS, facts
 from tunesmith.recipe import FACTS
@@ -36,7 +38,8 @@ def completion(argv: list[str]) -> int:
 
 
 def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(the words that may follow "", a group or a command; the choices after "COMMAND --option", where it has some)."""
+    """(the words that may follow "", a group or a command; the choices after "COMMAND --option", where it has some, and after
+    "COMMAND COMMAND" those of its first argument)."""
     words: dict[str, list[str]] = {"": [*dict.fromkeys(name.split()[0] for name in COMMANDS), "--help", "--version"]}
     words |= {group: [name.split()[1] for name in COMMANDS if name.split()[0] == group] for group in GROUPS}
     choices: dict[str, list[str]] = {}
@@ -47,6 +50,8 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         words[name] = sorted({*found, "--help"})
         listed = {option: one[1] for option, head in found.items() if (one := re.search(r"\{([^}]+)\}", head))}
         choices |= {f"{name} {option}": values.split(",") for option, values in listed.items()}
+        argument = next((shown[1] for line in lines if (shown := re.match(r"  \{([^}]+)\}", line))), "")
+        choices |= {f"{name} {name.split()[-1]}": argument.split(",")} if argument else {}
         choices |= {f"{name} {option}": known for option, known in _named(name).items() if option in words[name]}
     return words, choices
 
@@ -54,6 +59,11 @@ def tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 def _named(command: str) -> dict[str, list[str]]:
     """Values that stand in tables, and may be others too where a file is also taken."""
     found = {"--config": sorted(path.stem for path in (FACTS / "presets").glob("*.toml")), "--provider": list(BACKENDS)}
+    templates = sorted(path.stem for path in (FACTS / "templates").glob("*.jinja"))
+    found |= {"--chat-template": templates if command == "data preview" else ["auto", "model", *templates]}
+    found |= {"--drop-codes": list(CODES)}
+    if command == "data convert":
+        found |= {"--to": list(FORMATS)}
     if command == "export":
         found |= {"--format": list(FORMS), "--quantize": [*facts()["quantisations"], *facts()["k_quants"]]}
     if command == "evaluate":
@@ -72,7 +82,10 @@ def bash() -> str:
     cases, values = (_cases(table, 'words="{}"') for table in tables())
     groups = "|".join(GROUPS)
     return f"""_tunesmith() {{
-  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command="" words=""
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command="" words="" option=""
+  if [[ $before == "=" ]]; then before=${{COMP_WORDS[COMP_CWORD-2]}}; fi
+  if [[ $word == "=" ]]; then word=""; fi
+  if [[ $word == --*=* ]]; then before=${{word%%=*}} option="${{word%%=*}}=" word=${{word#*=}}; fi
   if (( COMP_CWORD > 1 )); then command=${{COMP_WORDS[1]}}; fi
   case $command in {groups}) if (( COMP_CWORD > 2 )); then command="$command ${{COMP_WORDS[2]}}"; fi ;; esac
   case $command in
@@ -82,7 +95,7 @@ def bash() -> str:
 {values}
     *) case $command in ""|{groups}) ;; *) [[ $word == -* ]] || words="" ;; esac ;;
   esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  COMPREPLY=($(compgen -P "$option" -W "$words" -- "$word"))
 }}
 complete -o bashdefault -o default -F _tunesmith tunesmith"""
 
@@ -93,6 +106,7 @@ def zsh() -> str:
     return f"""_tunesmith() {{
   local -a found
   local command="" word=$words[CURRENT] before=$words[CURRENT-1]
+  if [[ $word == --*=* ]]; then before=${{word%%=*}} word=${{word#*=}}; compset -P "*="; fi
   if (( CURRENT > 2 )); then command=$words[2]; fi
   case $command in {groups}) if (( CURRENT > 3 )); then command="$command $words[3]"; fi ;; esac
   case $command in
@@ -117,6 +131,8 @@ def fish() -> str:
         lines.append(f"complete -c tunesmith -f -n '{inside}' -a '{known}'")
     for name in COMMANDS:
         inside = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
+        if argument := choices.get(f"{name} {name.split()[-1]}"):
+            lines.append(f"complete -c tunesmith -f -n '{inside}' -a '{' '.join(argument)}'")
         for option in words[name]:
             values = f" -x -a '{' '.join(listed)}'" if (listed := choices.get(f"{name} {option}")) else ""
             lines.append(f"complete -c tunesmith -n '{inside}' -l {option.removeprefix('--')}{values}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import Parser, columns, natural, positive, show_json
-from tunesmith.errors import DataError, UsageError
+from tunesmith.errors import DataError, UsageError, counted
 
 if TYPE_CHECKING:
     from tunesmith.conversation import Conversation
     from tunesmith.data.store import Conversations
 
 SHOWN = 3  # leaks printed; --json has all
+UNWRITABLE = "choose another --output, in a folder that this user may write"
 
 
 def _choosing(parser: Parser) -> None:
@@ -163,41 +165,53 @@ def convert(argv: list[str]) -> int:
     parser.add_argument("--lossy", action="store_true", help="write even what the format cannot hold whole")
     _choosing(parser)
     options = parser.parse_args(argv)
-    from tunesmith.data.convert import FORMATS, to_row
-    from tunesmith.data.write import write_rows
+    from tunesmith.data.convert import FORMATS
+    from tunesmith.data.write import refuse_unwritable, write_rows
     from tunesmith.errors import did_you_mean
 
     if options.to not in FORMATS:
-        raise UsageError(
-            f'no format "{options.to}"{did_you_mean(options.to, list(FORMATS))}', fix=f"known: {', '.join(FORMATS)}"
-        )
+        near = did_you_mean(options.to, list(FORMATS))
+        raise UsageError(f'no format "{options.to}"{near}', where="--to", fix=f"known: {', '.join(FORMATS)}")
     target = Path(options.output)
     if target.exists():
         raise UsageError("exists already", where=str(target), fix="choose another --output, or remove it")
+    refuse_unwritable(target, UNWRITABLE)
     rows = _without_metadata(_chosen(options), options.strip_metadata)
-    written = []
-    losses: dict[str, int] = {}
-    for conversation in rows:
-        row, lost = to_row(conversation, options.to)
-        for what in lost:
-            losses[what] = losses.get(what, 0) + 1
-        if lost and not options.lossy:
-            raise DataError(
-                f"{options.to} cannot hold {lost[0]}",
-                where=conversation.source,
-                fix="--to messages, or --lossy to leave it out",
-            )
-        if row:
-            written.append(row)
+    written, losses = _as_rows(rows, options.to, options.lossy)
+    if not written:
+        reason = f"no row is left: {options.to} cannot hold {next(iter(losses))}"
+        raise DataError(reason, where=", ".join(options.dataset), fix=_holding(rows[0]))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_rows(target, written)
     if options.json:
         show_json({"file": str(target), "rows": len(written), "left_out": len(rows) - len(written), "lost": losses})
     else:
         for what, count in losses.items():
-            print(f"lost     {what}, in {count} rows", file=sys.stderr)
-        print(f"{target}  {len(written)} rows")
+            print(f"lost     {what}, in {counted(count, 'row')}", file=sys.stderr)
+        if len(rows) > len(written):
+            print(f"{len(rows) - len(written)} of {len(rows)} rows left out: nothing of them is left", file=sys.stderr)
+        print(f"{target}  {counted(len(written), 'row')}")
     return 0
+
+
+def _as_rows(rows: list[Conversation], form: str, lossy: bool) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """(what a format can hold of the rows, in how many of them each thing is lost). DataError for a loss unless `lossy`."""
+    from tunesmith.data.convert import to_row
+
+    written, losses = [], Counter[str]()
+    for conversation in rows:
+        row, lost = to_row(conversation, form)
+        losses.update(lost)
+        if lost and not lossy:
+            fix = _holding(conversation) + (", or --lossy to leave it out" if row else "")
+            raise DataError(f"{form} cannot hold {lost[0]}", where=conversation.source, fix=fix)
+        if row:
+            written.append(row)
+    return written, losses
+
+
+def _holding(row: Conversation) -> str:
+    return "--to text" if row.messages[0].role == "text" else "--to messages"
 
 
 def split(argv: list[str]) -> int:
@@ -215,18 +229,19 @@ def split(argv: list[str]) -> int:
     parser.add_argument("--group-by", metavar="FIELD", help="rows equal in this field stay together: metadata.tree_id")
     _choosing(parser)
     options = parser.parse_args(argv)
-    for share in (options.valid, options.test, options.valid + options.test):
+    both = options.valid + options.test
+    for place, share in (("--valid", options.valid), ("--test", options.test), ("--valid and --test", both)):
         if not 0 <= share < 1:
-            raise UsageError(
-                f"a share of {share} leaves nothing to train on", fix="shares are from 0 up to, not including, 1"
-            )
+            fix = "shares are from 0 up to, not including, 1"
+            raise UsageError(f"a share of {share:g} leaves nothing to train on", where=place, fix=fix)
     from tunesmith.data.split import leaks
     from tunesmith.data.split import split as divide
-    from tunesmith.data.write import as_row, write_jsonl
+    from tunesmith.data.write import as_row, refuse_unwritable, write_jsonl
 
     prefix = Path(options.output)
     if not prefix.name or options.output.endswith("/"):
         raise UsageError("not the beginning of file names", where=options.output, fix="e.g. --output out/mydata")
+    refuse_unwritable(prefix.parent, UNWRITABLE)
     parts = divide(
         _chosen(options),
         options.valid,

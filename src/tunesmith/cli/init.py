@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.cli.options import Parser
+from tunesmith.errors import DataError
 
 UNSET = {  # what a setting without a default may look like
     "valid_dataset": "valid.jsonl",
@@ -23,17 +24,31 @@ def init(argv: list[str]) -> int:
     parser = Parser(
         "init", "Write a config file with every setting, its default and its meaning; train with --config FILE."
     )
-    parser.add_argument("dataset", nargs="?", default="data.jsonl", help="your data [data.jsonl]")
-    parser.add_argument("-o", "--output", default="tunesmith.toml", metavar="FILE", help="[tunesmith.toml]")
+    parser.add_argument("dataset", nargs="?", help="your data [data.jsonl]")
+    parser.add_argument("-o", "--output", default="tunesmith.toml", metavar="FILE", help="-: stdout [tunesmith.toml]")
     options = parser.parse_args(argv)
     path = Path(options.output)
     from tunesmith.data.write import refuse_output, write_bytes
 
-    refuse_output(path)
-
-    write_bytes(path, template(options.dataset).encode())
+    if options.output != "-":
+        refuse_output(path)
+    if options.dataset is not None:
+        _refuse_nothing(options.dataset)
+    text = template(options.dataset or "data.jsonl")
+    if options.output == "-":
+        print(text, end="")
+        return 0
+    write_bytes(path, text.encode())
     print(path)
     return 0
+
+
+def _refuse_nothing(dataset: str) -> None:
+    """DataError where a data set of this machine is not there, or has no rows. What may be the Hub's is not fetched."""
+    from tunesmith.data.read import files, read
+
+    if files(dataset) is not None and next(read(dataset), None) is None:
+        raise DataError("no rows in it", where=dataset, fix="is it the right file?")
 
 
 def template(dataset: str) -> str:

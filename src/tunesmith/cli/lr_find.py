@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, add_settings, positive, settings, show_json
+from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
+    from tunesmith.evaluation.rates import Advice
     from tunesmith.local.lr_finder import Trial
 
 
@@ -22,13 +24,15 @@ def lr_find(argv: list[str]) -> int:
     add_settings(parser)
     options = parser.parse_args(argv)
     from tunesmith import api
-    from tunesmith.cli.progress import clock, table
+    from tunesmith.cli.progress import clock
     from tunesmith.local.machine import tune
 
     if options.plot:
         from tunesmith.data.write import refuse_output
 
         refuse_output(Path(options.plot))
+        if not options.plot.endswith(".svg"):
+            raise UsageError("the picture is an SVG file", where=options.plot, fix="end the name with .svg")
     tune()
     began, done = time.monotonic(), 0
 
@@ -42,14 +46,21 @@ def lr_find(argv: list[str]) -> int:
         )
 
     advice = api.lr_find(options.trial_steps, tell, config=options.config, **settings(options))
-    if options.plot:
+    if options.json:
+        show_json(advice)
+    else:
+        _show(advice)
+    if options.plot:  # after what took the time is told
         from tunesmith.data.write import write_bytes
         from tunesmith.evaluation.rates import chart
 
         write_bytes(Path(options.plot), chart(advice).encode())
-    if options.json:
-        show_json(advice)
-        return 0
+    return 0
+
+
+def _show(advice: Advice) -> None:
+    from tunesmith.cli.progress import table
+
     low = min((loss for trials in advice.rounds for _, _, loss in trials if loss is not None), default=0.0)
     rows: list[tuple[object, ...]] = [("steps", "rate", "validation loss", "")]
     for trials in advice.rounds:
@@ -58,4 +69,3 @@ def lr_find(argv: list[str]) -> int:
             rows.append((steps, f"{rate:.2e}", "" if loss is None else f"{loss:.4f}", bar))
     print(table(rows))
     print(f"{'take' if advice.certain else 'perhaps'}: --learning-rate {advice.rate:.2g}  ({advice.reason})")
-    return 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
 from tunesmith.errors import UsageError, did_you_mean
+
+REQUIRED = "the following arguments are required: "
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -34,11 +37,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = list(self._option_string_actions)
+        if found := re.match(r"argument (\S+): (.*)", message, re.DOTALL):
+            raise self._refused(*found.groups())
+        if message.startswith(REQUIRED):
+            place = self.prog.removeprefix("tunesmith ")
+            raise UsageError(f"needs {message.removeprefix(REQUIRED)}", where=place, fix=f"{self.prog} --help")
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
             if word == "--api-key":
                 fix = "export OPENAI_API_KEY=…, or --api-key-file FILE; and change the key if this one is real"
                 raise UsageError("a key on the command line is seen by all users of this machine", where=word, fix=fix)
+            if word == "help":
+                raise UsageError("unexpected argument help", fix=f"{self.prog} --help")
             if {"--model", "--lora-rank"} <= set(known) and not word.startswith("-"):
                 raise UsageError(f"unexpected argument {word}", fix=f"data is named by an option: --dataset {word}")
             if {"--model", "--lora-rank"} <= set(known):  # a command with the settings of training
@@ -52,6 +62,26 @@ class Parser(argparse.ArgumentParser):
                 else f"unexpected argument {word}"
             )
         raise UsageError(message, fix=f"{self.prog} --help lists the options")
+
+    def _refused(self, name: str, said: str) -> UsageError:
+        """What argparse says of an option's value, in our form."""
+        option = next((word for word in name.split("/") if word.startswith("--")), name)
+        if wrong := re.match(r"invalid choice: '(.*)' \(choose from", said, re.DOTALL):
+            action = next(a for a in self._actions if name in ("/".join(a.option_strings), a.metavar, a.dest))
+            known = [str(choice) for choice in action.choices or ()]
+            near = did_you_mean(wrong[1], known)
+            return UsageError(f'no "{wrong[1]}"{near}', where=option, fix=f"known: {', '.join(known)}")
+        if wrong := re.match(r"invalid (?:int|float) value: (.*)", said, re.DOTALL):
+            said = f"expected a number, not {wrong[1]}"
+        elif said.startswith("ignored explicit argument"):
+            said = "takes no value"
+        elif said.startswith("expected ") and said.endswith("argument"):
+            said = "needs a value"
+        return UsageError(said, where=option, fix=f"{self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # help that could not be written is told of as any output
+        super().exit(status, message)
 
     def with_json(self) -> Parser:
         self.add_argument("--json", action="store_true", help="the result as JSON on stdout")

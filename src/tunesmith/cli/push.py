@@ -53,7 +53,7 @@ def push(argv: list[str]) -> int:
     if not options.yes:
         print(_table(parcel), file=sys.stderr)
         if not confirm(f"send these to {parcel.repo}?", "what is sent is out of your hands", parcel.repo):
-            raise Interrupted("nothing was sent", where=parcel.repo)
+            raise Interrupted("nothing was sent", where=parcel.repo, fix="look at it again: --dry-run")
     if not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 

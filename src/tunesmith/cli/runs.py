@@ -180,7 +180,7 @@ def rm(argv: list[str]) -> int:
     run = api.find_run(options.run)
     refuse(run, options.force)
     if not (options.yes or confirm(f"delete the weights of {run} for good?", "weights do not come back", str(run))):
-        raise Interrupted("nothing was deleted", where=str(run))
+        raise Interrupted("nothing was deleted", where=str(run), fix=f"see what is there: tunesmith runs show {run:q}")
     freed = remove(run, options.force)
     if options.json:
         show_json({"run": str(run), "freed_bytes": freed})

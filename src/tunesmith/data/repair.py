@@ -20,7 +20,7 @@ from tunesmith.conversation import ROLES, Issue
 from tunesmith.data import text as texts
 from tunesmith.data.formats import FORMATS, SHAREGPT_ROLES
 from tunesmith.data.read import Row, read
-from tunesmith.data.write import sync_folder
+from tunesmith.data.write import refuse_unwritable, sync_folder
 from tunesmith.errors import UsageError
 
 Change = dict[str, Any]  # row (its place), code, before, after
@@ -37,6 +37,7 @@ def refuse_taken(out: Path) -> Path:
             raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
     if not out.parent.is_dir():
         raise UsageError("no such folder", where=str(out.parent), fix="make it first")
+    refuse_unwritable(out.parent, "name a new file in a folder that this user may write")
     return log
 
 

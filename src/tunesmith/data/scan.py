@@ -190,6 +190,6 @@ class Spare:
             yield finding(
                 "extra-field",
                 dataset,
-                f"a service takes messages and tools alone; here: {', '.join([*others, *self._count][:5])}",
+                f"a service takes messages and tools alone in an upload; here: {', '.join([*others, *self._count][:5])}",
                 "train --provider openai converts it; for an upload of your own: data convert --strip-metadata",
             )

@@ -180,9 +180,15 @@ def hosted_model(name: str) -> tuple[str, dict[str, Any]] | None:
     short = (m for m, about in models.items() if name in (m.rpartition("-20")[0], about.get("also")))
     found = name if name in models else max(short, default=None)
     if not found and _HOSTED.match(name):
-        message = f"{name} is not among the hosted models that can be trained"
+        message = f"{name} is not among the hosted models that can be trained{_nearest(name)}"
         raise UsageError(message, where="--model", fix=f"the service trains {still_trained()}")
     return (found, models[found]) if found else None
+
+
+def _nearest(name: str) -> str:
+    """The name meant, also without its date."""
+    models = hosted()["models"]
+    return did_you_mean(name, [*models, *(m.rpartition("-20")[0] for m in models)])
 
 
 def still_trained() -> str:
@@ -200,7 +206,9 @@ def openai_lengths(rows: list[Conversation], model: str, progress: Progress | No
     """
     known = hosted_model(model)
     if not known:
-        raise UsageError(f'no hosted model "{model}"{did_you_mean(model, list(hosted()["models"]))}', where="--model")
+        raise UsageError(
+            f'no hosted model "{model}"{_nearest(model)}', where="--model", fix=f"known: {still_trained()}"
+        )
     from rs_bpe.bpe import openai
 
     tokens = getattr(openai, known[1]["encoding"])().count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -18,6 +19,7 @@ import msgspec
 from tunesmith.conversation import Conversation
 from tunesmith.errors import UsageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write; no name comes with them
 UNUSED = 30 * 86400  # seconds after which what is kept for later runs is removed
 
 
@@ -27,6 +29,14 @@ def refuse_output(path: Path) -> None:
         raise UsageError("exists already", where=str(path), fix="choose another name, or remove it")
     if not path.parent.is_dir():
         raise UsageError("cannot be written there", where=str(path), fix="name a new file in a folder that is")
+    refuse_unwritable(path.parent, "name a new file in a folder that this user may write")
+
+
+def refuse_unwritable(path: Path, fix: str) -> None:
+    """UsageError where a path, or what there is above it, may not be written."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK):
+        raise UsageError("may not be written", where=str(above), fix=fix)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -68,6 +78,10 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(temporary) or error.errno in FULL:
+            error.filename = str(path)  # a name that its user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -60,7 +60,8 @@ def _pattern(pattern: str, better: Literal["lower", "higher"]) -> Metric:
     try:
         compiled = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise UsageError(f"no regular expression: {error}", where=f"re:{pattern}") from None
+        fix = r"a sign that stands for itself has a backslash before it: \("
+        raise UsageError(f"no regular expression: {error}", where=f"re:{pattern}", fix=fix) from None
 
     def columns(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, float] | None:
         if heard.said is None:
@@ -79,7 +80,8 @@ def _pattern(pattern: str, better: Literal["lower", "higher"]) -> Metric:
 def _function(spec: str, better: Literal["lower", "higher"]) -> Metric:
     file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
-        raise UsageError(f'no metric is named "{spec}"', fix="path/to/file.py:function, or re:PATTERN")
+        fix = "path/to/file.py:function, or re:PATTERN"
+        raise UsageError(f'no metric is named "{spec}"', where="--metric", fix=fix)
     path = Path(file).expanduser()
     function = _named(_loaded(path), name, path)
     names = _parameters(function, f"{path}:{name}")
@@ -112,7 +114,8 @@ def _loaded(path: Path) -> dict[str, Any]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"cannot be loaded: {_said(error, path)}", where=str(path)) from None
+        fix = f"python {path} shows where"
+        raise UsageError(f"cannot be loaded: {_said(error, path)}", where=str(path), fix=fix) from None
     return vars(module)
 
 
@@ -120,7 +123,7 @@ def _named(defined: dict[str, Any], name: str, path: Path) -> Callable[..., Any]
     function = defined.get(name)
     if not callable(function):
         near = did_you_mean(name, [key for key, value in defined.items() if callable(value) and key[0] != "_"])
-        raise UsageError(f'no function "{name}"{near}', where=str(path))
+        raise UsageError(f'no function "{name}"{near}', where=str(path), fix=f"define it there: def {name}(answer)")
     if inspect.iscoroutinefunction(function):
         raise UsageError(f"{name} is asynchronous", where=str(path), fix="def, not async def")
     return function  # type: ignore[no-any-return]

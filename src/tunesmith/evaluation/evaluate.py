@@ -23,7 +23,7 @@ from tunesmith.conversation import Conversation
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress
 from tunesmith.data.split import prompt_key
-from tunesmith.data.write import write_json, write_jsonl
+from tunesmith.data.write import refuse_unwritable, write_json, write_jsonl
 from tunesmith.errors import DataError, ServiceError, UsageError, did_you_mean
 from tunesmith.evaluation import code, likelihood, persona, rowreport, tasks
 from tunesmith.evaluation.asking import Asked, Options, asking, trained
@@ -64,6 +64,7 @@ def evaluate(
     of `asking.Options`."""
     how = msgspec.convert(options, Options, strict=True)
     task = _task(how.task, run)
+    tasks.refuse_known(how.metric or "")
     own = tasks.named_apart(metric_from(how.metric)) if how.metric else None
     how.check()
     pair = sides(run, model, against, dataset, columns)
@@ -74,6 +75,9 @@ def evaluate(
             "neither model is a service's", where=where, fix="leave it out; a judge's are --judge, --judge-key-file"
         )
     other = "-".join(_other(model, against, dataset, how.task, how.metric))
+    places = [run / "evaluation" / other, *([] if other else [run.path])] if run else []
+    for place in places:
+        refuse_unwritable(place, "evaluate as the user whose run it is, or a copy of it")
     scored = not (models.hosted(pair.base) or models.hosted(pair.tuned))
 
     of_run = run if run and not dataset and not against and _within(pair.tuned, run) else None

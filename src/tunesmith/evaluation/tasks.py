@@ -51,6 +51,16 @@ def named_apart(own: Metric) -> Metric:
     return own
 
 
+def refuse_known(spec: str) -> None:
+    """UsageError where a metric of one's own is called as one that is measured here."""
+    for task, known in {"": (*likelihood.METRICS, CHRF), **TASKS}.items():
+        for metric in known:
+            if spec.lower() == metric.name.lower().partition(" (")[0]:
+                where = f"by --task {task}" if task else "in every task"
+                fix = "--metric is for one of your own: FILE.py:FUNCTION, or re:PATTERN"
+                raise UsageError(f"{metric.name} is measured {where}, without it", where=f"--metric {spec}", fix=fix)
+
+
 def is_compressed(rows: Sequence[Conversation]) -> bool:
     """Whether rows teach brevity by emoji, as of the emoji guide: that many a reference, or their lengths before."""
     if any("original_tokens" in row.metadata for row in rows):

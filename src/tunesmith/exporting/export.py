@@ -212,7 +212,8 @@ def certify(
     room, rows = context - parity.ANSWER - 1, held_out(source.run, prompts)
     rows = [row for row in rows if len(renderer.prompt_ids(row)) <= room]
     if not rows:
-        raise ModelError(f"its context of {context} tokens is too short for a prompt", where=source.name)
+        reason = f"its context of {context} tokens is too short for a prompt"
+        raise ModelError(reason, where=source.name, fix="choose a base with a longer context")
     asked = [renderer.prompt_ids(row) for row in rows]
     total, done = 2 * (len(asked) + 1), 0
 

@@ -130,7 +130,8 @@ def requantise(source: Path, target: Path, name: str) -> None:
     done = subprocess.run([K_QUANTISER, source, target, name.upper()], capture_output=True, text=True)
     if done.returncode or not target.exists():
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise TunesmithError(f"{K_QUANTISER} failed: {said[-1] if said else done.returncode}", where=str(source))
+        reason = f"{K_QUANTISER} failed: {said[-1] if said else done.returncode}"
+        raise TunesmithError(reason, where=str(source), fix="--quantize q8_0 is made without that program")
 
 
 def settings(config: dict[str, Any], known: dict[str, Any]) -> dict[str, int | float | str]:

@@ -122,7 +122,7 @@ def gguf_checks(file: Path, weights: Weights, renderer: Renderer, quantize: str)
     try:
         reader = gguf.GGUFReader(file)
     except Exception as error:  # whatever its bytes make the library do
-        raise ModelError(f"not a whole GGUF file: {error}", where=str(file)) from None
+        raise ModelError(f"not a whole GGUF file: {error}", where=str(file), fix="export the model again") from None
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = gguf_file.text_config(weights.config)
     known = gguf_file.model_facts(config, weights.folder)

@@ -118,7 +118,9 @@ def plain_transformers(folder: Path) -> Loaded:
         model = _loader(folder).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder)) from None
+        raise ModelError(
+            f"cannot be loaded: {str(error).splitlines()[0]}", where=str(folder), fix="export the model again"
+        ) from None
     stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return Loaded(widened(model.to(models.device())), stops, tokenizer.pad_token_id or 0, tokenizer)
 

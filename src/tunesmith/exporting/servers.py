@@ -75,9 +75,11 @@ class _Program:
             with self._open(request, timeout=seconds) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
-            raise ModelError(f"{self.called} refuses: {_refusal(error)}", where=path) from None
+            other = f"another version of {self.called} may take it"
+            raise ModelError(f"{self.called} refuses: {_refusal(error)}", where=path, fix=other) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            raise ModelError(f"{self.called} has ended: {error}", where=path) from None
+            again = "is there memory enough for it? then try again"
+            raise ModelError(f"{self.called} has ended: {error}", where=path, fix=again) from None
 
     def end(self) -> str:
         """Stop it, with all that it has started; its last words."""
@@ -112,7 +114,11 @@ class LlamaCpp:
         said, _, _ = select.select([process.stdout], [], [], START)
         self._program.address = process.stdout.readline().strip() if said else ""
         if not self._program.address:
-            raise ModelError(f"llama.cpp cannot load it: {_why(self._program.end())}", where=str(file))
+            reason, fix = (
+                _why(self._program.end()),
+                "is there memory enough for it? another version of xllamacpp may load it",
+            )
+            raise ModelError(f"llama.cpp cannot load it: {reason}", where=str(file), fix=fix)
         try:
             self._whole = self._program.ask("/tokenize", {"content": "a"})["tokens"][-1]
         except (ModelError, LookupError):
@@ -193,7 +199,8 @@ class Vllm:
         while not self._ready():
             if self._program.process.poll() is not None or time.monotonic() > until:
                 said = _why(self._program.end())
-                raise ModelError(f"vLLM cannot serve it: {said}", where=shlex.join(command))
+                fix = "run that command to see all that it says"
+                raise ModelError(f"vLLM cannot serve it: {said}", where=shlex.join(command), fix=fix)
             time.sleep(0.5)
         self.name = f"vLLM {self._program.ask('/version')['version']}"
 

@@ -45,7 +45,8 @@ def vocabulary(renderer: Renderer, size: int, pretokenizers: dict[str, list[str]
     added = {token["id"]: token for token in known.get("added_tokens", [])}
     by_id |= {number: token["content"] for number, token in added.items()}
     if max(by_id) >= size:
-        raise ModelError(f"its tokenizer knows {max(by_id) + 1} tokens, its embedding {size}", where=str(path))
+        reason = f"its tokenizer knows {max(by_id) + 1} tokens, its embedding {size}"
+        raise ModelError(reason, where=str(path), fix="put the tokenizer there that the model was trained with")
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     unknown = model["vocab"].get(model.get("unk_token"))
     types = [_type(i, by_id, added, unknown, pieces) for i in range(size)]

@@ -30,8 +30,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def opened(folder: Path) -> Store:
-    """The database of a data directory."""
-    return Store(f"sqlite:///{folder / 'tunesmith.db'}")
+    """The database of a data directory. Raises UsageError where it cannot be read and written."""
+    path = folder / "tunesmith.db"
+    try:
+        return Store(f"sqlite:///{path}")
+    except sql.exc.DatabaseError as error:
+        fix = "check its owner and its rights, and the folder's: the server and keys write it as one user"
+        raise UsageError(f"no database to write in: {error.orig}", where=str(path), fix=fix) from None
 
 
 def has_keys(store: Store) -> bool:
@@ -60,7 +65,9 @@ def allowed(names: list[str]) -> dict[str, Path]:
     """Bases by name: the starter, and for each "PATH", "HUB/NAME" or "ALIAS=PATH" that the operator allows its folder."""
     found = {"starter": find("starter")}
     for word in names:
-        alias, _, place = word.rpartition("=")
+        alias, named, place = word.rpartition("=")
+        if not place or named and not alias:
+            raise UsageError("names no model", where=f"--allow-model {word}", fix="--allow-model ALIAS=FOLDER")
         folder = find(place).resolve()
         found[alias or (Path(place).name if Path(place).is_dir() else place)] = folder
     return found

@@ -88,7 +88,7 @@ class Orders:
             return self._bases[name]
         row = self._store.get(db.models, name, None)
         if row is None:
-            raise TunesmithError(f"the model {name} is gone")
+            raise TunesmithError(f"the model {name} is gone", fix="begin from another: GET /v1/models lists them")
         return self.data_dir / str(row["folder"])
 
 
