@@ -36,10 +36,10 @@ MISTAKES: dict[str, tuple[bytes | None, list[str], int, list[str]]] = {
     "too few rows": ((GOOD + GOOD.replace("q", "r")).encode(), [], 3, ["too few rows (2)", "--valid-fraction 0"]),
     "not UTF-8": ('{"prompt": "café", "completion": "a"}\n'.encode("latin-1"), [], 3, ["d.jsonl:1", "UTF-8", "iconv"]),
     "unknown option": (GOOD.encode(), ["--epoks", "3"], 2, ["--epoks", 'did you mean "--epochs"']),
-    "bad value": (GOOD.encode(), ["--epochs", "many"], 2, ["epochs is 'many'"]),
+    "bad value": (GOOD.encode(), ["--epochs", "many"], 2, ["--epochs: is 'many'"]),
     "missing model": (GOOD.encode(), ["--model", "./no-model"], 2, ["./no-model", "--model starter"]),
     "missing hub model": (GOOD.encode(), ["--model", "no-such-model"], 2, ["no-such-model", "--model starter"]),
-    "missing config": (GOOD.encode(), ["--config", "nope.toml"], 2, ["nope.toml", "presets:"]),
+    "missing config": (GOOD.encode(), ["--config", "nope.toml"], 2, ["nope.toml", "a preset: aggressive"]),
     "mapped column missing": (
         GOOD.encode(),
         ["--columns", "prompt=ask,completion=completion"],
