@@ -345,8 +345,7 @@ def errors() -> str:
         "# Errors",
         "",
         "An error is one line: `error: PLACE: MESSAGE -- FIX`. What stands in braces is filled in. What the system says of a "
-        "file stands as it says it (`File exists`, `Permission denied`), with *check the path and the disk*; what Python's "
-        "argparse says of an option (`expected one argument`), with the way to the list of options.",
+        "file stands as it says it (`File exists`, `Permission denied`), with *check the path and the disk*.",
     ]
     lines += ["", "```text", _tree(), "```"]
     topics: dict[str, dict[tuple[str, str, str], None]] = {title: {} for title in TOPICS.values()}

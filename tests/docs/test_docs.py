@@ -202,7 +202,7 @@ def test_messages_that_helpers_make_are_among_the_errors(
     (tmp_path / "file").write_text("")
     for line, said in (
         ("data split data.jsonl -o file/part", "File exists"),
-        ("train --epochs", "expected one argument"),
+        ("train --epochs", "needs a value"),
     ):
         assert cli.main(line.split()) > 0 and said in capsys.readouterr().err and said in page
 
