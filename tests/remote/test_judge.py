@@ -274,6 +274,7 @@ def test_ctrl_c_waits_for_nobody(tmp_path: Path, hostile: Hostile) -> None:
 
     hostile.answer = slow
     code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs us may have it ignored
         "from pathlib import Path\nfrom tunesmith.conversation import Conversation, Message\n"
         "from tunesmith.evaluation.judge import judged\n"
         "rows = [Conversation((Message('user', f'Question {i}?'),)) for i in range(9)]\n"

@@ -177,7 +177,7 @@ def status(made: Service, id: str) -> str:
 
 
 def test_an_end_at_once_takes_all_that_a_worker_has_started(tmp_path: Path) -> None:
-    code = "import signal, subprocess, time; signal.signal(2, signal.SIG_IGN); p = subprocess.Popen(['sleep', '60'])"
+    code = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); p = subprocess.Popen(['sleep', '60'])"
     code += "; print(p.pid, flush=True); time.sleep(60)"
     made = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert made.stdout

@@ -114,6 +114,7 @@ def test_no_inheritance_but_from_exception_protocol_and_what_libraries_demand() 
         "Extension",
         "Formatter",
         "ArgumentParser",
+        "HelpFormatter",
         "TunesmithError",
         "UsageError",
     }

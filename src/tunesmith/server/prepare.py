@@ -101,7 +101,8 @@ def _check(path: str, param: str, most_rows: int) -> None:
             found = examine([path], provider="openai", structure_only=True)
         except TunesmithError as error:
             raise _format(word, error.message, param) from None
-        if first := next((issue for issue in found.errors() if issue.code != "too-few-rows"), None):
+        wrong = [issue for issue in found.issues if issue.severity == "error" or issue.code == "extra-field"]
+        if first := next((issue for issue in wrong if issue.code != "too-few-rows"), None):
             raise _format(word, _said(first), param)
         if extra := _extra_key(path):
             raise _format(word, extra, param)
