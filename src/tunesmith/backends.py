@@ -8,13 +8,15 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.conversation import Conversation
 from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
 from tunesmith.errors import Interrupted, TunesmithError, UsageError, did_you_mean
-from tunesmith.planning import Plan, Prepared
 from tunesmith.runs import TEMPLATE, Event, Run, create
+
+if TYPE_CHECKING:
+    from tunesmith.planning import Plan, Prepared
 
 POLL_SECONDS = 0.1
 BACKENDS = {

@@ -114,11 +114,8 @@ class LlamaCpp:
         said, _, _ = select.select([process.stdout], [], [], START)
         self._program.address = process.stdout.readline().strip() if said else ""
         if not self._program.address:
-            reason, fix = (
-                _why(self._program.end()),
-                "is there memory enough for it? another version of xllamacpp may load it",
-            )
-            raise ModelError(f"llama.cpp cannot load it: {reason}", where=str(file), fix=fix)
+            fix = "is there memory enough for it? another version of xllamacpp may load it"
+            raise ModelError(f"llama.cpp cannot load it: {_why(self._program.end())}", where=str(file), fix=fix)
         try:
             self._whole = self._program.ask("/tokenize", {"content": "a"})["tokens"][-1]
         except (ModelError, LookupError):

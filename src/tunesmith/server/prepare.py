@@ -101,6 +101,7 @@ def _check(path: str, param: str, most_rows: int) -> None:
             found = examine([path], provider="openai", structure_only=True)
         except TunesmithError as error:
             raise _format(word, error.message, param) from None
+        # other keys are a warning to who trains at a service, since `train` converts them; an upload is taken as it is
         wrong = [issue for issue in found.issues if issue.severity == "error" or issue.code == "extra-field"]
         if first := next((issue for issue in wrong if issue.code != "too-few-rows"), None):
             raise _format(word, _said(first), param)
