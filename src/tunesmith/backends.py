@@ -253,13 +253,18 @@ def follow(
     if state == "cancelled" and (run / "remote.json").exists():
         raise Interrupted("cancelled before the service had a job", where=str(run), fix="begin a new run")
     if state in ("paused", "cancelled"):
-        step = max((e["step"] for e in run.metrics("step")), default=0)
-        raise Interrupted(
-            f"stopped at step {step}; its checkpoints are kept" if step else "stopped before its first step",
-            where=str(run),
-            fix=f"go on with: tunesmith train --resume {run:q}",
-        )
+        raise stopped(run)
     raise failure(run)
+
+
+def stopped(run: Run) -> Interrupted:
+    """What to tell the user of a run on this machine that was ended before its time."""
+    step = max((e["step"] for e in run.metrics("step")), default=0)
+    return Interrupted(
+        f"stopped at step {step}; its checkpoints are kept" if step else "stopped before its first step",
+        where=str(run),
+        fix=f"go on with: tunesmith train --resume {run:q}",
+    )
 
 
 def failure(run: Run) -> TunesmithError:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from training import fit, made
 from tunesmith import api
 from tunesmith.cli import main
-from tunesmith.errors import RunError, TunesmithError, UsageError
+from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.local import backend
 from tunesmith.local.loop import train
 from tunesmith.runs import Run, create, run_of
@@ -115,6 +116,23 @@ def test_a_run_that_has_succeeded_stays_so(tiny: Path, tmp_path: Path, data: Pat
     process.wait()
     backend._workers[str(run)] = process
     assert backend.LocalBackend().poll(run) == "succeeded" == run.state()
+
+
+def test_ctrl_c_while_the_worker_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and the message says how to go on."""
+    run, begun = made(tmp_path / "run"), list["subprocess.Popen[bytes]"]()
+
+    class Table(dict[str, "subprocess.Popen[bytes]"]):
+        def __setitem__(self, name: str, process: subprocess.Popen[bytes]) -> None:
+            super().__setitem__(name, process)
+            begun.append(process)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "_workers", Table())
+    with pytest.raises(Interrupted, match="stopped before its first step -- go on with: tunesmith train --resume "):
+        backend.LocalBackend().resume(run)
+    with begun[0]:
+        assert begun[0].wait(timeout=20) == -signal.SIGKILL and run.state() == "cancelled"
 
 
 def test_commands_in_messages_can_be_pasted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from tunesmith.backends import Completer, create_run
+from tunesmith.backends import Completer, create_run, stopped
 from tunesmith.costs import Answer, Question
 from tunesmith.errors import RunError, UsageError
 from tunesmith.local.worker import LOCKED
@@ -35,23 +35,18 @@ class LocalBackend:
 
     def resume(self, run: Run, step: int | None = None) -> None:
         _refuse_missing()
-        run.append("state", state="queued")  # so that an older word is not taken for this worker's
-        with (run / "worker.log").open("ab") as log:
-            _workers[str(run)] = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tunesmith.local.worker",
-                    str(run),
-                    "--attached",
-                    *([] if step is None else ["--step", str(step)]),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=_environment(),
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"]
+        command += [] if step is None else ["--step", str(step)]
+        try:
+            run.append("state", state="queued")  # so that an older word is not taken for this worker's
+            with (run / "worker.log").open("ab") as log:
+                _workers[str(run)] = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(), start_new_session=True
+                )
+        except KeyboardInterrupt:  # a worker that is not in the table yet ends when its standard input closes
+            self.cancel(run, at_once=True)
+            run.append("state", state="cancelled")
+            raise stopped(run) from None
 
     def poll(self, run: Run) -> str:
         """The run's own word; "failed" as soon as a worker of ours is gone without having said how it ended."""
