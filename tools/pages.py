@@ -57,25 +57,6 @@ VALUES = {  # of settings that are text of a certain kind
     "chat_template": "model, chat, instruct, completion, or a file",
     "warmup_steps": "a whole number, 0 or more",
 }
-UNITS = {  # of settings that are numbers
-    "share": ("valid_fraction", "test_fraction", "lora_dropout", "freeze_ratio", "warmup_ratio"),
-    "tokens": ("max_length", "micro_batch_tokens"),
-    "processes": ("num_workers", "nproc"),
-    "threads": ("threads",),
-    "rank": ("lora_rank",),
-    "passes": ("epochs",),
-    "steps": ("max_steps", "warmup_steps", "eval_steps", "save_steps"),
-    "rows": ("batch_size",),
-    "batches": ("gradient_accumulation_steps",),
-    "checkpoints": ("save_total_limit", "save_best_limit"),
-    "validations": ("patience",),
-    "nats a token": ("min_gain",),
-    "factor": ("lora_alpha", "adam_beta1", "adam_beta2", "neftune_alpha", "learning_rate_multiplier"),
-    "a step": ("learning_rate", "weight_decay"),
-    "norm": ("max_grad_norm",),
-    "size of a gradient": ("adam_epsilon",),
-    "number": ("seed",),
-}
 SFT = {
     "max_length",
     "max_seq_length",
@@ -200,7 +181,6 @@ def settings() -> str:
     ]
     with (FACTS / "auto.toml").open("rb") as stream:
         rules = tomllib.load(stream)
-    units = {name: unit for unit, names in UNITS.items() for name in names}
     elsewhere = _elsewhere()
     group = ""
     for field in fields().values():
@@ -221,7 +201,7 @@ def settings() -> str:
         )
         value = VALUES.get(field.name) or expected(field)
         meaning = field.help + _rule(rules.get(field.name, {}))
-        lines.append(_row(names, default, value, units.get(field.name, ""), meaning, _namesakes(field, elsewhere)))
+        lines.append(_row(names, default, value, field.unit, meaning, _namesakes(field, elsewhere)))
     return "\n".join(lines) + "\n"
 
 

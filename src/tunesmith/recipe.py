@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -19,11 +19,17 @@ from tunesmith.errors import UsageError
 
 FACTS = Path(__file__).parent / "facts"
 Auto = Literal["auto"]
+Count = Annotated[int, Meta(gt=0)]
+Cores = Annotated[int, Meta(gt=0, le=4096)]  # no machine has more; a system refuses far more threads than that
+Whole = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Amount = Annotated[float, Meta(ge=0)]
 
 
-def opt(group: str, help: str, *aliases: str, **limits: Any) -> Meta:
-    """Help text, help group and further names of a setting; limits are msgspec's (ge, gt, le, lt)."""
-    return Meta(description=help, extra={"group": group, "aliases": aliases}, **limits)
+def opt(group: str, help: str, *aliases: str, unit: str = "") -> Meta:
+    """Help group and text of a setting, its further names, and what it counts where it is a number."""
+    return Meta(description=help, extra={"group": group, "aliases": aliases, "unit": unit})
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,11 +42,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     test_dataset: Annotated[str | None, opt("data", "test rows from here instead of a share of --dataset")] = None
     valid_fraction: Annotated[
-        float | Auto, opt("data", "share held out to choose the best step; auto: a tenth, 500 rows at most")
+        Share | Auto,
+        opt("data", "share held out to choose the best step; auto: a tenth, 500 rows at most", unit="share"),
     ] = "auto"
     test_fraction: Annotated[
-        float | Auto,
-        opt("data", "share held out for the verdict, never seen in training; auto: a tenth, 2,000 rows at most"),
+        Share | Auto,
+        opt(
+            "data",
+            "share held out for the verdict, never seen in training; auto: a tenth, 2,000 rows at most",
+            unit="share",
+        ),
     ] = "auto"
     split_method: Annotated[
         Literal["hash", "threshold", "shuffle"],
@@ -51,12 +62,14 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "hash"
     group_by: Annotated[str | None, opt("data", "rows equal in this field stay on one side: metadata.tree_id")] = None
     max_length: Annotated[
-        int | Auto, opt("data", "longest row in tokens; auto: the model's context", "max_seq_length")
+        Count | Auto, opt("data", "longest row in tokens; auto: the model's context", "max_seq_length", unit="tokens")
     ] = "auto"
     over_long: Annotated[
         Literal["error", "drop", "truncate"], opt("data", "what to do with rows over --max-length")
     ] = "error"
-    num_workers: Annotated[int | Auto, opt("data", "processes that check and tokenize; auto: every core")] = "auto"
+    num_workers: Annotated[
+        Cores | Auto, opt("data", "processes that check and tokenize; auto: every core", unit="processes")
+    ] = "auto"
 
     provider: Annotated[
         str, opt("model", "who trains: huggingface (this machine), openai (a service), or fake (a dry run)")
@@ -82,11 +95,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["full", "lora", "qlora", "freeze"],
         opt("method", "train all weights, low-rank adapters, adapters on 4-bit weights, or the upper layers"),
     ] = "full"
-    lora_rank: Annotated[int, opt("method", "rank of the adapters", "lora_r", ge=1)] = 16
-    lora_alpha: Annotated[int | Auto, opt("method", "scale of the adapters; auto: twice the rank, 8 with rsLoRA")] = (
-        "auto"
-    )
-    lora_dropout: Annotated[float, opt("method", "dropout on the adapters' input", ge=0, lt=1)] = 0.0
+    lora_rank: Annotated[Count, opt("method", "rank of the adapters", "lora_r", unit="rank")] = 16
+    lora_alpha: Annotated[
+        Count | Auto, opt("method", "scale of the adapters; auto: twice the rank, 8 with rsLoRA", unit="factor")
+    ] = "auto"
+    lora_dropout: Annotated[Share, opt("method", "dropout on the adapters' input", unit="share")] = 0.0
     lora_targets: Annotated[str, opt("method", "all-linear, or module names: q_proj,v_proj", "target_modules")] = (
         "all-linear"
     )
@@ -107,29 +120,31 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         opt("method", "qlora: type to multiply in; auto: bf16 on a GPU, fp32 on a CPU", "bnb_4bit_compute_dtype"),
     ] = "auto"
     freeze_ratio: Annotated[
-        float | Auto,
-        opt("method", "share of the layers, from the bottom, left as they are; auto: 0.7 for freeze, else 0"),
+        Share | Auto,
+        opt(
+            "method",
+            "share of the layers, from the bottom, left as they are; auto: 0.7 for freeze, else 0",
+            unit="share",
+        ),
     ] = "auto"
     prefix_cache: Annotated[
         bool, opt("method", "keep the output of frozen layers on disk instead of computing it in every epoch")
     ] = True
 
     epochs: Annotated[
-        int | Auto, opt("training", "passes over the data", "num_epochs", "num_train_epochs", "n_epochs")
+        Count | Auto,
+        opt("training", "passes over the data", "num_epochs", "num_train_epochs", "n_epochs", unit="passes"),
     ] = "auto"
-    max_steps: Annotated[
-        int | None,
-        opt(
-            "training",
-            "stop after this many optimizer steps",
-        ),
-    ] = None
-    batch_size: Annotated[int | Auto, opt("training", "rows in memory at a time", "per_device_train_batch_size")] = (
-        "auto"
-    )
-    gradient_accumulation_steps: Annotated[int, opt("training", "batches summed into one optimizer step", ge=1)] = 1
+    max_steps: Annotated[Count | None, opt("training", "stop after this many optimizer steps", unit="steps")] = None
+    batch_size: Annotated[
+        Count | Auto, opt("training", "rows in memory at a time", "per_device_train_batch_size", unit="rows")
+    ] = "auto"
+    gradient_accumulation_steps: Annotated[
+        Count, opt("training", "batches summed into one optimizer step", unit="batches")
+    ] = 1
     micro_batch_tokens: Annotated[
-        int | Auto, opt("training", "a batch of more tokens goes through in parts, to the same result; auto: 8192")
+        Count | Auto,
+        opt("training", "a batch of more tokens goes through in parts, to the same result; auto: 8192", unit="tokens"),
     ] = "auto"
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw_8bit"],
@@ -137,23 +152,27 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "training", "8bit: two bytes of state a weight instead of eight; paged: swapped out of a full GPU", "optim"
         ),
     ] = "adamw"
-    adam_beta1: Annotated[float, opt("training", "decay of the first moment", ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, opt("training", "decay of the second moment", ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, opt("training", "added to the root of the second moment", gt=0)] = 1e-8
-    learning_rate: Annotated[float | Auto, opt("training", "peak learning rate")] = "auto"
+    adam_beta1: Annotated[Share, opt("training", "decay of the first moment", unit="factor")] = 0.9
+    adam_beta2: Annotated[Share, opt("training", "decay of the second moment", unit="factor")] = 0.999
+    adam_epsilon: Annotated[
+        Positive, opt("training", "added to the root of the second moment", unit="size of a gradient")
+    ] = 1e-8
+    learning_rate: Annotated[Positive | Auto, opt("training", "peak learning rate", unit="a step")] = "auto"
     lr_scheduler: Annotated[
         Literal["cosine", "linear", "constant"],
         opt("training", "how the rate falls after warm-up", "lr_scheduler_type"),
     ] = "cosine"
     warmup_ratio: Annotated[
-        float | Auto, opt("training", "share of the steps that warm up; auto: a tenth, 100 steps at most")
+        Share | Auto, opt("training", "share of the steps that warm up; auto: a tenth, 100 steps at most", unit="share")
     ] = "auto"
-    warmup_steps: Annotated[int | None, opt("training", "warm-up in steps, instead of the share")] = None
+    warmup_steps: Annotated[Whole | None, opt("training", "warm-up in steps, instead of the share", unit="steps")] = (
+        None
+    )
     weight_decay: Annotated[
-        float, opt("training", "AdamW decay of weight matrices (not of norms and biases)", ge=0)
+        Amount, opt("training", "AdamW decay of weight matrices (not of norms and biases)", unit="a step")
     ] = 0.01
-    max_grad_norm: Annotated[float, opt("training", "clip the gradient's norm to this; 0: never", ge=0)] = 1.0
-    seed: Annotated[int, opt("training", "seed of split, order, adapters and dropout", ge=0)] = 42
+    max_grad_norm: Annotated[Amount, opt("training", "clip the gradient's norm to this; 0: never", unit="norm")] = 1.0
+    seed: Annotated[Whole, opt("training", "seed of split, order, adapters and dropout", unit="number")] = 42
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16", "fp16"], opt("training", "auto: bf16 on a GPU, no on a CPU; fp16: GPU only")
     ] = "auto"
@@ -162,13 +181,19 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )
     torch_compile: Annotated[bool, opt("training", "compile the layers first: pays on a GPU in long runs")] = False
     neftune_alpha: Annotated[
-        float, opt("training", "noise on the embeddings, e.g. 5 (NEFTune, Jain et al. 2023); 0: none", ge=0)
+        Amount, opt("training", "noise on the embeddings, e.g. 5 (NEFTune, Jain et al. 2023); 0: none", unit="factor")
     ] = 0.0
     threads: Annotated[
-        int | Auto, opt("training", "CPU threads of each process; auto: OMP_NUM_THREADS, else every core")
+        Cores | Auto,
+        opt("training", "CPU threads of each process; auto: OMP_NUM_THREADS, else every core", unit="threads"),
     ] = "auto"
     nproc: Annotated[
-        int, opt("training", "processes on this machine that share each step: one a GPU; the result is the same", ge=1)
+        Count,
+        opt(
+            "training",
+            "processes on this machine that share each step: one a GPU; the result is the same",
+            unit="processes",
+        ),
     ] = 1
 
     sharding: Annotated[
@@ -179,18 +204,25 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = "none"
 
-    eval_steps: Annotated[int | Auto, opt("watching", "validate every so many steps; auto: once an epoch")] = "auto"
-    save_steps: Annotated[int | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation")] = (
-        "auto"
-    )
+    eval_steps: Annotated[
+        Count | Auto, opt("watching", "validate every so many steps; auto: once an epoch", unit="steps")
+    ] = "auto"
+    save_steps: Annotated[
+        Count | Auto, opt("watching", "checkpoint every so many steps; auto: at each validation", unit="steps")
+    ] = "auto"
     save_total_limit: Annotated[
-        int, opt("watching", "newest checkpoints kept; the best stay too, and may be among these", ge=1)
+        Count, opt("watching", "newest checkpoints kept; the best stay too, and may be among these", unit="checkpoints")
     ] = 2
     save_best_limit: Annotated[
-        int, opt("watching", "checkpoints kept for the lowest validation losses, the best among them", ge=1)
+        Count,
+        opt("watching", "checkpoints kept for the lowest validation losses, the best among them", unit="checkpoints"),
     ] = 1
-    patience: Annotated[int, opt("watching", "stop after so many validations without gain; 0: never", ge=0)] = 3
-    min_gain: Annotated[float, opt("watching", "a smaller fall of the validation loss is no gain", ge=0)] = 0.0
+    patience: Annotated[
+        Whole, opt("watching", "stop after so many validations without gain; 0: never", unit="validations")
+    ] = 3
+    min_gain: Annotated[
+        Amount, opt("watching", "a smaller fall of the validation loss is no gain", unit="nats a token")
+    ] = 0.0
 
     token_accuracy: Annotated[
         bool,
@@ -209,7 +241,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     suffix: Annotated[str | None, opt("openai", "word in the tuned model's name: 1 to 64 of a-z, 0-9 and -")] = None
     learning_rate_multiplier: Annotated[
-        float | Auto, opt("openai", "factor on the service's own learning rate; auto: the service's choice")
+        Positive | Auto,
+        opt("openai", "factor on the service's own learning rate; auto: the service's choice", unit="factor"),
     ] = "auto"
 
     output_dir: Annotated[str | None, opt("output", "the run's directory; default RUNS_DIR/TASK_DATASET")] = None
@@ -232,22 +265,6 @@ SAFE = (
     "track",
     "api_key_file",
 )
-POSITIVE = (
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "learning_rate",
-    "learning_rate_multiplier",
-    "max_length",
-    "lora_alpha",
-    "micro_batch_tokens",
-    "eval_steps",
-    "save_steps",
-    "threads",
-    "num_workers",
-)  # auto-or-number fields: the union's number must be above 0
-MOST = {"threads": 4096, "num_workers": 4096}  # no machine has more cores; a system refuses far more threads than that
-SHARES = ("freeze_ratio", "warmup_ratio", "valid_fraction", "test_fraction")  # auto-or-share fields
 SWITCHES = {"lora": ("method", "lora")}  # the seeds' --lora is --method lora
 
 
@@ -258,11 +275,18 @@ class Field(msgspec.Struct, frozen=True):
     help: str
     group: str
     aliases: tuple[str, ...]
+    unit: str
     type: Any
     default: Any
 
     def choices(self) -> tuple[str, ...]:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def number(self) -> tuple[type, Meta] | None:
+        """int or float with its limits, where the setting is a number, or may be one."""
+        parts = get_args(self.type) if get_origin(self.type) is Union else (self.type,)
+        limited = (get_args(part) for part in parts if get_origin(part) is Annotated)
+        return next(((kind, limits) for kind, limits in limited), None)
 
 
 @functools.cache
@@ -274,10 +298,11 @@ def fields() -> dict[str, Field]:
     )
     found = {}
     for name, hint in hints.items():
-        base, meta = get_args(hint)
-        default = defaults[name]
-        default = {} if name == "columns" else default
-        found[name] = Field(name, meta.description, meta.extra["group"], meta.extra["aliases"], base, default)
+        base, *limits, meta = get_args(hint)
+        kind = Annotated[base, limits[0]] if limits else base
+        found[name] = Field(
+            name, meta.description, type=kind, default={} if name == "columns" else defaults[name], **meta.extra
+        )
     return found
 
 

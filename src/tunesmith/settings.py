@@ -9,12 +9,12 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any
 
 import msgspec
 
 from tunesmith.errors import UsageError, did_you_mean
-from tunesmith.recipe import FACTS, MOST, POSITIVE, SAFE, SHARES, SWITCHES, Field, Recipe, canonical, fields
+from tunesmith.recipe import FACTS, SAFE, SWITCHES, Field, Recipe, canonical, fields
 
 EVALUATED = (("task", "persona"), ("task", "compression"))  # what a model is measured for, and not trained for
 
@@ -113,12 +113,11 @@ def _typed(name: str, value: Any, place: str) -> Any:
         value = {key.strip(): column.strip() for key, _, column in pairs}
     if name == "lora_targets" and isinstance(value, list):  # as LoraConfig has them
         value = ",".join(map(str, value))
-    meta = get_args(get_type_hints(Recipe, include_extras=True)[name])[1]
     try:
-        if value == "auto" and "auto" in str(field.type):
-            return value
-        value = msgspec.convert(value, Annotated[field.type, meta], strict=not isinstance(value, str))
-        if value == "" or isinstance(value, int | float) and not _in_range(name, value):
+        value = msgspec.convert(value, field.type, strict=not isinstance(value, str))
+        if (
+            value in ("", math.inf) or isinstance(value, int) and value >= 2**63
+        ):  # neither JSON nor torch has such numbers
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help
@@ -130,35 +129,19 @@ def _typed(name: str, value: Any, place: str) -> Any:
     return value
 
 
-def _in_range(name: str, value: float) -> bool:
-    """What msgspec's limits cannot say of a union ("auto" or a number); JSON and torch take no whole number over 2**63."""
-    least = 1e-300 if name in POSITIVE else 0 if name in ("warmup_steps", *SHARES) else -(2**63)
-    return least <= value <= MOST.get(name, math.inf) and value < (
-        1 if name in SHARES else 2**63 if isinstance(value, int) else math.inf
-    )
-
-
 def expected(field: Field) -> str:
     """A setting's type and range in words: "a whole number over 0, or auto"."""
-    meta = get_args(get_type_hints(Recipe, include_extras=True)[field.name])[1]
     if field.choices():
         return f"one of {', '.join(map(str, field.choices()))}"
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
-    parts = get_args(field.type) or (field.type,)
-    words = next((kinds[t] for t in parts if t in kinds), "another kind of value")
-    if field.name in POSITIVE or meta.gt is not None:
-        words += " over 0"
-    if field.name in MOST:
-        words += f", {MOST[field.name]} at most"
-    if field.name in SHARES:
-        words += " from 0 up to 1 (less than that)"
-    if meta.ge is not None:
-        words += f" from {meta.ge} up"
-    if meta.lt is not None or meta.le is not None:
-        words += f" to {meta.lt if meta.lt is not None else meta.le}" + (
-            " (less than that)" if meta.lt is not None else ""
-        )
-    return words + (", or auto" if "auto" in str(field.type) else "")
+    words = "true or false" if field.type is bool else "some text"
+    if number := field.number():
+        kind, limits = number
+        words = "a whole number" if kind is int else "a number"
+        words += " over 0" if limits.gt == 0 else f" from {limits.ge} up"
+        words += f", {limits.le} at most" if limits.le is not None else ""
+        words += f" to {limits.lt} (less than that)" if limits.lt is not None else ""
+    or_auto = ", or auto" if "auto" in str(field.type) else ""
+    return f"{words}{or_auto}"
 
 
 def _config_name(config: str) -> str:

@@ -89,7 +89,7 @@ def test_lora_switch_and_columns() -> None:
         ({"epochs": "three"}, "epochs: is 'three'"),
         ({"task": "chta"}, "one of chat, code"),
         ({"valid_fraction": 1.0}, "to 1 (less than that)"),
-        ({"lora_rank": 0}, "a whole number from 1 up"),
+        ({"lora_rank": 0}, "a whole number over 0"),
         ({"seed": "x"}, "a whole number from 0 up"),
         ({"seed": 2**63}, "a whole number"),
         ({"warmup_steps": -5}, "a whole number"),
@@ -166,5 +166,6 @@ def test_every_setting_is_read_somewhere() -> None:
 def test_schema_is_derived() -> None:
     schema = msgspec.json.schema(Recipe)["$defs"]["Recipe"]
     assert set(schema["properties"]) == set(fields())
-    assert schema["properties"]["lora_rank"]["minimum"] == 1
+    assert schema["properties"]["lora_rank"]["exclusiveMinimum"] == 0
+    assert schema["properties"]["epochs"]["anyOf"][0]["exclusiveMinimum"] == 0  # of the number beside "auto"
     assert all(p.get("description") for p in schema["properties"].values())
