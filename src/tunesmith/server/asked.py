@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tunesmith.conversation import Message
+from tunesmith.conversation import ROLES, Message
 from tunesmith.errors import DataError
 from tunesmith.local.sampling import Sampling
 from tunesmith.render import Renderer
@@ -22,7 +22,7 @@ ABSENT: dict[str, Any] = {  # what is not offered, and what says the same as not
     "modalities": ["text"],
 }
 SHRINKS = 4  # times that a tokenizer may make a text shorter before it looks at it (composed letters)
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PARTS = ("role", "content", "refusal", "name", "tool_calls", "tool_call_id", "function_call")  # of a message
 
 
 def refuse(body: ChatRequest) -> None:
@@ -47,10 +47,16 @@ def messages(given: list[dict[str, Any]]) -> list[Message]:
             raise Refusal(
                 400, f"Invalid value: '{role}'. Supported values are: {', '.join(ROLES)}", param=f"{place}.role"
             )
-        content = message.get("content")
+        if more := next((key for key, value in message.items() if key not in PARTS and value), None):
+            raise Refusal(400, f"Unrecognized request argument supplied: {place}.{more}", param=f"{place}.{more}")
+        content = message.get("refusal") if message.get("content") is None else message["content"]
         if isinstance(content, list):
             content = "".join(_part(part, f"{place}.content") for part in content)
-        calls = message.get("tool_calls")
+        calls, call = message.get("tool_calls"), message.get("function_call")
+        if not calls and isinstance(call, dict):  # the older way to write one
+            calls = [{"type": "function", "function": call}]
+        elif call is not None:
+            raise Refusal(400, "Expected an object, without 'tool_calls' beside it", param=f"{place}.function_call")
         if content is None and not calls and role != "assistant" or not isinstance(content, str | None):
             raise Refusal(400, "Expected a string or an array of parts", param=f"{place}.content")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):

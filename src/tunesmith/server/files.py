@@ -71,7 +71,12 @@ async def create_file(call: Call) -> File:
     now = int(time.time())
     row = {"bytes": size, "filename": fields["filename"], "purpose": purpose, "created_at": now}
     expires = None if seconds is None else now + seconds
-    return _file(await asyncio.to_thread(call.store.add, db.files, id=id, owner=call.owner, expires_at=expires, **row))
+    try:
+        made = await asyncio.to_thread(call.store.add, db.files, id=id, owner=call.owner, expires_at=expires, **row)
+    except Exception:
+        await asyncio.to_thread(call.service.blobs.delete, id)
+        raise
+    return _file(made)
 
 
 @asynccontextmanager
@@ -275,7 +280,7 @@ async def add_part(call: Call) -> Part:
         fields = await _form(call, "data", stream, min(call.service.limits.part_bytes, upload["bytes"]))
     try:
         return await asyncio.to_thread(_add_part, call, id, int(fields["bytes"]))
-    except BaseException:
+    except Exception:
         await asyncio.to_thread(call.service.blobs.delete, id)
         raise
 

@@ -246,8 +246,10 @@ class Inference:
                     host.base.coming.append(ticket)
                     self._changed.notify()
                     break
-            self._hosts.pop(host.adapter or host.base.key, None)  # forgotten since: to be loaded again
-            host = await self.host(Path(host.adapter or host.base.key))
+                key = host.adapter or host.base.key
+                if self._hosts.get(key) is host:  # forgotten since: to be loaded again
+                    self._hosts.pop(key)
+            host = await self.host(Path(key))
         else:
             raise busy("The model was being exchanged", 1)
         try:
@@ -263,27 +265,34 @@ class Inference:
 
     def _work(self) -> None:
         tune()
-        while True:
-            with self._changed:
-                while not self._ending and not any(base.busy() for base in self._bases.values()):
-                    self._changed.wait()
-                if self._ending:
-                    return
-                working = [base for base in self._bases.values() if base.busy()]
-                for base in working:
-                    for ticket in base.coming:
-                        base.tickets[id(ticket.answer)] = ticket
-                        base.decoder.add(ticket.answer)
-                    base.coming = []
+        while self._await_work():
+            self._step_each()
+
+    def _await_work(self) -> bool:
+        """Whether there is some; False at the end. No model is held here meanwhile: one that goes leaves the memory at once."""
+        with self._changed:
+            while not self._ending and not any(base.busy() for base in self._bases.values()):
+                self._changed.wait()
+            return not self._ending
+
+    def _step_each(self) -> None:
+        """A token for each answer of each base."""
+        with self._changed:
+            working = [base for base in self._bases.values() if base.busy()]
             for base in working:
-                try:
-                    self._deliver(self._step(base))
-                except Exception as error:  # a defect or want of memory: nobody may wait for ever
-                    log.exception("a step failed", extra={"about": {"error": str(error)}})
-                    ready = [(ticket, Piece("", [], "failed")) for ticket in base.tickets.values()]
-                    base.tickets = {}
-                    base.decoder.clear()
-                    self._deliver(ready)
+                for ticket in base.coming:
+                    base.tickets[id(ticket.answer)] = ticket
+                    base.decoder.add(ticket.answer)
+                base.coming = []
+        for base in working:
+            try:
+                self._deliver(self._step(base))
+            except Exception as error:  # a defect or want of memory: nobody may wait for ever
+                log.exception("a step failed", extra={"about": {"error": str(error)}})
+                ready = [(ticket, Piece("", [], "failed")) for ticket in base.tickets.values()]
+                base.tickets = {}
+                base.decoder.clear()
+                self._deliver(ready)
 
     def _step(self, base: Base) -> list[tuple[Ticket, Piece]]:
         """A token for each answer; what there is to deliver."""

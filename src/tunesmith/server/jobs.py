@@ -11,11 +11,10 @@ import msgspec
 import sqlalchemy as sql
 from msgspec import Meta
 
-from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server.app import Call, Route, digest
 from tunesmith.server.files import own, page
-from tunesmith.server.leftovers import remove
+from tunesmith.server.leftovers import free_deleted
 from tunesmith.server.orders import wanted
 from tunesmith.server.protocol import (
     ENDED,
@@ -249,7 +248,7 @@ def get_model(call: Call) -> Model:
 
 
 def delete_model(call: Call) -> Deleted:
-    """Delete a fine-tuned model; with the last of a job's models its weights go too."""
+    """Delete a fine-tuned model; with the last of a job's models its weights go too, once no other job needs them."""
     name = call.path["model"]
     if name in call.service.bases:
         raise Refusal(403, f"The base model {name} cannot be deleted", param="model", code="insufficient_permissions")
@@ -258,12 +257,8 @@ def delete_model(call: Call) -> Deleted:
         raise no_model(name)
     with call.store.begin() as connection:
         connection.execute(db.models.delete().where(db.models.c.id == name))
-        left = sql.select(sql.func.count()).where(db.models.c.job_id == row["job_id"])
-        job = db.get(connection, db.jobs, row["job_id"])
-        last = not connection.scalar(left) and job is not None and job["status"] in ENDED
     call.service.inference.forget(call.service.data_dir / row["folder"])
-    if last:
-        remove(Run(call.service.data_dir / "jobs" / row["job_id"] / "run"))
+    free_deleted(call.store, call.service.data_dir)
     return Deleted(name, "model")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
@@ -11,6 +14,7 @@ from tunesmith.local.checkpoint import existing, number
 from tunesmith.removal import delete, free, published
 from tunesmith.runs import Run
 from tunesmith.server import store as db
+from tunesmith.server.protocol import ENDED
 from tunesmith.server.store import Blobs, Store
 
 LOST = ("failed", "cancelled")
@@ -34,9 +38,43 @@ def sweep(store: Store, blobs: Blobs) -> None:
         blobs.delete(id)
 
 
-def remove(run: Run) -> None:
-    """Delete the weights of a job whose model has been deleted; its log and its rows stay."""
-    free(run)
+def expire(store: Store, blobs: Blobs) -> None:
+    """Delete the files, and end the uploads, whose time is over."""
+    now = int(time.time())
+    with store.reading() as connection:
+        over = connection.execute(sql.select(db.files.c.id).where(db.files.c.expires_at < now)).scalars().all()
+        late = sql.select(db.uploads.c.id).where(db.uploads.c.status == "pending", db.uploads.c.expires_at < now)
+        uploads = connection.execute(late).scalars().all()
+    for id in over:
+        with store.begin() as connection:
+            connection.execute(db.files.delete().where(db.files.c.id == id))
+        blobs.delete(id)
+    for id in uploads:
+        with store.begin() as connection:
+            still = (db.uploads.c.id == id, db.uploads.c.status == "pending")
+            ended = connection.execute(db.uploads.update().where(*still).values(status="expired"))
+        if ended.rowcount:  # else it was completed meanwhile
+            drop_parts(store, blobs, id)
+
+
+def free_deleted(store: Store, data_dir: Path) -> None:
+    """Delete the weights of jobs whose models have all been deleted; logs and rows stay. Weights that another job began from
+    stay too, for as long as that may go on, or has a model: it resumes from them, and an adapter cannot be loaded without."""
+    jobs = db.jobs
+    has = sql.exists().where(db.models.c.job_id == jobs.c.id)
+    with store.reading() as connection:
+        begun = sql.select(jobs.c.id, jobs.c.model, jobs.c.request["model"].as_string(), has, jobs.c.status)
+        known = connection.execute(begun).all()
+    parent = {name: origin.partition(":ckpt-step-")[0] for _, name, origin, _, _ in known}
+    needed: set[str] = set()
+    for _, name, _, has_models, status in known:
+        while (has_models or status not in ENDED) and (name := parent.get(name, "")) and name not in needed:
+            needed.add(name)
+    for id, name, _, has_models, status in known:
+        run = Run(data_dir / "jobs" / id / "run")
+        if not has_models and status in ENDED and name not in needed and not run.busy():
+            with suppress(FileNotFoundError):  # what a job's end leaves is being deleted too
+                free(run)
 
 
 def tidy(store: Store, run: Run, job: dict[str, Any]) -> None:

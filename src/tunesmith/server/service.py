@@ -18,7 +18,7 @@ from tunesmith.backends import Backend
 from tunesmith.server import store as db
 from tunesmith.server.entry import hashed, opened
 from tunesmith.server.inference import Inference
-from tunesmith.server.leftovers import sweep
+from tunesmith.server.leftovers import free_deleted, sweep
 from tunesmith.server.orders import Orders
 from tunesmith.server.protocol import Model, Refusal, busy, no_model
 from tunesmith.server.store import Blobs, Folder
@@ -73,13 +73,14 @@ class Service:
         self._keys: dict[str, Caller] = {}
         self._keys_at = -KEYS_SECONDS
         self.host = "localhost"  # where it listens
-        self.keyed = False  # whether keys are asked for: once there were any, for ever
+        self.keyed = False  # whether keys are asked for: once there were any, until the server starts again
         self._held: dict[str, object] = {}
         self._rates: dict[str, tuple[float, float]] = {}
         self._watch()
 
     async def start(self) -> None:
         sweep(self.store, self.blobs)  # before anything new comes
+        free_deleted(self.store, self.data_dir)
         self.inference.start()
         self._task = asyncio.create_task(self.supervisor.run())
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +26,7 @@ from tunesmith.data.write import sync_folder
 from tunesmith.errors import TunesmithError
 from tunesmith.runs import Run
 from tunesmith.server import store as db
-from tunesmith.server.leftovers import drop_parts, tidy
+from tunesmith.server.leftovers import expire, tidy
 from tunesmith.server.orders import Orders, wanted
 from tunesmith.server.prepare import Prepared
 from tunesmith.server.protocol import RESULTS, NewJob
@@ -37,7 +38,10 @@ TICK = 0.2  # seconds
 ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that goes on
 PREPARING = 3600  # seconds that checking a job's files may take
 PATIENCE = 30.0  # seconds that a worker has for its last checkpoint
-ATTEMPTS = 8  # times in a row that a worker may end without a word before its job fails
+ATTEMPTS = 8  # times that a worker may end without having got on before its job fails
+ERRORS = (
+    10  # of this server's own with one job in a row, each waited for twice as long: after a quarter of an hour it fails
+)
 
 
 class Supervisor:
@@ -51,6 +55,7 @@ class Supervisor:
         self._working: set[str] = set()  # jobs whose worker this process has started
         self._asked: dict[str, float] = {}  # those of them that were asked to end, and when
         self._turns: dict[tuple[str, str], float] = {}
+        self._errors: dict[str, tuple[int, float]] = {}  # with jobs: how many in a row, and when to look at it again
         self._tidied = 0.0
         self._ending = False
         self._thread = ThreadPoolExecutor(1, "supervisor")  # its own: requests that take long do not keep it waiting
@@ -58,12 +63,8 @@ class Supervisor:
     async def run(self) -> None:
         """Look again and again, until `end`."""
         while not self._ending:
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self.look)
-            except Exception:
-                log.exception("supervisor", extra={"about": {}})
-                await asyncio.sleep(1)
-            await asyncio.sleep(TICK)
+            done = await asyncio.get_running_loop().run_in_executor(self._thread, self.look)
+            await asyncio.sleep(TICK if done else 1)
 
     def end(self) -> None:
         """Let `run` return."""
@@ -90,27 +91,43 @@ class Supervisor:
     def _run(self, id: str) -> Run:
         return Run(self._folder / id / "run")
 
-    def look(self) -> None:
-        """One comparison of what should be with what is."""
+    def look(self) -> bool:
+        """One comparison of what should be with what is; whether nothing went wrong."""
+        jobs: list[dict[str, Any]] = []
+        done = [_safely(self._active, jobs)]
+        if done[0]:
+            done.append(_safely(self._stop_others, {job["id"] for job in jobs}))
+            for job in sorted(jobs, key=lambda job: self._turn("validate", job)):  # within an owner's, in order
+                done.append(_safely(self._see_to, job))
+            done.append(_safely(self._start, jobs))
+        return all([*done, _safely(self._tidy), _safely(expire, self._store, self._blobs)])
+
+    def _active(self, jobs: list[dict[str, Any]]) -> None:
+        """Add the jobs that are to get on."""
         with self._store.reading() as connection:
             active = sql.select(db.jobs).where(db.jobs.c.status.in_(("validating_files", "queued", "running")))
-            jobs = [dict(row) for row in connection.execute(active.order_by(db.jobs.c.seq)).mappings()]
-        self._stop_others({job["id"] for job in jobs})
-        for job in sorted(jobs, key=lambda job: self._turn("validate", job)):  # within an owner's, in order
-            try:
-                if job["status"] == "validating_files":
-                    self._validate(job)
-                elif job["status"] == "running":
-                    self._follow(job)
-            except Exception as error:  # one job's trouble is not the others'
-                log.exception("job", extra={"about": {"job": job["id"]}})
-                self._failed_again(job, f"The server had an error with this job: {type(error).__name__}")
-        self._start(jobs)
-        self._tidy()
-        self._expire()
+            jobs += [dict(row) for row in connection.execute(active.order_by(db.jobs.c.seq)).mappings()]
+
+    def _see_to(self, job: dict[str, Any]) -> None:
+        """What is to be done for a job now. An error of this server's own is none of the job's, and mostly passes."""
+        errors, again = self._errors.pop(job["id"], (0, 0.0))
+        try:
+            if time.monotonic() < again:
+                self._errors[job["id"]] = errors, again
+            elif job["status"] == "validating_files":
+                self._validate(job)
+            elif job["status"] == "running":
+                self._follow(job)
+        except Exception as error:
+            log.exception("job", extra={"about": {"job": job["id"]}})
+            self._errors[job["id"]] = errors + 1, time.monotonic() + 2.0**errors
+            if errors + 1 >= ERRORS:
+                words = f"The server had an error with this job: {type(error).__name__}"
+                self._fail(job["id"], {"code": "server_error", "message": words, "param": None})
 
     def _stop_others(self, wanted: set[str]) -> None:
         """Workers of jobs that were cancelled or paused."""
+        self._errors = {id: known for id, known in self._errors.items() if id in wanted}
         for id in [id for id in self._preparing if id not in wanted]:
             self._end_preparing(id)
         now = time.monotonic()
@@ -155,7 +172,7 @@ class Supervisor:
                 process.communicate()
 
     def _failed_again(self, job: dict[str, Any], why: str) -> None:
-        """Count what went wrong with a job that was not its fault; after ATTEMPTS times in a row it fails."""
+        """Count the ends of a job's processes that were not its fault; after ATTEMPTS of them in a row it fails."""
         attempts = (job["attempts"] or 0) + 1
         self._store.change(db.jobs, job["id"], attempts=attempts)
         if attempts >= ATTEMPTS:
@@ -249,11 +266,12 @@ class Supervisor:
             said = str(last.get("message", "training failed")).replace(str(self._folder.parent), "<server>")
             self._fail(id, {"code": "training_failed", "message": said, "param": None})
         else:  # it was killed, or stopped by who knows whom
-            self._failed_again({**job, "attempts": -1} if got_on else job, "The worker was lost again and again")
+            self._failed_again({**job, "attempts": 0} if got_on else job, "The worker was lost again and again")
         self._working.discard(id)
 
     def _note(self, job: dict[str, Any], events: list[Told], offset: int) -> bool:
-        """Keep events and how far the log has been read, both or neither; whether anything was new."""
+        """Keep events and how far the log has been read, both or neither; whether anything was new, which ends a row of
+        lost workers."""
         if offset == (job["read"] or 0):
             return False
         with self._store.begin() as connection:
@@ -262,7 +280,8 @@ class Supervisor:
             new = [tell(connection, job["id"], event) for event in events]
             left = next((event.left for event in reversed(events) if event.left is not None), None)
             finish = job["estimated_finish"] if left is None else int(time.time() + left)
-            db.change(connection, db.jobs, job["id"], read=offset, estimated_finish=finish)
+            got_on = {"attempts": 0} if any(new) else {}
+            db.change(connection, db.jobs, job["id"], read=offset, estimated_finish=finish, **got_on)
             for event in events:
                 if event.checkpoint is not None:
                     _keep(connection, job, event)
@@ -310,29 +329,20 @@ class Supervisor:
             ended = sql.select(db.jobs).where(db.jobs.c.finished_at >= int(self._tidied))
             jobs = [dict(row) for row in connection.execute(ended).mappings()]
         for job in jobs:
-            if job["id"] in self._working or self._run(job["id"]).busy():
+            working = job["id"] in self._working or self._run(job["id"]).busy()
+            if working or not _safely(tidy, self._store, self._run(job["id"]), job):
                 began = min(began, job["finished_at"])  # again, when its worker is gone
-            else:
-                tidy(self._store, self._run(job["id"]), job)
         self._tidied = began - TICK
 
-    def _expire(self) -> None:
-        """Files and uploads whose time is over."""
-        now = int(time.time())
-        with self._store.reading() as connection:
-            over = connection.execute(sql.select(db.files.c.id).where(db.files.c.expires_at < now)).scalars().all()
-            late = sql.select(db.uploads.c.id).where(db.uploads.c.status == "pending", db.uploads.c.expires_at < now)
-            uploads = connection.execute(late).scalars().all()
-        for id in over:
-            with self._store.begin() as connection:
-                connection.execute(db.files.delete().where(db.files.c.id == id))
-            self._blobs.delete(id)
-        for id in uploads:
-            with self._store.begin() as connection:
-                still = (db.uploads.c.id == id, db.uploads.c.status == "pending")
-                ended = connection.execute(db.uploads.update().where(*still).values(status="expired"))
-            if ended.rowcount:  # else it was completed meanwhile
-                drop_parts(self._store, self._blobs, id)
+
+def _safely(act: Callable[..., object], *given: Any) -> bool:
+    """Whether something was done: what went wrong with it is no reason to leave other things undone."""
+    try:
+        act(*given)
+    except Exception:
+        log.exception("supervisor", extra={"about": {"at": getattr(act, "__name__", "")}})
+        return False
+    return True
 
 
 # ---- rows
