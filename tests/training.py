@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import api
+from tunesmith.layout import create
 from tunesmith.local.backend import lay_out
 from tunesmith.local.loop import train
 from tunesmith.recipe import Recipe
-from tunesmith.runs import Run, create
+from tunesmith.runs import Run
 
 
 def fit(path: Path, dataset: Path | str, model: Path | str, **settings: Any) -> Run:

@@ -18,11 +18,12 @@ from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.data.scan import Progress
 from tunesmith.errors import RunError, UsageError
+from tunesmith.layout import refuse_taken
 from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
 from tunesmith.render import own_template
-from tunesmith.runs import Event, Run, listing, open_run, refuse_removed, refuse_taken, run_of
+from tunesmith.runs import Event, Run, listing, open_run, refuse_removed, run_of
 from tunesmith.settings import changes, resolve
 
 if TYPE_CHECKING:
@@ -92,11 +93,13 @@ def prepare(
     *,
     config: str | None = None,
     on_progress: Progress | None = None,
+    until: str = "end",
     **settings: Any,
 ) -> planning.Prepared:
     """The plan together with the rows, split and rendered: what a backend is given.
 
-    `on_progress(rows, share, what)` is told now and then how far it is.
+    `on_progress(rows, share, what)` is told now and then how far it is. `until`: as for `train`; UsageError where the provider
+    has no such.
     """
     if dataset is not None:
         if not isinstance(dataset, str | os.PathLike):
@@ -108,6 +111,7 @@ def prepare(
         settings["dataset"] = str(dataset)
     recipe, origin = resolve({k: str(v) if isinstance(v, os.PathLike) else v for k, v in settings.items()}, config)
     backends.get(recipe.provider)
+    _refuse_until(until, recipe.provider)
     refuse_removed(recipe.model)
     if recipe.output_dir:
         refuse_taken(Path(recipe.output_dir).expanduser())  # before the work of reading
@@ -141,7 +145,7 @@ def train(
     """
 
     def ready() -> planning.Prepared:
-        prepared = prepare(dataset, config=config, on_progress=on_progress, **settings)
+        prepared = prepare(dataset, config=config, on_progress=on_progress, until=until, **settings)
         if on_prepared:
             on_prepared(prepared)
         return prepared
@@ -151,7 +155,6 @@ def train(
     prepared = ready()
     provider = prepared.plan.recipe.provider
     backend = backends.get(provider)
-    _refuse_until(until, provider)
     run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
     del prepared  # the rows are on disk now
     return backends.watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
@@ -209,28 +212,27 @@ def resume(
     path = _checkpoint(path, settings)
     run, step = find_run(path), None
     refuse_removed(run)
-    changed = changes(run.recipe(), settings, config)
+    provider = run.manifest()["provider"]
+    _refuse_until(until, provider)
+    changed = changes(run.recipe(), settings, config, hosted.in_full if provider == "openai" else lambda given: given)
     name = Path(path).name
     if Path(path).resolve() != run.path.resolve():
         if not re.fullmatch(r"checkpoint-step-\d+", name):
-            raise RunError("no checkpoint", where=str(path), fix=f"go on with the run: --resume {run}")
+            raise RunError("no checkpoint", where=str(path), fix=f"go on with the run: --resume {run:q}")
         step = int(name.rpartition("-")[2])
     if run.state() == "succeeded" and step is None and not changed:
         return run
-    provider = run.manifest()["provider"]
     if provider == "huggingface":
         refuse_impossible(msgspec.structs.replace(run.recipe(), **changed))
     if provider != "openai" and run.busy():  # a job at a service may be watched by many
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
-    run.mend_log()
-    if changed:
+    if changed and int(os.environ.get("RANK", 0)) == 0:  # of several processes one
         run.append("changed", settings=changed)
     if launched():
         return _together(lambda: (run, step), on_event)
     backend = backends.get(provider)
-    _refuse_until(until, provider)
     offset = run.log_size()
     if until != "end":
         return _begin(run, until, on_event, offset)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.conversation import Conversation
-from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
 from tunesmith.errors import Interrupted, TunesmithError, UsageError, did_you_mean
-from tunesmith.runs import TEMPLATE, Event, Run, create
+from tunesmith.layout import create_run
+from tunesmith.runs import Event, Run
 
 if TYPE_CHECKING:
-    from tunesmith.planning import Plan, Prepared
+    from tunesmith.planning import Prepared
 
 POLL_SECONDS = 0.1
 BACKENDS = {
@@ -90,54 +88,6 @@ def get(provider: str) -> Backend:
         )
     module, _, name = BACKENDS[provider].partition(":")
     return getattr(import_module(module), name)()  # type: ignore[no-any-return]
-
-
-def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lambda _: None) -> Run:
-    """A run directory with manifest and splits: the same for every backend, which may `fill` in its own files."""
-    with create(path, manifest(prepared.plan, prepared.hashes)) as run:
-        for side, rows in prepared.splits.items():
-            if len(rows):
-                write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
-        write_json(run / "data" / "check.json", prepared.plan.issues)
-        if prepared.renderer and not prepared.renderer.is_own:
-            write_bytes(run / TEMPLATE, prepared.renderer.template.encode())
-        fill(run)
-    return run
-
-
-def manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
-    """What run.json says. `hashes`: of each side's rows."""
-    return {
-        "version": 1,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "provider": plan.recipe.provider,
-        "recipe": plan.recipe,
-        "origin": plan.origin,
-        "plan": {
-            "steps": plan.steps,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "rows": plan.rows,
-            "tokens": plan.tokens,
-            "dropped": plan.dropped,
-            "supervised_tokens": plan.supervised_tokens,
-            "longest": plan.longest,
-            "memory_mb": plan.memory_mb,
-            "bill": plan.bill,
-        },
-        "model": plan.model,
-        "data_hashes": hashes,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 class FakeBackend:

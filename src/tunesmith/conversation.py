@@ -56,11 +56,19 @@ class Issue(msgspec.Struct, frozen=True):
     def line(self) -> str:
         mend = f" -- {self.fix}" if self.fix else ""
         place = f"{self.where}: " if self.where else ""
-        return f"{place}{self.message} [{self.code}]{mend}".translate(_VISIBLE)
+        return harmless(f"{place}{self.message} [{self.code}]{mend}", keep="")
 
 
-_VISIBLE = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # a row's text may not steer a terminal
-# For str.translate, of texts shown in lines: controls, the eighties' ones, and what turns the direction of writing
-STEERING = {code: 0x2400 + code for code in range(32) if code != 10} | dict.fromkeys(
-    (*range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
-)
+def harmless(text: str, keep: str = "\n\t") -> str:
+    """A text that steers no terminal and no page: control characters but those to `keep`, and what turns the direction of
+    writing, as visible signs; a kept line end as \\n, halves of characters as "?"."""
+    if "\n" in keep:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    signs = {code: sign for code, sign in _STEERING.items() if chr(code) not in keep}
+    return text.translate(signs).encode("utf-8", "replace").decode()
+
+
+_STEERING = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # for str.translate: each control has a picture
+_STEERING |= dict.fromkeys(
+    (*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
+)  # these have none

@@ -193,6 +193,13 @@ def _model(recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, st
     return recipe, origin, known
 
 
+def in_full(recipe: Recipe) -> Recipe:
+    """With the service's address and the model's name written out, as a run keeps them."""
+    url, name = effective(recipe.base_url)[0], recipe.model
+    known = hosted_model(name) if url == OPENAI or name in hosted()["models"] else None
+    return msgspec.structs.replace(recipe, base_url=url, model=known[0] if known else name)
+
+
 def instead(dataset: str | None) -> str:
     """What to do where a service has ended a model."""
     words = shlex.join(["tunesmith", "train", "--dataset", str(dataset), "--provider", "huggingface"])

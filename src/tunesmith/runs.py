@@ -18,22 +18,22 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tunesmith.data.write import write_bytes, write_json
 from tunesmith.errors import RunError, UsageError
 from tunesmith.recipe import Recipe
 
 Event = dict[str, Any]  # an object of events.jsonl
 TEMPLATE = "data/chat_template.jinja"
 ROW_LOSSES = "row_losses.npy"
+STARTING = 60.0  # seconds that a worker may take to hold the run's lock; at most two were seen, beside other work
 _MODEL = re.compile(r"best_model|final_model|checkpoint-step-\d+")  # folders of a run that hold one
 
 
@@ -83,7 +83,7 @@ class Run:
 
     def recipe(self) -> Recipe:
         """What is trained: the manifest's settings, with those that were changed when it was gone on with."""
-        changed = {k: v for e in self.events() if e["type"] == "changed" for k, v in e["settings"].items()}
+        changed = {k: v for e in self.events("changed") for k, v in e["settings"].items()}
         return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
 
     def job(self) -> str | None:
@@ -101,17 +101,19 @@ class Run:
 
     # ---- what happened
 
-    def events(self) -> Iterator[Event]:
-        """All events. A last line that is still being written is not there yet."""
-        yield from self.events_from(0)[0]
+    def events(self, *kinds: str) -> Iterator[Event]:
+        """All events, or those of some kinds. A last line that is still being written is not there yet."""
+        return (event for event, _ in self.events_with_offsets(0, *kinds))
 
     def events_from(self, offset: int) -> tuple[list[Event], int]:
         """Events from a byte offset of the log on, and the offset to ask from next time."""
         found = list(self.events_with_offsets(offset))
         return [event for event, _ in found], found[-1][1] if found else offset
 
-    def events_with_offsets(self, offset: int) -> Iterator[tuple[Event, int]]:
-        """Whole events from a byte offset on, each with the offset of what comes after it."""
+    def events_with_offsets(self, offset: int, *kinds: str) -> Iterator[tuple[Event, int]]:
+        """Whole events from a byte offset on, each with the offset of what comes after it; those of some kinds, where any is
+        named: then no line without the name is decoded, which is most of the time."""
+        names = [msgspec.json.encode(kind) for kind in kinds]
         try:
             with (self / "events.jsonl").open("rb") as stream:
                 stream.seek(offset)
@@ -119,14 +121,17 @@ class Run:
                     if not line.endswith(b"\n"):
                         return
                     offset += len(line)
-                    if (event := _decode(line)) is not None:
+                    if names and not any(name in line for name in names):
+                        continue
+                    if (event := _decode(line)) is not None and (not kinds or event["type"] in kinds):
                         yield event, offset
         except FileNotFoundError:
             return
 
     def last(self, kind: str) -> Event:
         """The newest event of a kind, {} where there is none."""
-        return next((e for e in reversed(list(self.events())) if e["type"] == kind), {})
+        found = deque(self.events(kind), maxlen=1)
+        return found[0] if found else {}
 
     def log_size(self) -> int:
         """Bytes of the event log: where events to come will begin."""
@@ -142,30 +147,18 @@ class Run:
                 line = b"\n" + line
             stream.write(line)
 
-    def mend_log(self) -> None:
-        """Cut off a half line that a kill left at the end of the log, before it is added to."""
-        path = self / "events.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            write_bytes(path, whole)
-
     def state(self) -> str:
         """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
-        last = self.last("state")
-        word = last.get("state", "unknown")
-        if word in ("preparing", "running") and last.get("at") != "service" and not self.busy():
-            return "interrupted"
-        return str(word)
+        return standing(self.last("state"), self.busy())
 
     def metrics(self, kind: str) -> list[Event]:
         """Events of a kind, one for each step, of the history that led to where the run stands: what was done after the step
         that a resume went on from is no part of it."""
         found: dict[int, Event] = {}
-        for event in self.events():
+        for event in self.events("resumed", kind):
             if event["type"] == "resumed":
                 found = {step: e for step, e in found.items() if step <= event["step"]}
-            elif event["type"] == kind:
+            else:
                 found[event["step"]] = event
         return [found[step] for step in sorted(found)]
 
@@ -213,10 +206,10 @@ class Run:
     def tags(self) -> list[str]:
         """What the user calls the run, in the order of giving."""
         found: dict[str, None] = {}
-        for event in self.events():
+        for event in self.events("tagged", "untagged"):
             if event["type"] == "tagged":
                 found |= dict.fromkeys(event["tags"])
-            elif event["type"] == "untagged":
+            else:
                 found = {tag: None for tag in found if tag not in event["tags"]}
         return list(found)
 
@@ -274,7 +267,7 @@ class Run:
         manifest = self.manifest()
         steps, evals = self.metrics("step"), self.metrics("eval")
         best = next((e for e in reversed(evals) if e["best"]), None)
-        done = self.last("done")
+        done, last = self.last("done"), steps[-1] if steps else {}
         return {
             "run": str(self),
             "status": self.state(),
@@ -285,21 +278,26 @@ class Run:
             "method": "supervised" if manifest["provider"] == "openai" else manifest["recipe"]["method"],
             "dataset": manifest["recipe"]["dataset"],
             "created": manifest["created"],
-            "steps": steps[-1]["step"] if steps else 0,
-            "planned_steps": steps[-1].get("total_steps", manifest["plan"]["steps"])
-            if steps
-            else manifest["plan"]["steps"],
-            "epochs": steps[-1].get("epoch") if steps else 0,
-            "tokens": (steps[-1] if steps else {}).get("total_tokens", done.get("tokens", 0)),
-            "supervised_tokens": steps[-1].get("total_supervised_tokens") if steps else 0,
+            "steps": last.get("step", 0),
+            "planned_steps": last.get("total_steps", manifest["plan"]["steps"]),
+            "epochs": last.get("epoch") if last else 0,
+            "tokens": last.get("total_tokens", done.get("tokens", 0)),
+            "supervised_tokens": last.get("total_supervised_tokens") if last else 0,
             "seconds": done.get("seconds"),
             "tokens_per_second": done.get("tokens_per_second"),
             "peak_memory_mb": done.get("peak_memory_mb"),
             "best_step": best["step"] if best else None,
             "best_valid_loss": best["loss"] if best else None,
-            "final_train_loss": steps[-1]["loss"] if steps else None,
+            "final_train_loss": last.get("loss"),
             "stopped_early": done.get("stopped_early", False),
         }
+
+
+def standing(last: Event, busy: bool) -> str:
+    """How a run stands by its last event of state, and whether a process holds its lock."""
+    word = str(last.get("state", "unknown"))
+    gone = word in ("preparing", "running") or word == "queued" and time.time() - last["time"] > STARTING
+    return "interrupted" if gone and not busy and last.get("at") != "service" else word
 
 
 def _decode(line: bytes) -> Event | None:
@@ -308,49 +306,6 @@ def _decode(line: bytes) -> Event | None:
         return msgspec.json.decode(line)  # type: ignore[no-any-return]
     except msgspec.DecodeError:
         return None
-
-
-@contextmanager
-def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
-    """A new run directory, to be filled inside the `with`: run.json, which makes it a run, is written last.
-
-    Raises RunError if the path holds something else, or if another process is just taking it.
-    """
-    refuse_taken(path)
-    path.mkdir(parents=True, exist_ok=True)
-    run = Run(path)
-    try:
-        (run / ".lock").touch(exist_ok=False)  # the claim: only one process can make this file
-    except FileExistsError:
-        raise RunError(
-            "another process is taking this directory", where=str(path), fix="choose another --output-dir"
-        ) from None
-    try:
-        for folder in ("data", "checkpoints", "logs"):
-            (run / folder).mkdir()
-        yield run
-        run.append("state", state="queued")
-        write_json(run / "run.json", manifest)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def refuse_taken(path: Path) -> None:
-    """RunError unless `path` is free (absent or an empty folder) and can be written."""
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(above, os.W_OK):
-        raise RunError("cannot be written", where=str(above), fix="choose another --output-dir")
-    if path.is_file():
-        raise RunError("the output directory is a file", where=str(path), fix="choose another --output-dir")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "holds another run" if (path / "run.json").exists() else "is not empty"
-        fix = (
-            f"choose another --output-dir (--runs-dir is a folder for many), or go on with --resume {path}"
-            if "run" in what
-            else "choose another --output-dir"
-        )
-        raise RunError(f"the output directory {what}", where=str(path), fix=fix)
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

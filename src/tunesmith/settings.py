@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import msgspec
 from tunesmith.errors import UsageError, did_you_mean
 from tunesmith.recipe import FACTS, SAFE, SWITCHES, Field, Recipe, canonical, fields
 
+PLACES = ("dataset", "valid_dataset", "test_dataset", "model", "chat_template", "api_key_file")  # may be paths
 EVALUATED = (("task", "persona"), ("task", "compression"))  # what a model is measured for, and not trained for
 
 
@@ -81,14 +82,20 @@ def called_here(value: Any, choices: Sequence[object]) -> str | None:
     return found if found in choices else None
 
 
-def changes(recipe: Recipe, flags: dict[str, Any], config: str | None = None) -> dict[str, Any]:
-    """Settings that flags and a file give and that differ from a run's. Raises UsageError for one that is not SAFE."""
+def changes(
+    recipe: Recipe,
+    flags: dict[str, Any],
+    config: str | None = None,
+    in_full: Callable[[Recipe], Recipe] = lambda given: given,
+) -> dict[str, Any]:
+    """Settings that flags and a file give and that differ from a run's. Raises UsageError for one that is not SAFE.
+    `in_full`: how a service's names are written out."""
     given, origin = resolve(flags, config)
-    found = {}
+    given, found = in_full(given), {}
     for name in fields():
         value, now = getattr(given, name), getattr(recipe, name)
         asked = origin[name] not in ("default", f"task {given.task}") and name not in ("output_dir", "runs_dir")
-        paths = {Path(p).expanduser().resolve() for p in (value, now) if p} if name in ("model", "dataset") else ()
+        paths = {Path(p).expanduser().resolve() for p in (value, now) if p} if name in PLACES else ()
         same = value in (now, "auto") or len(paths) == 1  # one place, however it is spelt
         if not asked or same:
             continue

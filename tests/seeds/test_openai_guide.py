@@ -30,9 +30,10 @@ from tunesmith.evaluation.diagnosis import Evidence, diagnose
 from tunesmith.evaluation.result import Canary
 from tunesmith.evaluation.rowreport import RowReport
 from tunesmith.evaluation.stats import Comparison
+from tunesmith.layout import create
 from tunesmith.recipe import Recipe
 from tunesmith.remote import backend, service, upload
-from tunesmith.runs import Run, create
+from tunesmith.runs import Run
 
 page = Page("openai-guide.md")
 Typed = Callable[..., Any]

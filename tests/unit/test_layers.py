@@ -27,6 +27,7 @@ LAYERS = [
     {"runs"},
     {"removal"},
     {"card"},
+    {"layout"},
     {"backends"},
     {"local"},
     {"remote"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from tunesmith.evaluation.marking import harmless, marked, named, shared
+from tunesmith.conversation import harmless
+from tunesmith.evaluation.marking import marked, named, shared
 
 
 def test_what_is_in_common_is_marked() -> None:
@@ -30,3 +31,4 @@ def test_marking_takes_no_time_over_long_texts() -> None:
 
 def test_texts_are_harmless() -> None:
     assert harmless("a\r\nb\rc\td\x00\u202e\ud800") == "a\nb\nc\td␀\ufffd?"
+    assert harmless("a\r\nb\t\x7f\x9b31m\u2066", keep="") == "a␍␊b␉␡\ufffd31m\ufffd"

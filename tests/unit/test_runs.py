@@ -16,9 +16,10 @@ from training import fit, made
 from tunesmith import api
 from tunesmith.cli import main
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.layout import create
 from tunesmith.local import backend
 from tunesmith.local.loop import train
-from tunesmith.runs import Run, create, run_of
+from tunesmith.runs import Run, run_of
 
 
 def test_an_event_after_a_half_line_is_read_and_the_half_line_is_not(tmp_path: Path) -> None:

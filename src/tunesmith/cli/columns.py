@@ -11,12 +11,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from tunesmith.conversation import STEERING
+from tunesmith.conversation import harmless
 
 LEAST = 80  # columns of a terminal in which two texts stand side by side
 GAP = " │ "
 _PIECES = re.compile(r"\n| +|[^\n ]+")
-_SHOWN = STEERING | {9: "    ", 13: None}  # a model's answer may not steer the terminal
+
+
+def shown(text: str) -> str:
+    """A piece of a model's answer as a terminal may have it."""
+    return harmless(text.replace("\r", "").replace("\t", "    "))
 
 
 def wide(text: str) -> int:
@@ -75,7 +79,7 @@ class Columns:
         self._open = {*range(len(titles))}
         self._done = 0  # rows that can no longer change
         self._drawn: list[str] = []  # those below, as they stand on the screen, the cursor behind the last
-        heads = [cut(title.translate(_SHOWN).replace("\n", " "), self._width)[0] for title in titles]
+        heads = [cut(shown(title).replace("\n", " "), self._width)[0] for title in titles]
         write(self._line(heads) + "\n" + "─┼─".join("─" * self._width for _ in titles))
 
     def add(self, side: int, piece: str) -> None:
@@ -83,7 +87,7 @@ class Columns:
         rows = self._rows[side]
         if rows == [""]:
             piece = piece.lstrip()
-        rows[-1:] = wrap(rows[-1] + piece.translate(_SHOWN), self._width)
+        rows[-1:] = wrap(rows[-1] + shown(piece), self._width)
         self._draw(self._done + self._lines - 1)
 
     def end(self, side: int) -> None:

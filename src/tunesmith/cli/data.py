@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import Parser, coloured, columns, positive, show_json
+from tunesmith.conversation import harmless
 from tunesmith.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def segments(row: Rendered, renderer: Renderer, cut_at: int | None = None) -> li
     """(learnt, beyond the cut, text) for each stretch of a row's tokens, special tokens and control characters visible."""
     marks = [(bool(learnt), cut_at is not None and i >= cut_at) for i, learnt in enumerate(row.mask)]
     return [
-        (*mark, renderer.decode([token for token, _ in run], special=True).translate(_VISIBLE))
+        (*mark, harmless(renderer.decode([token for token, _ in run], special=True)))
         for mark, run in groupby(zip(row.ids, marks, strict=True), key=lambda pair: pair[1])
     ]
 
@@ -270,11 +271,6 @@ def highlight(
         out += ("✂" if beyond and inside else "") + (f"{on}{text}{off}" if learnt else text)
         inside = not beyond
     return "\n".join(f"  | {line}" for line in out.rstrip("\n").split("\n"))
-
-
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
-    127: 0x2421
-}  # no row may steer a terminal
 
 
 def _middle_out(text: str, limit: int) -> str:

@@ -178,5 +178,7 @@ def figure(value: float, sign: str = "") -> str:
 
 
 def _short(text: str, limit: int = 150) -> str:
-    text = " ".join(text.split()) or "(nothing)"
+    from tunesmith.conversation import harmless
+
+    text = harmless(" ".join(text.split())) or "(nothing)"
     return text if len(text) <= limit else text[: limit - 1] + "…"

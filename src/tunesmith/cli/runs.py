@@ -222,14 +222,16 @@ def watch(argv: list[str]) -> int:
 
 def _watch_here(run: Run, progress: Progress, wait: Callable[[], None]) -> str:
     """Follow the log of a run on this machine; the state it ends in."""
-    offset, word = 0, "unknown"
+    from tunesmith.runs import standing
+
+    offset, last = 0, dict[str, Any]()
     while True:
         busy = run.busy()  # asked before the events are read: none that came before the end is missed
         events, offset = run.events_from(offset)
         for event in events:
             progress(run, event)
-            word = event["state"] if event["type"] == "state" else word
-        state = "interrupted" if word in ("preparing", "running") and not busy else word
+            last = event if event["type"] == "state" else last
+        state = standing(last, busy)
         if state not in ("queued", "preparing", "running"):
             return state
         wait()

@@ -53,7 +53,7 @@ def smoke_test(argv: list[str]) -> int:
 
 def show(result: Trial) -> None:
     """Answers and checks on stdout."""
-    from tunesmith.evaluation.marking import harmless
+    from tunesmith.conversation import harmless
 
     for answer in result.answers:
         for who, text in (("ask", answer.prompt), ("base", answer.base), ("tuned", answer.tuned)):

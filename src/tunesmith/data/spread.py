@@ -20,7 +20,7 @@ from tunesmith.errors import DataError
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 AHEAD = 2  # parts that wait for each process: what bounds the memory
-_function: Callable[[Any], Any]  # of this process; set before the fork
+_function: Callable[[Any], Any]  # of a process that was begun here
 
 
 def spread(
@@ -34,10 +34,8 @@ def spread(
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    global _function
-    _function = function
     waiting: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(processes, get_context("fork"), _begin) as pool:
+    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (function,)) as pool:
         try:
             for part in parts:
                 if here(part):
@@ -86,8 +84,10 @@ def _held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _begin() -> None:
-    """In a new process: Ctrl-C is the parent's to answer, which then ends this one."""
+def _begin(function: Callable[[Any], Any]) -> None:
+    """In a new process, which inherits the function: Ctrl-C is the parent's to answer, which then ends this one."""
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

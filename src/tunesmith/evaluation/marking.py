@@ -7,7 +7,6 @@ from difflib import SequenceMatcher
 
 from markupsafe import Markup, escape
 
-from tunesmith.conversation import STEERING
 from tunesmith.data.language import word_spans
 
 LONGEST = 4000  # characters of a text that are shown
@@ -17,12 +16,6 @@ COMPARED = (
 RUN, LONG = 3, 5  # words in a row, or characters of one of them: "is a" and "and I" are in common with any text
 
 Span = tuple[int, int]
-
-
-def harmless(text: str) -> str:
-    """The text with its control characters, and those that turn the direction of writing, as visible signs; line ends as \\n."""
-    plain = text.replace("\r\n", "\n").replace("\r", "\n").translate(STEERING | {9: "\t"})
-    return plain.encode("utf-8", "replace").decode()
 
 
 def shared(text: str, other: str) -> list[Span]:

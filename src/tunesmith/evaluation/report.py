@@ -29,10 +29,11 @@ import msgspec
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from tunesmith.conversation import harmless
 from tunesmith.data.write import write_bytes
 from tunesmith.evaluation import stats
 from tunesmith.evaluation.diagnosis import ANSWERS
-from tunesmith.evaluation.marking import LONGEST, harmless, marked, named, shared
+from tunesmith.evaluation.marking import LONGEST, marked, named, shared
 from tunesmith.evaluation.result import Evaluation
 from tunesmith.evaluation.rowreport import CODES, FIRST
 from tunesmith.evaluation.stats import Comparison

@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from tunesmith.backends import Completer, create_run, stopped
+from tunesmith.backends import Completer, stopped
 from tunesmith.costs import Answer, Question
 from tunesmith.errors import RunError, UsageError
+from tunesmith.layout import create_run
 from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run

@@ -38,7 +38,6 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
     others: list[subprocess.Popen[bytes]] = []
     try:
         if not follows:
-            run.mend_log()
             others = _start_others(run, step)
         from tunesmith.local.loop import train
         from tunesmith.local.machine import tune

@@ -16,10 +16,11 @@ from typing import Any
 
 import msgspec
 
-from tunesmith.backends import Completer, create_run
+from tunesmith.backends import Completer
 from tunesmith.data.write import write_json
 from tunesmith.errors import Interrupted, RunError, ServiceError, TunesmithError, UsageError
 from tunesmith.hosted import address, effective, instead, local_address
+from tunesmith.layout import create_run
 from tunesmith.planning import Prepared
 from tunesmith.remote import upload
 from tunesmith.remote.answers import Answers

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-_CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")  # a text from outside may not steer a terminal
+from tunesmith.conversation import harmless
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +75,8 @@ def plain(sent: Any) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """A text from outside: no control characters (they steer a terminal), no halves of characters (no file takes them)."""
-    return str(value).translate(_CONTROL).encode("utf-8", "replace").decode()
+    """A text from outside, in one line."""
+    return harmless(re.sub(r"\s", " ", str(value)), keep="")
 
 
 def number(value: Any) -> float | None:

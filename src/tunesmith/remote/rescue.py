@@ -15,16 +15,16 @@ from typing import Any
 
 import msgspec
 
-from tunesmith.backends import manifest
 from tunesmith.data.write import begun, safe_name, sync_folder, tidy, write_json
 from tunesmith.errors import TunesmithError, UsageError, did_you_mean
+from tunesmith.layout import create, manifest
 from tunesmith.models import ModelFacts
 from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
 from tunesmith.remote.backend import ENDED, HYPERPARAMETERS, Link, take_in
 from tunesmith.remote.objects import Job, as_job, number
 from tunesmith.remote.service import Service, named
-from tunesmith.runs import Run, create, listing
+from tunesmith.runs import Run, listing
 
 
 class Rescued(msgspec.Struct):

@@ -249,7 +249,6 @@ class Supervisor:
             if run.busy():  # the worker of a server that was killed ends by itself
                 return
             if run.state() != "succeeded":
-                run.mend_log()
                 self._backend.resume(run)
             self._working.add(id)
         state = self._backend.poll(run)
