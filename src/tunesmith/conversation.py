@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any, Literal
 
@@ -64,11 +65,12 @@ def harmless(text: str, keep: str = "\n\t") -> str:
     writing, as visible signs; a kept line end as \\n, halves of characters as "?"."""
     if "\n" in keep:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    signs = {code: sign for code, sign in _STEERING.items() if chr(code) not in keep}
-    return text.translate(signs).encode("utf-8", "replace").decode()
+    return text.translate(_signs(keep)).encode("utf-8", "replace").decode()
 
 
-_STEERING = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # for str.translate: each control has a picture
-_STEERING |= dict.fromkeys(
-    (*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
-)  # these have none
+@functools.cache
+def _signs(keep: str) -> dict[int, int]:
+    """For str.translate: the picture of a control character, and the replacement character for one that has none."""
+    pictures = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}
+    others = dict.fromkeys((*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+    return {code: sign for code, sign in (pictures | others).items() if chr(code) not in keep}

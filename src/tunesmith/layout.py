@@ -1,0 +1,140 @@
+"""A new run directory: claimed by one process, filled, and a run only once run.json, the last file, is there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
+from tunesmith.errors import RunError
+from tunesmith.runs import TEMPLATE, Run
+
+if TYPE_CHECKING:
+    from tunesmith.planning import Plan, Prepared
+
+LAID_OUT = {
+    ".lock",
+    "data",
+    "checkpoints",
+    "logs",
+    "events.jsonl",
+    "upload",
+    "remote.json",
+}  # before run.json is written
+
+
+def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lambda _: None) -> Run:
+    """A run directory with manifest and splits: the same for every backend, which may `fill` in its own files."""
+    with create(path, manifest(prepared.plan, prepared.hashes)) as run:
+        for side, rows in prepared.splits.items():
+            if len(rows):
+                write_jsonl(run / "data" / f"{side}.jsonl", (as_row(row) for row in rows))
+        write_json(run / "data" / "check.json", prepared.plan.issues)
+        if prepared.renderer and not prepared.renderer.is_own:
+            write_bytes(run / TEMPLATE, prepared.renderer.template.encode())
+        fill(run)
+    return run
+
+
+def manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
+    """What run.json says. `hashes`: of each side's rows."""
+    return {
+        "version": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "provider": plan.recipe.provider,
+        "recipe": plan.recipe,
+        "origin": plan.origin,
+        "plan": {
+            "steps": plan.steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "rows": plan.rows,
+            "tokens": plan.tokens,
+            "dropped": plan.dropped,
+            "supervised_tokens": plan.supervised_tokens,
+            "longest": plan.longest,
+            "memory_mb": plan.memory_mb,
+            "bill": plan.bill,
+        },
+        "model": plan.model,
+        "data_hashes": hashes,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
+    """A new run directory, to be filled inside the `with`: run.json, which makes it a run, is written last.
+
+    Raises RunError if the path holds something else, or if another process is just taking it.
+    """
+    refuse_taken(path)
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    try:
+        claim = run.lock(wait=0)
+    except RunError:
+        raise RunError(
+            "another process is taking this directory", where=str(path), fix="choose another --output-dir"
+        ) from None
+    with claim:
+        refuse_taken(path, ours=True)
+        try:
+            for left in path.iterdir():  # by a process that was killed here
+                if left.name != ".lock":
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for folder in ("data", "checkpoints", "logs"):
+                (run / folder).mkdir()
+            yield run
+            run.append("state", state="queued")
+            write_json(run / "run.json", manifest)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def refuse_taken(path: Path, ours: bool = False) -> None:
+    """RunError unless `path` is free (absent, an empty folder, or what a process left that was killed while it laid out a run
+    there) and can be written. `ours`: its lock is held by this process."""
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(above, os.W_OK):
+        raise RunError("cannot be written", where=str(above), fix="choose another --output-dir")
+    if path.is_file():
+        raise RunError("the output directory is a file", where=str(path), fix="choose another --output-dir")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _left(path, ours):
+        what = "holds another run" if (path / "run.json").exists() else "is not empty"
+        fix = (
+            f"choose another --output-dir (--runs-dir is a folder for many), or go on with --resume {Run(path):q}"
+            if "run" in what
+            else "choose another --output-dir"
+        )
+        raise RunError(f"the output directory {what}", where=str(path), fix=fix)
+
+
+def _left(path: Path, ours: bool) -> bool:
+    """Whether a folder is a run that was not laid out whole, by a process that is gone."""
+    try:  # the lock tells that it is ours to delete: it names the process that had begun
+        msgspec.json.decode((path / ".lock").read_bytes(), type=tuple[str, int])
+    except (OSError, msgspec.DecodeError):
+        return False
+    names = {entry.name for entry in path.iterdir() if entry.suffix != ".tmp"}
+    begun = names <= LAID_OUT and not list(path.glob("checkpoints/*"))  # never a run that has lost its run.json
+    return begun and (ours or not Run(path).busy())
