@@ -68,12 +68,13 @@ def manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
         "data_hashes": hashes,
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
+            **{name: version_of(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
         },
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -16,7 +16,6 @@ Whoever wants to know how a run is doing reads this directory; nothing asks a pr
 from __future__ import annotations
 
 import os
-import platform
 import re
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from tunesmith.data.write import host
 from tunesmith.errors import RunError, UsageError
 from tunesmith.recipe import Recipe
 
@@ -181,7 +181,7 @@ class Run:
             found = msgspec.json.decode((self / ".lock").read_bytes(), type=tuple[str, int])
         except (OSError, msgspec.DecodeError):
             return None
-        return found[1] if self.busy() and found[0] == platform.node() else None
+        return found[1] if self.busy() and found[0] == host() else None
 
     def lock(self, wait: float = 10.0) -> Any:
         """Hold the run until the returned file is closed or the process ends. Raises RunError when it stays taken."""
@@ -193,7 +193,7 @@ class Run:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 stream.truncate(0)
-                stream.write(msgspec.json.encode((platform.node(), os.getpid())))
+                stream.write(msgspec.json.encode((host(), os.getpid())))
                 stream.flush()
                 return stream
             except BlockingIOError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import shutil
 import sys
 import weakref
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from conftest import rows, write
 from training import architecture, fit, losses, weights
 from tunesmith import api
+from tunesmith.data.write import host as this_host
 from tunesmith.errors import UsageError
 from tunesmith.local import loop, methods, prefix
 from tunesmith.local import model as models
@@ -215,7 +215,7 @@ def test_no_cache_that_would_fill_the_disk(
 def test_what_a_killed_run_had_begun_of_a_cache_is_removed(tiny: Path, tmp_path: Path, data: Path, cache: Path) -> None:
     folder = cache / "prefix"
     folder.mkdir(parents=True)
-    host = platform.node().partition(".")[0]
+    host = this_host()
     left = {f"mine.{host}-{os.getpid()}.tmp", f"elsewhere.x{host}-{2**22 + 1}.tmp", "another.tmp"}
     for name in (f"old.{host}-{2**22 + 1}.tmp", "old.f32", *left):
         (folder / name).touch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from conftest import rows, write
 from training import losses, weights
 from tunesmith import api, preparing
+from tunesmith.data.write import host as this_host
 from tunesmith.errors import DataError
 from tunesmith.local.backend import lay_out
 from tunesmith.local.loop import train
@@ -164,7 +164,7 @@ def test_what_a_killed_process_had_begun_is_removed(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     old = folder / "unused"
-    host = platform.node().partition(".")[0]
+    host = this_host()
     for left in (folder / f"abc.{host}-{gone.pid}.tmp", folder / f"abc.{host}-{os.getpid()}.tmp", old):
         left.mkdir(parents=True)
     os.utime(old, (0, 0))

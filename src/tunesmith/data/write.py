@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import platform
@@ -89,24 +90,35 @@ def _replace(path: Path, parts: Iterable[bytes]) -> None:
 
 def begun(path: Path) -> Path:
     """Where a process builds what will be `path`: NAME.HOST-PROCESS.tmp beside it."""
-    return path.with_name(f"{path.name}.{_host()}-{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{host()}-{os.getpid()}.tmp")
 
 
-def _host() -> str:
-    return platform.node().partition(".")[0]
+@functools.cache
+def host() -> str:
+    """This machine, and of its containers the one we are in: within it the number of a process means that process."""
+    name = platform.node().partition(".")[0]
+    try:
+        return f"{name}-{os.stat('/proc/self/ns/pid').st_ino:x}"
+    except OSError:  # no Linux
+        return name
 
 
 def publish(building: Path, target: Path) -> None:
     """Give a finished folder its name, after every file in it has reached the disk. `target` is absent or empty."""
-    for path in sorted(building.rglob("*")):
+    sync_files(building)
+    building.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Have every file in a folder, and below it, reach the disk."""
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         else:
             sync_folder(path)
-    sync_folder(building)
-    building.rename(target)
-    sync_folder(target.parent)
+    sync_folder(folder)
 
 
 def kept(what: str) -> Path:
@@ -124,8 +136,8 @@ def tidy(folder: Path, unused: float = UNUSED) -> None:
 
 
 def _abandoned(name: str) -> bool:
-    host, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
-    if not name.endswith(".tmp") or host != _host() or not process.isdecimal():
+    place, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+    if not name.endswith(".tmp") or place != host() or not process.isdecimal():
         return False
     try:
         os.kill(int(process), 0)

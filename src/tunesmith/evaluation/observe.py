@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,15 +19,17 @@ from typing import Any
 
 import msgspec
 
-from tunesmith import backends
+from tunesmith import backends, layout
 from tunesmith.conversation import Conversation, Message
 from tunesmith.data.scan import Progress
 from tunesmith.data.write import kept, tidy, write_json
 from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.models import find
+from tunesmith.preflight import GPUS
 
-FORM = 2  # of what is kept: another number, and nothing kept before is used
+FORM = 3  # of what is kept: another number, and nothing kept before is used
 HEAT = 0.8  # temperature of further answers
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tunesmith")
 WORST = 1e9  # nats: of a row that a model gives no number for (JSON has no infinity)
 CONTEXTS = 4  # other rows' contexts that each suspect's answer is tried with
 
@@ -208,13 +211,16 @@ def _gains(rows: Sequence[Conversation], own: Sequence[Any], others: Sequence[An
 
 
 def _key(name: str, ask: Ask, template: str | None) -> str:
-    """Hash of all that decides what is heard: the model's files, what is asked, the template, the libraries."""
-    from importlib.metadata import version
-
+    """Hash of all that decides what is heard: the model's files, what is asked, the template, the libraries, and the machine,
+    whose device decides the precision. Two models are compared as heard on one."""
     digest = hashlib.sha256(msgspec.json.encode(ask))
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    said = (FORM, template, version("torch"), version("transformers"), version("tunesmith"), threads)
-    digest.update(repr(said).encode())
+    libraries = [layout.version_of(name) for name in LIBRARIES]
+    machine = (
+        platform.node(),
+        [device for device in GPUS if os.path.exists(device)],
+    )  # torch takes seconds to be asked
+    variables = [os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+    digest.update(repr((FORM, template, libraries, machine, variables)).encode())
     digest.update(_model_hash(find(name)).encode())
     return digest.hexdigest()[:32]
 

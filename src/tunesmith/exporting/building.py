@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import math
 import os
 import shutil
 import time
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunesmith.data.write import begun, publish, tidy
+from tunesmith.data.write import begun, publish
 from tunesmith.errors import UsageError
 
 YOUNG = 10.0  # seconds in which a folder may have no lock yet
@@ -26,7 +25,6 @@ def built(target: Path) -> Iterator[Path]:
     nothing where the killed one ran on another host, or in a container. UsageError where another process makes the target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    tidy(target.parent, math.inf)
     folder = begun(target)
     shutil.rmtree(folder, ignore_errors=True)  # of this very number: that process is gone
     try:

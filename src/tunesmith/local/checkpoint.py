@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tunesmith.data.write import sync_folder, write_json
+from tunesmith.data.write import publish as put
+from tunesmith.data.write import sync_files, sync_folder, write_json
 from tunesmith.errors import RunError
 from tunesmith.local import model as models
 from tunesmith.local.machine import accelerator
@@ -312,13 +313,15 @@ def publish(checkpoint: Path, target: Path) -> None:
         if file.name not in TRAINER_FILES:
             _place(file, building / file.name)
     if is_run:
+        sync_files(building)
         for file in building.iterdir():
             file.replace(target / file.name)
         shutil.rmtree(building)  # not empty after a resume: renaming onto a link of the same file does nothing
+        sync_folder(target)
         return
     if target.exists():
         shutil.rmtree(target)
-    building.rename(target)
+    put(building, target)
 
 
 def _place(source: Path, target: Path) -> None:

@@ -148,9 +148,14 @@ def prepare(
             path, reason = _room(path, tokens, prefix)
         if reason:
             run.append("warning", message=f"the output of the frozen layers is not kept: {reason}")
+        try:
+            opened[side] = Rows(prefix, tokens, path)
+        except (OSError, ValueError) as error:  # deleted or cut by others meanwhile
+            run.append("warning", message=f"the output of the frozen layers is not kept: {error}")
+            path, opened[side] = None, Rows(prefix, tokens, None)
         if path:
-            run.append("prefix_cache", side=side, path=str(path), found=path.exists(), tokens=int(tokens.starts[-1]))
-        opened[side] = Rows(prefix, tokens, path)
+            found = opened[side].found
+            run.append("prefix_cache", side=side, path=str(path), found=found, tokens=int(tokens.starts[-1]))
     return Below(prefix, opened)
 
 
@@ -177,7 +182,7 @@ def _bytes(tokens: Tokens, prefix: Prefix) -> int:
 class Rows:
     """What the bottom gives for each row of a set, computed when first asked for and then read from a memory-mapped file.
 
-    `path` None: nothing is kept, and every call computes.
+    `path` None: nothing is kept, and every call computes. `found`: another run has kept it.
     """
 
     def __init__(self, prefix: Prefix, tokens: Tokens, path: Path | None) -> None:
@@ -186,10 +191,11 @@ class Rows:
         self._have: NDArray[np.bool_] = np.zeros(len(tokens), np.bool_)
         self._file: NDArray[np.float32] | None = None
         self._building: Path | None = None
+        self.found = path is not None and path.exists()
         if path is None:
             return
         size = (int(tokens.starts[-1]), int(prefix.module.model.config.get_text_config().hidden_size))
-        if path.exists():
+        if self.found:
             self._file = np.memmap(path, np.float32, "r", shape=size)
             self._have[:], self._missing = True, 0
             os.utime(path)
@@ -219,9 +225,10 @@ class Rows:
         """All rows are there: the file gets its name, for this run and for others."""
         assert isinstance(self._file, np.memmap) and self._building and self._path
         self._file.flush()
-        with self._building.open("rb") as stream:
-            os.fsync(stream.fileno())
-        self._building.replace(self._path)
+        with suppress(FileNotFoundError):  # deleted by others: what is mapped stays, for this run alone
+            with self._building.open("rb") as stream:
+                os.fsync(stream.fileno())
+            self._building.replace(self._path)
         self._abandon.detach()
         self._building = None
 
@@ -233,8 +240,13 @@ def cache_file(prefix: Prefix, tokens: Tokens, recipe: Recipe) -> tuple[Path | N
     need = _bytes(tokens, prefix)
     folder = kept("prefix")
     path = folder / f"{_key(prefix, tokens, recipe)}.f32"
-    if os.path.exists(path) and path.stat().st_size == need:  # Path.exists raises where a parent may not be searched
-        return path, ""
+    if os.path.exists(path):  # Path.exists raises where a parent may not be searched
+        if path.stat().st_size == need:
+            return path, ""
+        try:
+            path.unlink()
+        except OSError as error:
+            return None, f"it is damaged: {error.strerror} ({path})"
     existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     if need > SHARE_OF_DISK * free:
