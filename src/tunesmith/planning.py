@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, origin: dict[str, str], progress: Progress | None = 
     if stop:
         raise DataError(f"{stop.message} [{stop.code}]", where=stop.where, fix=stop.fix)
     recipe, origin = _resolve_auto(recipe, origin, model, limit, found)
-    issues.extend(idle_settings(recipe, origin))
+    issues.extend(idle_settings(recipe, origin, validated=bool(len(found.rows["valid"]))))
     issues.extend(long_warmup(recipe, origin, planned_steps(len(found.rows["train"]), recipe)))
     return Prepared(_plan(recipe, origin, model, found, issues), found.rows, found.tokens, found.facts.hashes, renderer)
 

@@ -21,15 +21,20 @@ from tunesmith.recipe import Recipe, fields
 from tunesmith.render import Rendered, Renderer
 
 
-def idle_settings(recipe: Recipe, origin: dict[str, str]) -> Iterator[Issue]:
-    """A warning for each setting that was asked for and does nothing in this run."""
+def idle_settings(recipe: Recipe, origin: dict[str, str], validated: bool = True) -> Iterator[Issue]:
+    """A warning for each setting that was asked for and does nothing in this run. `validated`: there are validation rows."""
     lora = [name for name in fields() if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
     idle = [
         (lora, recipe.method in ADAPTERS, f"the method is {recipe.method}", "add --lora"),
         (QUANTISED, recipe.method == "qlora", f"the method is {recipe.method}", "add --method qlora"),
         (["sharding"], recipe.nproc > 1 or launched(), "there is one process", "add --nproc"),
-        (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", "leave one of the two out"),
+        (["warmup_ratio"], recipe.warmup_steps is None, "warmup_steps is set", EITHER),
         (["prefix_cache"], bool(recipe.freeze_ratio), "no layers are frozen", "add --freeze-ratio"),
+        (["valid_fraction"], not (recipe.valid_dataset and recipe.valid_fraction), "valid_dataset is set", EITHER),
+        (["test_fraction"], not (recipe.test_dataset and recipe.test_fraction), "test_dataset is set", EITHER),
+        (["patience"], validated or not recipe.patience, NOT_VALIDATED, "add --valid-fraction"),
+        (["save_best_limit", "min_gain"], validated, NOT_VALIDATED, "add --valid-fraction"),
+        (["eval_steps"], validated or origin["save_steps"].startswith("auto"), NOT_VALIDATED, "add --valid-fraction"),
         (["suffix", "base_url", "api_key_file"], False, "this machine trains", "add --provider openai"),
     ]
     for names, acts, reason, fix in idle:
@@ -54,6 +59,8 @@ def launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+EITHER = "leave one of the two out"
+NOT_VALIDATED = "there are no validation rows"
 QUANTISED = ("quant_type", "double_quant", "compute_dtype")
 
 

@@ -28,7 +28,7 @@ from tunesmith.data.findings import finding
 from tunesmith.data.persona import names, persona
 from tunesmith.data.read import files
 from tunesmith.data.scan import Progress, size
-from tunesmith.data.split import Splits, leaks, prompt_key, split
+from tunesmith.data.split import Splits, near_leaks, prompt_key, split
 from tunesmith.data.spread import cores, spread
 from tunesmith.data.store import Chosen, Store, pick
 from tunesmith.data.write import begun, kept, sync_folder, tidy, write_json
@@ -299,8 +299,7 @@ def read_splits(
         issues.extend(_shared(splits, apart))
         splits.update(apart)
     give_back()
-    near = [leak for leak in leaks(splits) if "alike" in leak.message]
-    if near:
+    if near := near_leaks(splits):
         message = f"{len(near)} rows are nearly the same on two sides: {near[0].message}"
         issues.append(msgspec.structs.replace(near[0], message=message))
     return splits, issues, loaded.formats, shares

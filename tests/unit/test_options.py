@@ -521,6 +521,17 @@ def test_what_does_nothing_is_said(tiny: Path, tmp_path: Path) -> None:
     why = {"lora_rank": "the method is full", "warmup_ratio": "warmup_steps is set"}
     assert said == {(name, f"it has no effect: {reason}") for name, reason in why.items()}
     assert not [i for i in b.plan(lora_rank=8, method="lora").issues if i.code == "idle-setting"]
+    watching = {"patience": 2, "eval_steps": 5, "save_best_limit": 2, "min_gain": 0.1}
+    for given, idle in (
+        ({"valid_fraction": 0.0, "save_steps": 5, **watching}, [*watching]),
+        ({"valid_fraction": 0.0, "eval_steps": 5, "patience": 0}, []),  # decides save_steps; never
+        ({"valid_fraction": 0.2, "save_steps": 5, **watching}, []),
+        ({"valid_dataset": b.folder / "held.jsonl", "valid_fraction": 0.2}, ["valid_fraction"]),
+        ({"test_dataset": b.folder / "held.jsonl", "test_fraction": 0.2}, ["test_fraction"]),
+        ({"test_dataset": b.folder / "held.jsonl", "test_fraction": 0.0}, []),
+    ):
+        write(b.folder / "held.jsonl", rows(90)[70:])
+        assert {i.where for i in b.plan(**given).issues if i.code == "idle-setting"} == {*idle}, given
 
 
 def test_adapters_stand_on_linear_layers_only(tiny: Path, tmp_path: Path) -> None:

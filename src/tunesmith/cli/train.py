@@ -48,8 +48,9 @@ def train(argv: list[str]) -> int:
         else:
             preflight(prepared)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, a checkpoint first; nohup has the second ignored
-        if signal.getsignal(number) != signal.SIG_IGN:
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, a checkpoint first; nohup has the second ignored, Windows none
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     try:
         if options.resume is not None:

@@ -14,6 +14,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -87,25 +88,33 @@ def split(
 
 def leaks(parts: Splits) -> list[Issue]:
     """Rows of one side that are (nearly) the same as one of another: what is left after splitting."""
+    return [issue for _, issue in _leaks(parts)]
+
+
+def near_leaks(parts: Splits) -> list[Issue]:
+    """Those of them that ask something else."""
+    return [issue for near, issue in _leaks(parts) if near]
+
+
+def _leaks(parts: Splits) -> Iterator[tuple[bool, Issue]]:
+    """Each with whether it is only nearly the same."""
     ends = list(accumulate(len(parts[side]) for side in SIDES))
 
     def at(number: int) -> tuple[str, Conversation]:
         side = bisect_right(ends, number)
         return SIDES[side], parts[SIDES[side]][number - ([0, *ends])[side]]
 
-    found = []
     seen: dict[bytes, int] = {}
     asked = []
     for i, row in enumerate(row for side in SIDES for row in parts[side]):
         asked.append(_short(prompt_key(row)))
         first = seen.setdefault(asked[i], i)
         if bisect_right(ends, first) != bisect_right(ends, i):
-            found.append(_leak(row, at(i)[0], "asks the same as", *at(first)))
+            yield False, _leak(row, at(i)[0], "asks the same as", *at(first))
     for a, b, alike in pairs(sketches(body(row) for side in SIDES for row in parts[side])):
         if bisect_right(ends, a) != bisect_right(ends, b) and asked[a] != asked[b]:
             side, row = at(b)
-            found.append(_leak(row, side, f"is {alike:.0%} alike to", *at(a)))
-    return found
+            yield True, _leak(row, side, f"is {alike:.0%} alike to", *at(a))
 
 
 def _short(digest: str) -> bytes:

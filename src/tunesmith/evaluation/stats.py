@@ -26,7 +26,8 @@ POWER = 0.8  # the rate at which a difference is to be found, for the number of 
 FEWEST = 8  # rows: with fewer a verdict would rest on a handful of examples, whatever the arithmetic says
 MOST = 1_000_000  # rows that are said to be needed: more is no advice, and a difference near 0 needs more than a number holds
 ROUNDING = 1e-12  # of a figure: a difference under that is one of the order in which numbers were added
-KEPT = 32_000_000  # resampling counts, a byte each, that are kept for the next metric on as many rows
+PART = 2_000_000  # resampling counts, a byte each, that are looked at together
+KEPT = 64  # parts that are kept for the next metric on as many rows: all of up to 12,800 rows
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -165,20 +166,19 @@ def _exchanged(base: Array, tuned: Array, figure: Figure, effect: float, seed: i
 
 
 def _parts(rows: int) -> list[tuple[int, int]]:
-    """(first, number) of the samples that are looked at together: 2 million numbers at a time."""
-    size = min(RESAMPLES, max(1, 2_000_000 // rows))
+    """(first, number) of the samples that are looked at together."""
+    size = min(RESAMPLES, max(1, PART // rows))
     return [(start, min(size, RESAMPLES - start)) for start in range(0, RESAMPLES, size)]
 
 
-@lru_cache(maxsize=KEPT // 2_000_000)
-def _drawn(rows: int, seed: int, start: int, size: int) -> NDArray[np.uint16]:
-    """How often each row is in each bootstrap sample: multinomial."""
-    return (
-        np.random.default_rng([seed, 0, start]).multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.uint16)
-    )
+@lru_cache(maxsize=KEPT)
+def _drawn(rows: int, seed: int, start: int, size: int) -> NDArray[np.uint8]:
+    """How often each row is in each bootstrap sample: multinomial. A count over 255 has a chance of less than 1e-500."""
+    drawn = np.random.default_rng([seed, 0, start]).multinomial(rows, np.full(rows, 1 / rows), size=size)
+    return drawn.astype(np.uint8)
 
 
-@lru_cache(maxsize=KEPT // 2_000_000)
+@lru_cache(maxsize=KEPT)
 def _thrown(rows: int, seed: int, start: int, size: int) -> NDArray[np.int8]:
     """A coin for each row: 1 or -1."""
     return np.random.default_rng([seed, 1, start]).integers(0, 2, (size, rows), np.int8) * 2 - 1

@@ -123,7 +123,7 @@ class OpenAIBackend:
             raise Interrupted(message, where=str(run), fix=f"{fix} (it looks for it first)")
         raise Interrupted("stopped before the service was asked for a job", where=str(run), fix=fix)
 
-    def cancel(self, run: Run) -> None:
+    def cancel(self, run: Run, at_once: bool = False) -> None:
         self.act(run, "cancel")
 
     def act(self, run: Run, what: str) -> str:
