@@ -23,7 +23,7 @@ from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
 from tunesmith.render import own_template
-from tunesmith.runs import Event, Run, listing, open_run, refuse_removed, run_of
+from tunesmith.runs import ENDED, Event, Run, listing, open_run, refuse_removed, run_of
 from tunesmith.settings import changes, resolve
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def find_run(path: str | os.PathLike[str]) -> Run:
 
 def has_job(run: Run) -> bool:
     """Whether a service has a job of this run, and it is not known to have ended."""
-    from tunesmith.remote.backend import ENDED, Link
+    from tunesmith.remote.backend import Link
 
     return Link.of(run).job is not None and run.state() not in ENDED
 

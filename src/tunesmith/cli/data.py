@@ -21,6 +21,8 @@ SHOWN = 3  # findings printed of each kind; --json has all
 
 
 def check(argv: list[str]) -> int:
+    from tunesmith.recipe import fields
+
     parser = Parser(
         "data check",
         "Find every problem in a data set, each with line and fix, and grade it. Exit status 3 when there are errors.",
@@ -30,9 +32,7 @@ def check(argv: list[str]) -> int:
         "--dataset", action="append", dest="named", metavar="DATASET", default=[], help="the same as DATASET"
     )
     parser.add_argument("--columns", metavar="MAP", help="prompt=question,completion=answer")
-    parser.add_argument(
-        "--task", choices=("chat", "code", "instruct", "domain", "custom"), help="what it is for [chat]"
-    )
+    parser.add_argument("--task", choices=fields()["task"].choices(), help="what it is for [chat]")
     parser.add_argument(
         "--provider", choices=("huggingface", "openai"), help="who will train: some findings weigh more"
     )

@@ -178,7 +178,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """What is trained: the settings, as they were changed when the run was gone on with, and of the data how many training rows
     there are, with the beginning of their hash."""
     manifest = run.manifest()
-    changed = {k: v for e in run.events() if e["type"] == "changed" for k, v in e["settings"].items()}
+    changed = {k: v for e in run.events("changed") for k, v in e["settings"].items()}
     rows, digest = (
         (manifest["plan"].get("rows") or {}).get("train"),
         (manifest.get("data_hashes") or {}).get("train", ""),

@@ -172,9 +172,8 @@ class _Certificate(msgspec.Struct):
 def exports(run: Run) -> list[dict[str, Any]]:
     """The run's exports, newest first, each with its certificate as it is now: None where it is gone."""
     newest: dict[str, Any] = {}
-    for event in reversed(list(run.events())):
-        if event["type"] == "export":
-            newest.setdefault(event["path"], event)
+    for event in reversed(list(run.events("export"))):
+        newest.setdefault(event["path"], event)
     return [e | {"when": _minute(e["time"]), "parity": _certificate(run, Path(e["path"]))} for e in newest.values()]
 
 

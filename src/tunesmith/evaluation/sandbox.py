@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tunesmith.data.spread import cores
 from tunesmith.recipe import FACTS
 
 Status = Literal["passed", "failed", "timeout", "memory", "killed", "refused"]
@@ -96,7 +97,7 @@ def run_all(
     `progress(done, all)` is called in the caller's thread.
     """
     results = []
-    pool = ThreadPoolExecutor(workers or processors())
+    pool = ThreadPoolExecutor(workers or cores())
     try:
         for result in pool.map(lambda pair: run(pair[0], pair[1], limits, allow), programs):
             results.append(result)
@@ -105,11 +106,6 @@ def run_all(
     finally:
         pool.shutdown(cancel_futures=True)
     return results
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plain(text: str) -> str:

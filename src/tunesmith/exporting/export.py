@@ -24,7 +24,7 @@ from tunesmith.data.write import write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.exporting import building, gguf_file, inspect, merged, ollama, parity, runtime, servers
-from tunesmith.exporting.forms import PARITY, PROMPTS, REFUSED, is_k_quant, sha256
+from tunesmith.exporting.forms import PARITY, PROMPTS, REFUSED, SAID, is_k_quant, sha256
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
 from tunesmith.models import facts, find, read_json
@@ -32,7 +32,6 @@ from tunesmith.preparing import give_back
 from tunesmith.render import Renderer
 from tunesmith.runs import Run, run_of
 
-SAID = (PARITY, REFUSED, "README.md", "model_info.json")  # what is written about an export
 CONTEXT = 8192  # tokens for which a runtime reserves memory by itself
 SERVED = "computed_in_16_bits"  # what is allowed of a program that not only stores its weights so
 SYSTEM_ROWS = 2000  # training rows that are looked at for a common system prompt

@@ -28,6 +28,7 @@ K_QUANTISER = "llama-quantize"
 PARITY = "parity.json"
 PROMPTS = 16  # held-out ones that both models answer
 REFUSED = "NOT-DEPLOYABLE.txt"
+SAID = (PARITY, REFUSED, "README.md", "model_info.json")  # what is written about an export, with paths in it
 
 
 def export(

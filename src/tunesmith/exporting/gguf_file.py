@@ -20,7 +20,6 @@ from tunesmith.exporting.vocabulary import Vocabulary, vocabulary
 from tunesmith.exporting.weights import Weights
 from tunesmith.render import Renderer
 
-PHI3_TOKENS = ("<unk>", "<s>", "<|endoftext|>")
 PART = 1 << 24  # numbers that are converted at a time
 OLD_CONTEXT = "original_max_position_embeddings"
 
@@ -81,7 +80,8 @@ def write_gguf(
 def _called(name: str, known: dict[str, Any], renderer: Renderer) -> str:
     """The model's name. llama.cpp looks into it: one with phi3 in it has tokens that take the space after them, and fails
     where the vocabulary lacks them."""
-    if known["arch"] == "phi3" and all(renderer.tokenizer.token_to_id(t) is not None for t in PHI3_TOKENS):
+    tokens = known.get("phi3_tokens", ())
+    if tokens and all(renderer.tokenizer.token_to_id(token) is not None for token in tokens):
         return f"{name} (phi-3)"
     return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.exporting import gguf_file, merged
-from tunesmith.exporting.forms import PARITY, REFUSED, facts
+from tunesmith.exporting.forms import SAID, facts
 from tunesmith.exporting.parity import Check, limits
 from tunesmith.exporting.vocabulary import vocabulary
 from tunesmith.exporting.weights import EMBEDDINGS, Weights
@@ -23,7 +23,6 @@ from tunesmith.render import TOKENIZER_FILES, Renderer, own_template
 
 TOKENIZER = tuple(name for name in TOKENIZER_FILES if name not in ("generation_config.json", "chat_template.jinja"))
 CONFIGURATION = ("config.json", "model.safetensors.index.json")
-OURS = (PARITY, REFUSED, "README.md", "model_info.json")
 FREE = ("GGUF.", "general.", "quantize.")  # fields of a GGUF file by which nothing is computed
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types, which have 16 values each
 
@@ -67,7 +66,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def no_others(folder: Path, *names: str) -> Check:
     """Whether only what belongs to the export is there: a second weights file would be loaded too."""
-    extra = sorted(p.name for p in folder.iterdir() if p.name not in (*names, *OURS))
+    extra = sorted(p.name for p in folder.iterdir() if p.name not in (*names, *SAID))
     cause = f"{', '.join(extra)} does not belong to it" if extra else ""
     return Check("files", not extra, cause or "those of the export alone", "no others", cause)
 

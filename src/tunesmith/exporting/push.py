@@ -21,14 +21,13 @@ import msgspec
 
 from tunesmith import card
 from tunesmith.errors import RunError, ServiceError, TunesmithError, UsageError
-from tunesmith.exporting.forms import sha256
+from tunesmith.exporting.forms import PARITY, SAID, sha256
 from tunesmith.models import read_json
 from tunesmith.remote.objects import hidden
 from tunesmith.removal import MODEL_FILES
 from tunesmith.runs import Run, open_run, refuse_removed, run_of
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-SAID = ("README.md", "model_info.json", "parity.json", "NOT-DEPLOYABLE.txt")  # written by Tunesmith, with paths in them
 MODEL = (*WEIGHTS, "*.gguf", *MODEL_FILES, "Modelfile", *SAID)
 LOADED = (
     *WEIGHTS,
@@ -134,7 +133,7 @@ def gather(
 
 def _opened(path: Path, force: bool) -> tuple[Path, Run | None]:
     """The folder whose model is sent, and the run that made it."""
-    if certificate := read_json(path / "parity.json"):
+    if certificate := read_json(path / PARITY):
         for name, digest in (certificate.get("files") or {}).items():
             if not (path / name).is_file() or sha256(path / name) != digest:
                 fix = f"tunesmith parity {shlex.quote(str(path))}"
@@ -206,10 +205,10 @@ def _refuse_local_base(folder: Path, run: Run | None) -> None:
 
 def _stand_ins(folder: Path, run: Run | None, repo: str) -> dict[str, str]:
     """The paths of this machine that the files may name, and what stands for each on the Hub: its name, or the repository."""
-    known = [*read_json(folder / "model_info.json").values(), *read_json(folder / "parity.json").values()]
+    known = [*read_json(folder / "model_info.json").values(), *read_json(folder / PARITY).values()]
     if run:
         known += [str(run.path.absolute()), *read_json(run / "evaluation" / "result.json").values()]
-        known += [*run.manifest()["recipe"].values(), *(e["path"] for e in run.events() if e["type"] == "export")]
+        known += [*run.manifest()["recipe"].values(), *(e["path"] for e in run.events("export"))]
         known += [each[key] for each in run.lineage() for key in ("run", "model", "dataset")]
     found = {
         path: Path(path).name for path in known if isinstance(path, str) and path.count("/") > 1 and os.path.isabs(path)
@@ -226,7 +225,7 @@ def _without(text: str, stand_ins: dict[str, str]) -> str:
 def _said(folder: Path, run: Run | None, repo: str, stand_ins: dict[str, str]) -> dict[str, bytes]:
     """Card, facts and certificate as they go to the Hub: those of an export, or made of a run. UsageError where a file names the
     user's home after all."""
-    if run and not (folder / "parity.json").exists():
+    if run and not (folder / PARITY).exists():
         texts = {"README.md": card.card(run, repo=repo), "model_info.json": _json(card.model_info(run))}
     else:
         texts = {name: (folder / name).read_text("utf-8", "replace") for name in SAID if (folder / name).exists()}

@@ -244,13 +244,13 @@ def latest(run: Run, step: int | None = None) -> Path | None:
         if problem is None:
             return folder
         if step is not None:
-            raise RunError(f"damaged: {problem}", where=str(folder), fix=f"--resume {run} takes the newest whole one")
+            raise RunError(f"damaged: {problem}", where=str(folder), fix=f"--resume {run:q} takes the newest whole one")
         first = folder == existing(run)[0]
         then = "and none is before it: training begins anew" if first else "using the one before"
         run.append("warning", message=f"{folder.name} is damaged ({problem}); {then}")
     if step is not None:
         raise RunError(
-            f"no checkpoint of step {step}", where=str(run), fix=f"--resume {run} takes the newest whole one"
+            f"no checkpoint of step {step}", where=str(run), fix=f"--resume {run:q} takes the newest whole one"
         )
     return None
 

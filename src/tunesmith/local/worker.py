@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def failure(error: BaseException, where: str) -> TunesmithError | None:
         what = "No space left on device" if full else getattr(error, "strerror", None) or str(error)
         place = getattr(error, "filename", None) or where
         return TunesmithError(
-            what, where=str(place), fix=f"mend that, then go on with: tunesmith train --resume {where}"
+            what, where=str(place), fix=f"mend that, then go on with: tunesmith train --resume {shlex.quote(where)}"
         )
     return None
 

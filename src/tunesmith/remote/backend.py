@@ -28,9 +28,8 @@ from tunesmith.remote.objects import Job, as_job
 from tunesmith.remote.results import fetch
 from tunesmith.remote.service import Service, Unsure, is_named, named
 from tunesmith.remote.told import Told
-from tunesmith.runs import Run
+from tunesmith.runs import ENDED, Run
 
-ENDED = ("succeeded", "failed", "cancelled")
 WORDS = {"validating_files": "queued", "queued": "queued", "running": "running", "paused": "paused"}
 HYPERPARAMETERS = {  # the service's names: ours
     "n_epochs": "epochs",

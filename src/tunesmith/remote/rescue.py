@@ -21,10 +21,10 @@ from tunesmith.layout import create, manifest
 from tunesmith.models import ModelFacts
 from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
-from tunesmith.remote.backend import ENDED, HYPERPARAMETERS, Link, take_in
+from tunesmith.remote.backend import HYPERPARAMETERS, Link, take_in
 from tunesmith.remote.objects import Job, as_job, number
 from tunesmith.remote.service import Service, named
-from tunesmith.runs import Run, listing
+from tunesmith.runs import ENDED, Run, listing
 
 
 class Rescued(msgspec.Struct):

@@ -11,13 +11,13 @@ import msgspec
 import sqlalchemy as sql
 from msgspec import Meta
 
+from tunesmith.runs import ENDED
 from tunesmith.server import store as db
 from tunesmith.server.app import Call, Route, digest
 from tunesmith.server.files import own, page
 from tunesmith.server.leftovers import free_deleted
 from tunesmith.server.orders import wanted
 from tunesmith.server.protocol import (
-    ENDED,
     Checkpoint,
     Deleted,
     Event,

@@ -12,9 +12,8 @@ import sqlalchemy as sql
 
 from tunesmith.local.checkpoint import existing, number
 from tunesmith.removal import delete, free, published
-from tunesmith.runs import Run
+from tunesmith.runs import ENDED, Run
 from tunesmith.server import store as db
-from tunesmith.server.protocol import ENDED
 from tunesmith.server.store import Blobs, Store
 
 LOST = ("failed", "cancelled")

@@ -45,7 +45,6 @@ class Prepared(msgspec.Struct):
 
     n_epochs: int = 0
     batch_size: int = 0
-    steps: int = 0
     error: dict[str, str | None] | None = None
 
 
@@ -80,7 +79,7 @@ def prepare(order: Order, folder: Path) -> Prepared:
     recipe = prepared.plan.recipe
     recipe = replace(recipe, learning_rate=float(recipe.learning_rate) * order.multiplier)
     lay_out(replace(prepared, plan=replace(prepared.plan, recipe=recipe)), folder / "run")
-    return Prepared(int(recipe.epochs), int(recipe.batch_size), prepared.plan.steps)
+    return Prepared(int(recipe.epochs), int(recipe.batch_size))
 
 
 def _public(message: str, order: Order, folder: Path) -> str:

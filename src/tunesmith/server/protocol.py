@@ -15,7 +15,6 @@ Time = int  # seconds since 1970
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 RESULTS = "fine-tune-results"
-ENDED = ("succeeded", "failed", "cancelled")
 
 
 class Refusal(Exception):
