@@ -24,7 +24,7 @@ from tunesmith.data.spread import can_fork, cores, spread
 from tunesmith.errors import DataError, counted
 
 if TYPE_CHECKING:
-    from tunesmith.data.store import Conversations, Packed, Store
+    from tunesmith.data.store import Conversations, Packed, Store, StoreWriter
 
 FEW_ROWS, SOME_ROWS, HOSTED_ROWS = 50, 200, 10  # OpenAI: at least 10, start with 50; 200 to 500 is what most tasks want
 KEPT = 10_000  # findings of one code that are kept with place and text; all are counted
@@ -114,28 +114,28 @@ def examine(
 
     alone = processes < 2 or not can_fork()
     parts = scan(datasets, how.columns, placed=not alone and not (keep and store is None))
-    if store:
-        from tunesmith.data.store import StoreWriter
-
-        writer = StoreWriter(store)
+    writer = _writer(store) if store else None
+    if writer or not (alone or keep):
         for done, share, packed in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
             whole.add(done)
-            if packed:
+            if writer and packed:
                 writer.add(packed)
             if progress:
                 progress(whole.found.rows_in, share, "reading")
-        whole.found.stored = writer.close()
-    elif alone or keep:
+    else:
         for part in parts:
             whole.take(part)
             if progress:
                 progress(whole.found.rows_in, part.share, "reading")
-    else:
-        for done, share, _ in spread(one, parts, processes, lambda part: isinstance(part, Rows)):
-            whole.add(done)
-            if progress:
-                progress(whole.found.rows_in, share, "reading")
+    if writer:
+        whole.found.stored = writer.close()
     return whole.end(progress)
+
+
+def _writer(store: Path) -> StoreWriter:
+    from tunesmith.data.store import StoreWriter
+
+    return StoreWriter(store)
 
 
 def _packed(done: Pass) -> Packed:
