@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,3 +254,40 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path, tiny: Path) -> No
         await made.host(tiny)
 
     using(act)
+
+
+def test_no_field_of_a_message_is_dropped() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    empty: dict[str, Any] = {"refusal": None, "annotations": [], "audio": None}  # as the SDK's own objects have them
+    given = [
+        {"role": "assistant", "content": None, "function_call": call, **empty},
+        {"role": "assistant", "refusal": "No."},
+    ]
+    first, second = asked.messages(given)
+    assert first.tool_calls == [{"type": "function", "function": call}] and second.content == "No."
+
+
+def test_a_model_that_goes_leaves_the_memory_before_the_next_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    load = inference.models.to_judge
+
+    def to_judge(name: str) -> Any:
+        deadline = time.monotonic() + 5
+        while any(model() for model in alive) and time.monotonic() < deadline:  # what reads may be at its last step
+            gc.collect()
+            time.sleep(0.05)
+        assert not any(model() for model in alive)
+        model = load(name)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(inference.models, "to_judge", to_judge)
+
+    async def act(made: Inference) -> None:
+        for folder in (tiny, shutil.copytree(tiny, tmp_path / "other"), shutil.copytree(tiny, tmp_path / "third")):
+            assert await ask(made, await made.host(folder))
+
+    using(act, most_models=1)
+    assert len(alive) == 3

@@ -70,6 +70,8 @@ REFUSED: list[tuple[str, str, Any, int, str | None, str | None, str]] = [
     ("POST", "/chat/completions", {**CHAT, "messages": []}, 400, "messages", "invalid_value", "length"),
     ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", None, "robot"),
     ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages[0].content", None, "string"),
+    ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "x", "image": "y"}]}, 400, "messages[0].image", None, "messages[0].image"),
+    ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "assistant", "content": "x", "function_call": "y"}]}, 400, "messages[0].function_call", None, "object"),
     ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content", None, "string"),
     ("POST", "/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content", None, "image_url"),
     ("POST", "/chat/completions", {**CHAT, "temperature": 2.1}, 400, "temperature", "invalid_value", "2"),

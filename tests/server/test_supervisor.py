@@ -25,7 +25,8 @@ from tunesmith.local.backend import LocalBackend
 from tunesmith.runs import Run
 from tunesmith.server import store as db
 from tunesmith.server import supervisor
-from tunesmith.server.jobs import create_job
+from tunesmith.server.jobs import create_job, delete_model
+from tunesmith.server.leftovers import free_deleted
 from tunesmith.server.prepare import Order, Prepared, prepare
 from tunesmith.server.protocol import NewJob, Refusal
 from tunesmith.server.service import Caller, Limits, Service
@@ -238,3 +239,111 @@ def test_a_job_needs_room_on_the_disk(tiny: Path, tmp_path: Path) -> None:
         create_job(call, NewJob("tiny", "file-x"))
     assert (error.value.status, error.value.code) == (507, "disk_full")
     assert error.value.headers == {"x-should-retry": "false"}
+
+
+class Mortal(Deaf):
+    """A backend whose workers are killed again and again, at the test's word."""
+
+    word = "running"
+
+    def resume(self, run: Run, step: int | None = None) -> None:
+        self.word = "running"
+        run.append("state", state="running")
+
+    def poll(self, run: Run) -> str:
+        return self.word
+
+
+def mortal(tiny: Path, tmp_path: Path) -> tuple[Service, Mortal, str, Run]:
+    """A service with one running job, whose run is laid out."""
+    made, backend = service(tmp_path / "data", tiny), Mortal()
+    made.supervisor._backend = backend  # type: ignore[assignment]
+    id = job(made, status="running", prepared=True)
+    run = Run(tmp_path / "data" / "jobs" / id / "run")
+    run.path.mkdir(parents=True)
+    manifest = {"provider": "x", "recipe": {}, "plan": {"steps": 1000}, "created": ""}
+    (run / "run.json").write_text(json.dumps(manifest))
+    return made, backend, id, run
+
+
+@pytest.mark.parametrize("gets_on", [True, False])
+def test_a_worker_may_be_lost_as_often_as_it_gets_on(gets_on: bool, tiny: Path, tmp_path: Path) -> None:
+    made, backend, id, run = mortal(tiny, tmp_path)
+    step = 0
+    for _ in range(2 * supervisor.ATTEMPTS):
+        made.supervisor.look()
+        for _ in range(3 if gets_on else 0):  # each is told in a look of its own
+            step += 1
+            run.append("step", step=step, loss=1.0, seconds=1.0)
+            made.supervisor.look()
+        run.append("error", message="killed", lost=True)
+        run.append("state", state="failed")
+        backend.word = "failed"
+        made.supervisor.look()
+    row = made.store.get(db.jobs, id, None)
+    assert row and row["status"] == ("running" if gets_on else "failed")
+    assert row["attempts"] == (1 if gets_on else supervisor.ATTEMPTS)
+
+
+def test_the_servers_own_errors_are_waited_out_and_stop_nothing_else(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, id, run = mortal(tiny, tmp_path)
+    other, now = job(made), [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    broken = [True]
+
+    def translate(*_: Any) -> Any:
+        if broken[0]:
+            raise OSError(24, "Too many open files")
+        return [], run.log_size()
+
+    monkeypatch.setattr(supervisor, "translate", translate)
+    monkeypatch.setattr(supervisor, "tidy", lambda *_: 1 / 0)
+    job(made, status="succeeded", finished_at=int(time.time()))
+    looks = [made.supervisor.look() for _ in range(20)]
+    assert not any(looks) and status(made, id) == "running"  # waits before it looks at this job again
+    assert made.supervisor._preparing.keys() == {other} and made.supervisor._errors.keys() == {id}
+    made.supervisor._end_preparing(other)
+    made.store.change(db.jobs, other, status="cancelled")
+    broken[0], now[0] = False, 2.0
+    made.supervisor.look()
+    assert not made.supervisor._errors  # it has passed
+    broken[0] = True
+    for n in range(supervisor.ERRORS):
+        assert status(made, id) == "running"
+        now[0] += 2.0**n
+        made.supervisor.look()
+    row = made.store.get(db.jobs, id, None)
+    assert row and row["status"] == "failed" and row["error"]["message"].endswith("with this job: OSError")
+
+
+def test_weights_stay_while_another_job_needs_them(tiny: Path, tmp_path: Path) -> None:
+    made = service(tmp_path / "data", tiny)
+
+    def ended(parent: str, state: str = "succeeded") -> tuple[str, Path]:
+        id = job(made, status=state, request={"model": parent, "training_file": "file-x"})
+        name = f"ft:tiny:{id}"
+        weights = tmp_path / "data" / "jobs" / id / "run" / "final_model" / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(b"x")
+        if state == "succeeded":
+            made.store.add(db.models, id=name, owner="", job_id=id, folder=f"jobs/{id}/run/final_model")
+        return name, weights
+
+    def forget(name: str) -> None:
+        call: Any = SimpleNamespace(service=made, caller=Caller("", True), store=made.store, path={"model": name})
+        assert delete_model(call).deleted
+
+    first, weights = ended("tiny")
+    second, of_second = ended(f"{first}:ckpt-step-3")
+    third, of_third = ended(second, "paused")
+    forget(first)
+    forget(second)
+    assert weights.exists() and of_second.exists()  # the third resumes from the second, which may stand on the first
+    made.store.change(db.jobs, third.removeprefix("ft:tiny:"), status="cancelled")
+    free_deleted(made.store, tmp_path / "data")  # as when the server starts
+    assert not weights.exists() and not of_second.exists() and not of_third.exists()
+    alone, of_alone = ended("tiny")
+    forget(alone)
+    assert not of_alone.exists()

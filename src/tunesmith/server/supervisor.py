@@ -58,13 +58,14 @@ class Supervisor:
         self._errors: dict[str, tuple[int, float]] = {}  # with jobs: how many in a row, and when to look at it again
         self._tidied = 0.0
         self._ending = False
+        self._well = True  # nothing went wrong in this look
         self._thread = ThreadPoolExecutor(1, "supervisor")  # its own: requests that take long do not keep it waiting
 
     async def run(self) -> None:
         """Look again and again, until `end`."""
         while not self._ending:
-            done = await asyncio.get_running_loop().run_in_executor(self._thread, self.look)
-            await asyncio.sleep(TICK if done else 1)
+            well = await asyncio.get_running_loop().run_in_executor(self._thread, self.look)
+            await asyncio.sleep(TICK if well else 1)
 
     def end(self) -> None:
         """Let `run` return."""
@@ -93,14 +94,26 @@ class Supervisor:
 
     def look(self) -> bool:
         """One comparison of what should be with what is; whether nothing went wrong."""
+        self._well = True
         jobs: list[dict[str, Any]] = []
-        done = [_safely(self._active, jobs)]
-        if done[0]:
-            done.append(_safely(self._stop_others, {job["id"] for job in jobs}))
+        if self._safely(self._active, jobs):
+            self._safely(self._stop_others, {job["id"] for job in jobs})
             for job in sorted(jobs, key=lambda job: self._turn("validate", job)):  # within an owner's, in order
-                done.append(_safely(self._see_to, job))
-            done.append(_safely(self._start, jobs))
-        return all([*done, _safely(self._tidy), _safely(expire, self._store, self._blobs)])
+                self._safely(self._see_to, job)
+            self._safely(self._start, jobs)
+        self._safely(self._tidy)
+        self._safely(expire, self._store, self._blobs)
+        return self._well
+
+    def _safely(self, act: Callable[..., object], *given: Any) -> bool:
+        """Whether something was done: what went wrong with it is no reason to leave other things undone."""
+        try:
+            act(*given)
+            return True
+        except Exception:
+            log.exception("supervisor", extra={"about": {"at": getattr(act, "__name__", "")}})
+            self._well = False
+            return False
 
     def _active(self, jobs: list[dict[str, Any]]) -> None:
         """Add the jobs that are to get on."""
@@ -329,19 +342,9 @@ class Supervisor:
             jobs = [dict(row) for row in connection.execute(ended).mappings()]
         for job in jobs:
             working = job["id"] in self._working or self._run(job["id"]).busy()
-            if working or not _safely(tidy, self._store, self._run(job["id"]), job):
+            if working or not self._safely(tidy, self._store, self._run(job["id"]), job):
                 began = min(began, job["finished_at"])  # again, when its worker is gone
         self._tidied = began - TICK
-
-
-def _safely(act: Callable[..., object], *given: Any) -> bool:
-    """Whether something was done: what went wrong with it is no reason to leave other things undone."""
-    try:
-        act(*given)
-    except Exception:
-        log.exception("supervisor", extra={"about": {"at": getattr(act, "__name__", "")}})
-        return False
-    return True
 
 
 # ---- rows
