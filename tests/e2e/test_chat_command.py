@@ -105,6 +105,19 @@ def test_the_side_whose_context_is_full_forgets_alone(
         say(monkeypatch, "", "--prompt", "x" * 200)
 
 
+def test_an_answer_steers_no_terminal_and_stays_as_it_is_elsewhere(
+    fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steering = "\x1b]0;owned\x07\u202e"
+    fakes["one"].name = fakes["two"].name = steering
+    assert say(monkeypatch, "", "--prompt", "x") == 0 and steering in capsys.readouterr().out
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert say(monkeypatch, "", "--prompt", "x") == 0
+    out = capsys.readouterr().out
+    assert out.count("␛]0;owned␇\ufffd") == 2 and "\x1b" not in out
+
+
 def test_in_turn() -> None:
     assert list(in_turn([iter("ab"), iter("x"), iter("")])) == [
         (0, "a"), (1, "x"), (2, None), (0, "b"), (1, None), (0, None),

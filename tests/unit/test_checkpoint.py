@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -212,6 +213,23 @@ def test_files_can_be_read_by_others_and_edited_without_harm(finished: Run, tmp_
     assert {p.stat().st_mode & 0o777 for p in (finished / "final_model").iterdir()} == {0o666 & ~mask}
     (run / "best_model" / "generation_config.json").write_text("{}")
     assert checkpoint.damage(last) is None
+
+
+def test_what_is_published_is_on_the_disk_before_it_is_said(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: set[int] = set()
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        reached.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run = fit(tmp_path / "run", data, tiny, max_steps=2)
+    for folder in (run / "best_model", run / "final_model"):
+        assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= reached
+    assert {(run / name).stat().st_ino for name in ("config.json", "model.safetensors", "tokenizer.json")} <= reached
 
 
 def test_a_save_that_fails_leaves_nothing_behind(

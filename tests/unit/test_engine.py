@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import rows, write
@@ -20,6 +22,7 @@ from tunesmith.local.loss import CHUNK, LossModule, chunked_cross_entropy, super
 from tunesmith.local.optim import learning_rate, make
 from tunesmith.recipe import Recipe
 from tunesmith.render import Rendered
+from tunesmith.runs import Run
 
 
 @pytest.mark.parametrize("count", [1, 7, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
@@ -294,6 +297,16 @@ def test_divergence_is_an_error_not_a_model(tiny: Path, tmp_path: Path, data: Pa
 
     with pytest.raises(TunesmithError, match="became nan"):
         fit(tmp_path / "run", data, tiny, learning_rate=1e30, warmup_steps=0)
+    shutil.copytree(tiny, tmp_path / "nan")
+    saved = load_file(tiny / "model.safetensors")
+    save_file(
+        {k: torch.full_like(v, torch.nan) for k, v in saved.items()},
+        tmp_path / "nan" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(TunesmithError, match="the base model's validation loss is nan -- its weights are damaged"):
+        fit(tmp_path / "other", data, tmp_path / "nan")
+    assert not Run(tmp_path / "other").metrics("eval")
 
 
 @pytest.mark.parametrize(("rate", "warned"), [(1e-3, False), (1.0, True)])

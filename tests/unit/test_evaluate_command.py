@@ -17,7 +17,7 @@ from hostile import KEY, Hostile
 from training import fit
 from tunesmith import api
 from tunesmith.cli import main
-from tunesmith.cli.evaluate import figure, settled
+from tunesmith.cli.evaluate import _short, figure, settled
 from tunesmith.errors import DataError
 from tunesmith.evaluation import observe as observing
 from tunesmith.evaluation.result import Evaluation
@@ -412,3 +412,20 @@ def test_without_a_cache_all_is_asked_each_time(
         cache.write_text("")
     found = api.evaluate(model=str(tiny), against=str(tiny), dataset=str(data), rows=2, samples=0, max_tokens=4)
     assert found.verdict == "cannot tell" and found.answered == 2
+
+
+def test_what_was_heard_on_another_device_is_not_compared(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU computes in 16 bits: base and tuned are heard on one machine, with the same devices in sight."""
+    keys = [observing._key(str(tiny), observing.Ask([]), None)]
+    assert keys == [observing._key(str(tiny), observing.Ask([]), None)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    keys.append(observing._key(str(tiny), observing.Ask([]), None))
+    monkeypatch.setattr(observing, "GPUS", ("/dev/null",))
+    keys.append(observing._key(str(tiny), observing.Ask([]), None))
+    monkeypatch.setattr(observing.platform, "node", lambda: "another")
+    keys.append(observing._key(str(tiny), observing.Ask([]), None))
+    assert len(set(keys)) == 4
+
+
+def test_an_answer_steers_no_terminal() -> None:
+    assert _short("a\x1b]0;owned\x07 \u202eb \x9b31m") == "a␛]0;owned␇ \ufffdb \ufffd31m"

@@ -324,3 +324,34 @@ def test_runs_with_and_without_a_bottom_agree(tiny: Path, tmp_path: Path, data: 
     assert any("NEFTune" in e.get("message", "") for e in whole.events())
     assert losses(apart) == pytest.approx(losses(whole), rel=1e-5)
     assert weights(apart / "final_model") != weights(tiny)
+
+
+def test_a_cache_that_others_cut_or_delete_is_no_end(
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    first = fit(tmp_path / "a", data, tiny, freeze_ratio=0.5, max_steps=12)
+    (kept,) = (Path(e["path"]) for e in first.events("prefix_cache") if e["side"] == "train")
+    whole = kept.read_bytes()
+    kept.write_bytes(b"cut")
+    again = fit(tmp_path / "b", data, tiny, freeze_ratio=0.5, max_steps=12)
+    assert losses(again) == losses(first) and kept.read_bytes() == whole
+    assert [e["found"] for e in again.events("prefix_cache") if e["side"] == "train"] == [False]
+    opened = prefix.Rows.__init__
+
+    def gone(self: prefix.Rows, bottom: Any, tokens: Any, path: Path | None) -> None:
+        if path:  # between the look and the opening
+            path.unlink(missing_ok=True)
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        opened(self, bottom, tokens, path)
+
+    monkeypatch.setattr(prefix.Rows, "__init__", gone)
+    third = fit(tmp_path / "c", data, tiny, freeze_ratio=0.5, max_steps=12)
+    assert losses(third) == losses(first) and any("is not kept" in e["message"] for e in third.events("warning"))
+
+    def lost(self: prefix.Rows, *given: Any) -> None:
+        opened(self, *given)
+        shutil.rmtree(cache / "prefix", ignore_errors=True)  # while it is being filled
+
+    monkeypatch.setattr(prefix.Rows, "__init__", lost)
+    fourth = fit(tmp_path / "d", data, tiny, freeze_ratio=0.5, max_steps=12, valid_fraction=0.0)
+    assert losses(fourth) and fourth.last("done")

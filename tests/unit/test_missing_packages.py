@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,10 @@ def test_without_torch_no_run_is_begun(data: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(UsageError, match="needs torch"):
         api.train(data, output_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_on_windows_it_says_where_to_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cli.main(["train", "--dataset", "echo"]) == 2
+    assert "run it in WSL 2" in capsys.readouterr().err

@@ -8,18 +8,25 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from training import fit, made
 from tunesmith import api
 from tunesmith.cli import main
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
+from tunesmith.hosted import in_full
 from tunesmith.layout import create
 from tunesmith.local import backend
 from tunesmith.local.loop import train
-from tunesmith.runs import Run, run_of
+from tunesmith.recipe import Recipe
+from tunesmith.render import TEMPLATES
+from tunesmith.runs import Run, run_of, standing
+from tunesmith.settings import changes
 
 
 def test_an_event_after_a_half_line_is_read_and_the_half_line_is_not(tmp_path: Path) -> None:
@@ -248,3 +255,74 @@ def test_a_small_learning_rate_is_told_as_it_is(tmp_path: Path, capsys: pytest.C
     run.append("step", step=1, loss=2.5, lr=2e-5, grad_norm=0.0, seconds=1234.5)
     assert main(["runs", "events", str(run)]) == 0
     assert "step 1  loss 2.5000  lr 2e-05  grad_norm 0.0000  seconds 1234.5000" in capsys.readouterr().out
+
+
+# ---- how it stands, and what a kill leaves
+
+
+def test_a_run_whose_process_is_gone(tmp_path: Path) -> None:
+    """Queued for a minute without a process is not a run that will begin; a service's own word stands."""
+    old = {"time": time.time() - 61}
+    assert standing({"state": "queued", "time": time.time()}, busy=False) == "queued"
+    assert standing({"state": "queued", **old}, busy=False) == "interrupted"
+    assert standing({"state": "queued", **old}, busy=True) == standing(
+        {"state": "queued", "at": "service", **old}, False
+    )
+    assert standing({"state": "running", **old}, busy=False) == "interrupted" and standing({}, False) == "unknown"
+
+
+def test_only_lines_of_the_kind_are_read(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.append("step", step=1, note="state")
+    run.append("state", state="step")
+    with (tmp_path / "events.jsonl").open("ab") as log:
+        log.write(b'{"type":"step","st\n')
+    run.append("step", step=2)
+    assert [e["type"] for e in run.events("state")] == ["state"] and run.last("state")["state"] == "step"
+    assert [e["step"] for e in run.events("step")] == [1, 2] and len(list(run.events("step", "state"))) == 3
+    assert run.last("none") == {}
+
+
+def test_a_directory_that_was_not_laid_out_whole_is_taken_again(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tunesmith.layout import create
+with create(Path({str(tmp_path / "run")!r}), {{}}) as run:
+    (run / "data" / "train.jsonl").write_text("x")
+    import os; os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / "data" / "train.jsonl").exists()
+    with create(tmp_path / "run", {}) as run:
+        assert not list((run / "data").iterdir())
+    (run / "run.json").unlink()  # a run that has lost its record is nobody's to delete
+    (run / "best_model").mkdir()
+    with pytest.raises(RunError, match="is not empty"), create(tmp_path / "run", {}):
+        raise AssertionError
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".lock").write_text("of another program")
+    with pytest.raises(RunError, match="is not empty"), create(tmp_path / "other", {}):
+        raise AssertionError
+
+
+def test_resume_refuses_before_it_writes_and_knows_the_same_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jinja").write_text(TEMPLATES["chat"].read_text())
+    given = {"chat_template": "t.jinja", "max_steps": 2}
+    run = api.train("echo", provider="fake", output_dir="r", **given)
+    before = run.log_size()
+    with pytest.raises(UsageError, match="until job: only a service"):
+        api.resume("r", until="job", save_total_limit=5)
+    assert run.log_size() == before
+    monkeypatch.setattr(api.planning, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(UsageError, match="until job: only a service"):  # before any row is read
+        api.train("echo", provider="fake", until="job")
+    assert api.resume("r", dataset="echo", **given) == run or run.log_size() == before
+    full = {"model": "gpt-4o-mini-2024-07-18", "base_url": "https://api.openai.com/v1"}
+    recipe = msgspec.structs.replace(Recipe(provider="openai"), **full)
+    short = {"model": "gpt-4o-mini", "base_url": "https://api.openai.com/v1/"}
+    assert changes(recipe, short, in_full=in_full) == {}
+    with pytest.raises(UsageError, match="is not the run's"):
+        changes(recipe, {"model": "gpt-4.1"}, in_full=in_full)

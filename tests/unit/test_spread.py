@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import signal
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -118,3 +119,24 @@ def test_ctrl_c_waits_until_processes_have_begun() -> None:
         assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@needs_fork
+def test_two_at_once_keep_their_functions_apart() -> None:
+    """The work of one data set is never done by the other's function: parts that are done here delay the first fork."""
+    found: dict[str, set[str]] = {}
+    both = threading.Barrier(2)
+
+    def one(name: str) -> None:
+        def parts() -> Iterator[int]:
+            both.wait(20)  # each has begun before either forks
+            yield from range(4)
+
+        found[name] = set(spread(lambda _: name, parts(), 2, lambda part: False))
+
+    threads = [threading.Thread(target=one, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {"a": {"a"}, "b": {"b"}}
