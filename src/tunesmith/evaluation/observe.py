@@ -219,7 +219,7 @@ def _key(name: str, ask: Ask, template: str | None) -> str:
         platform.node(),
         [device for device in GPUS if os.path.exists(device)],
     )  # torch takes seconds to be asked
-    variables = [os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]
+    variables = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]  # an empty one hides all
     digest.update(repr((FORM, template, libraries, machine, variables)).encode())
     digest.update(_model_hash(find(name)).encode())
     return digest.hexdigest()[:32]
