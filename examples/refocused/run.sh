@@ -4,7 +4,7 @@ set -e
 cd "$(dirname "$0")"
 for task in chat code instruct domain; do
   tunesmith train --config $task.toml --output-dir runs/$task "$@"
-  tunesmith evaluate runs/$task ${ROWS:+--rows $ROWS --samples 0}
+  tunesmith evaluate runs/$task ${ROWS:+--rows $ROWS --samples 0 --weighed $ROWS}
 done
 tunesmith train --config custom.toml --output-dir runs/custom "$@"
-tunesmith evaluate runs/custom ${ROWS:+--rows $ROWS --samples 0} --metric 're:\d+ (am|pm)'
+tunesmith evaluate runs/custom ${ROWS:+--rows $ROWS --samples 0 --weighed $ROWS} --metric 're:\d+ (am|pm)'

@@ -95,9 +95,9 @@ def test_readme_command(line: str, trained: Path) -> None:
     elif words[0] == "lr-find":
         words += ["--trial-steps", "1"]
     elif words[0] == "evaluate":
-        words += ["--rows", "4", "--samples", "0", "--max-tokens", "16"]
+        words += ["--rows", "4", "--samples", "0", "--weighed", "8", "--max-tokens", "16"]
     elif "--drop-codes" in words:
-        assert cli.main(["evaluate", str(trained / "my_run"), "--rows", "0"]) == 0
+        assert cli.main(["evaluate", str(trained / "my_run"), "--rows", "0", "--weighed", "40"]) == 0
     elif "lora_run" in words and words[0] == "runs":
         shutil.copytree(trained / "my_run", trained / "lora_run", dirs_exist_ok=True)
     elif words[0] == "export":
@@ -286,7 +286,7 @@ def test_the_guide_to_evaluating(
         words = shlex.split(line.replace("http://127.0.0.1:8000/v1", service.url))[1:]
         if words[0] == "evaluate":
             rows_asked = ["--rows", "12"] if "metrics.py:hours" in words or "--judge" in words else ["--rows", "2"]
-            words += [*rows_asked, "--samples", "0", "--max-tokens", "8"]
+            words += [*rows_asked, "--samples", "0", "--weighed", "16", "--max-tokens", "8"]
         assert cli.main(words) == 0, (line, capsys.readouterr().err)
         said[line] = capsys.readouterr().out
     service.close()

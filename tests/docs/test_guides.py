@@ -30,7 +30,7 @@ SHORTER: dict[str, dict[str, str]] = {
     "train": {"--model": "TINY", "--max-steps": "2"},
     "plan": {"--model": "TINY"},
     "lr-find": {"--model": "TINY", "--trial-steps": "1"},
-    "evaluate": {"--rows": "4", "--samples": "0", "--max-tokens": "8"},
+    "evaluate": {"--rows": "4", "--samples": "0", "--weighed": "8", "--max-tokens": "8"},
     "export": {"--prompts": "1"},
     "parity": {"--prompts": "1"},
     "chat": {"--max-tokens": "8"},

@@ -98,7 +98,8 @@ def place(
         if name in named:
             shutil.copytree(runs / name, tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(runs / "cache"))
-    monkeypatch.setattr(rowreport, "MOST", 8)  # rows that an evaluation weighs; those of `runs` weighed all
+    weighed = rowreport.candidates  # those of `runs` weighed all rows
+    monkeypatch.setattr(rowreport, "candidates", lambda run, seed, answers, most: weighed(run, seed, answers, 8))
     monkeypatch.setattr("os.fsync", lambda _: None)  # nobody pulls the plug
     monkeypatch.setattr(backend.LocalBackend, "resume", lambda self, run, step=None: train(run, lambda: False, step))
 

@@ -21,7 +21,6 @@ from tunesmith.cli import COMMANDS
 from tunesmith.cli.options import Parser
 from tunesmith.conversation import Conversation, Message
 from tunesmith.errors import TunesmithError
-from tunesmith.evaluation import rowreport
 from tunesmith.evaluation.diagnosis import RULES, Evidence, curves, diagnose
 from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.evaluation.result import Canary, Diagnosis
@@ -451,9 +450,8 @@ def test_no_end_token(tiny: Path, tmp_path: Path) -> None:
     assert "never stops" in found["bare"] and "never stops" not in found["whole"]
 
 
-def test_a_healthy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_run(tmp_path: Path) -> None:
     """The sample persona and the starter, one epoch; of its rows some are looked at."""
-    monkeypatch.setattr(rowreport, "MOST", 24)
     run = fit(tmp_path / "run", "echo", "starter", batch_size=8, learning_rate=5e-4)
-    found = api.evaluate(run, rows=10, samples=0, max_tokens=48)
+    found = api.evaluate(run, rows=10, samples=0, weighed=24, max_tokens=48)
     assert found.verdict == "better" and found.diagnoses == []

@@ -292,14 +292,16 @@ def test_what_is_asked_of_the_best_learnt(learnt: Run, monkeypatch: pytest.Monke
     assert rowreport.candidates(learnt, 0).recited == [] == rowreport.candidates(learnt, 0, False).recited
 
 
-def test_no_more_rows_than_the_cap_are_looked_at(learnt: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowreport, "MOST", 10)
-    found = rowreport.candidates(learnt, 3)
+def test_no_more_rows_than_asked_for_are_looked_at(learnt: Run) -> None:
+    found = rowreport.candidates(learnt, 3, most=10)
     assert len(found.rows) == len(found.sides) == len(found.numbers) == 10 and found.total == 40
     training = api.load(learnt / "data" / "train.jsonl")
     for row, side, number in zip(found.rows, found.sides, found.numbers, strict=True):
         assert (training[number] == row) if side == "train" else number == -1
-    assert rowreport.candidates(learnt, 3) == found != rowreport.candidates(learnt, 4)
+    assert rowreport.candidates(learnt, 3, most=10) == found != rowreport.candidates(learnt, 4, most=10)
+    few = api.evaluate(learnt, rows=2, samples=0, weighed=10).training_rows
+    assert few is not None and (few.looked_at, few.rows) == (10, 40)
+    assert api.evaluate(learnt, rows=2, samples=0, weighed=0).training_rows is None
 
 
 # ---- data convert --drop-codes

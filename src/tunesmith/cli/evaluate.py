@@ -38,6 +38,13 @@ def evaluate(argv: list[str]) -> int:
         help="further answers to 16 of them, and to rows with tests [4]",
     )
     parser.add_argument(
+        "--weighed",
+        type=natural,
+        default=1000,
+        metavar="N",
+        help="rows of all splits that the report weighs for a second look, which takes most of the time; 0: none [1000]",
+    )
+    parser.add_argument(
         "--max-tokens",
         type=positive,
         metavar="N",
@@ -77,6 +84,7 @@ def evaluate(argv: list[str]) -> int:
             task=options.task,
             rows=options.rows,
             samples=options.samples,
+            weighed=options.weighed,
             max_tokens=options.max_tokens,
             metric=options.metric,
             persona=options.persona,

@@ -29,6 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     task: str | None = None  # whose metrics; None: the run's own
     rows: int = 100  # prompts that are answered; 0: none
     samples: int = 4  # further answers to some prompts, and to each row that has tests
+    weighed: int = 1000  # rows of all splits that the row report looks at; 0: there is none
     max_tokens: int | None = None  # of an answer; None: room for twice the longest reference, 256 at most
     metric: str | None = None  # one's own: "FILE.py:function" or "re:PATTERN"; its mean decides
     persona: str | None = None  # a name that the tuned model should give
@@ -90,7 +91,8 @@ def asking(run: Run | None, pair: Sides, how: Options, scored: bool, own: bool) 
         seed=how.seed,
     )
     taught = _taught(run, how.seed) if run and probes and answered else []
-    found = rowreport.candidates(run, how.seed, bool(answered)) if run and own and scored else None
+    weighs = run if own and scored and how.weighed else None
+    found = rowreport.candidates(weighs, how.seed, bool(answered), how.weighed) if weighs else None
     tuned = msgspec.structs.replace(base, suspects=found.held(), recited=found.recited) if found else base
     base = msgspec.structs.replace(base, suspects=found.rows if found else [], recited=taught)
     return Asked(base, tuned, who, probes, len(text), starter, taught, found)

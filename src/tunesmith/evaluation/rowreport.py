@@ -26,7 +26,6 @@ CODES = {
     "forgotten": "its loss rose again by more than 0.3 nats a token after it had been learnt",
     "memorised": "the tuned model repeats its answer word for word",
 }
-MOST = 1000  # rows that are looked at, chosen by the seed: each is scored five times
 SUSPICIOUS = 2.5  # of the persona sample's sound rows 7 to 11 % are over it, of rows with another's answer 55 to 90 %
 FIRST = 40  # rows that are shown at once
 DOUBTFUL = 1.0  # suspicion from which on a row may be among them
@@ -81,14 +80,15 @@ class Candidates(msgspec.Struct, frozen=True):
         return [row for row, side in zip(self.rows, self.sides, strict=True) if side != "train"]
 
 
-def candidates(run: Run, seed: int, answers: bool = True) -> Candidates:
+def candidates(run: Run, seed: int, answers: bool = True, most: int = 1000) -> Candidates:
     """The rows of a run that the report is about. Read one at a time: there may be more than memory holds.
 
-    `answers`: whether the best-learnt rows' prompts can be answered.
+    `answers`: whether the best-learnt rows' prompts can be answered. `most`: of more rows so many are chosen by the seed; each
+    is scored five times.
     """
     counts = {side: int(run.manifest()["plan"]["rows"].get(side, 0)) for side in ("train", "valid", "test")}
     total = sum(counts.values())
-    taken = set(sample(range(total), MOST, seed)) if total > MOST else set(range(total))
+    taken = set(sample(range(total), most, seed)) if total > most else set(range(total))
     ranks = {row: rank for rank, row in enumerate(_best_learnt(run))} if answers else {}
     rows, sides, numbers, recited = [], [], [], {}
     at = 0
