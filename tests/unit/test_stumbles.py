@@ -14,6 +14,7 @@ import pytest
 
 from tunesmith import api, cli
 from tunesmith.cli.init import template
+from tunesmith.cli.progress import table
 from tunesmith.data.repair import repair
 from tunesmith.data.write import write_bytes
 from tunesmith.errors import UsageError, counted
@@ -141,6 +142,23 @@ def test_a_run_fits_a_narrow_terminal(capsys: Captured, tmp_path: Path, monkeypa
     assert "settings given or worked out" in said and "not defaults" not in said
     chart = [line for line in said.splitlines() if "┤" in line or "└" in line]
     assert chart and max(map(len, chart)) <= 40
+
+
+def test_a_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("batch_size", 4, "auto: small sets need many steps, large ones even ones"), ("seed", 42, "default")]
+    whole = table(rows)
+    assert whole.splitlines() == [
+        f"  batch_size   4  {rows[0][2]}",
+        "  seed        42  default",
+    ]  # elsewhere a row is a line
+    monkeypatch.setenv("COLUMNS", "45")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    lines = table(rows).splitlines()
+    told = ["auto: small sets need many", "steps, large ones even ones"]
+    assert lines == [f"  batch_size   4  {told[0]}", " " * 18 + told[1], "  seed        42  default"]
+    assert max(map(len, lines)) == 45
+    monkeypatch.setenv("COLUMNS", "30")  # too narrow to be of use
+    assert table(rows) == whole
 
 
 @pytest.mark.parametrize(("command", "left"), [("evaluate", "no verdict is written"), ("chat", "")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from tunesmith.errors import counted
 from tunesmith.runs import Event, Run
 
 EVERY_SECONDS = 5.0  # between progress lines where the line cannot be rewritten
+LEAST = 20  # columns into which a long text is still wrapped
 
 
 class Progress:
@@ -175,10 +177,16 @@ def clock(seconds: float) -> str:
 
 
 def table(rows: list[tuple[Any, ...]], indent: str = "  ") -> str:
-    """Rows as aligned columns; numbers to the right."""
+    """Rows as aligned columns; numbers to the right. A long last column goes on below itself where a terminal is too narrow."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))] if texts else []
     numeric = [all(isinstance(row[i], int | float) for row in rows[1:]) for i in range(len(widths))]
+    place = len(indent) + sum(2 + width for width in widths[:-1])
+    room = shutil.get_terminal_size().columns - place
+    if sys.stdout.isatty() and LEAST <= room < max(widths[-1:], default=0):
+        below = "\n" + " " * place
+        texts = [[*row[:-1], below.join(textwrap.wrap(row[-1], room, break_long_words=False))] for row in texts]
+        widths[-1] = 0
     lines = [
         "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()
         for row in texts
