@@ -91,7 +91,8 @@ def train(run: Run, stop: Callable[[], bool], step: int | None = None) -> None:
     if len(valid_set) and position.step == 0:  # the base model's own loss: where the curve begins
         first = engine.validate()
         if not math.isfinite(first.loss):
-            raise diverged(run, first.loss, 0, "base model's validation loss")
+            fix = "its weights are damaged, or too large for 16 bits: --mixed-precision no"
+            raise TunesmithError(f"the base model's validation loss is {first.loss}", where=str(run), fix=fix)
         run.append("eval", step=0, epoch=0.0, best=False, **known(first))
         tracker.scalars(0, {"valid/loss": first.loss})
 
@@ -199,9 +200,6 @@ def known(figures: Stepped | Judged, *names: str) -> dict[str, float]:
 
 
 def diverged(run: Run, value: float, step: int, what: str = "loss") -> TunesmithError:
-    if not step:
-        fix = "its weights are damaged, or too large for 16 bits: --mixed-precision no"
-        return TunesmithError(f"the {what} is {value}", where=str(run), fix=fix)
     return TunesmithError(
         f"the {what} became {value} at step {step}",
         where=str(run),
