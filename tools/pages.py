@@ -120,7 +120,6 @@ INTERNAL = (
     "events_with_offsets",
     "lock",
     "log_size",
-    "mend_log",
 )  # methods of a Run that only the loop needs
 MEASURES = ("name", "better", "range", "definition", "source")  # the head of their tables
 BESIDE = (  # what a report prints that is no row of a metric's table

@@ -214,7 +214,7 @@ def resume(
     refuse_removed(run)
     provider = run.manifest()["provider"]
     _refuse_until(until, provider)
-    changed = changes(run.recipe(), settings, config, hosted.in_full if provider == "openai" else lambda given: given)
+    changed = changes(run.recipe(), settings, config, *([hosted.same] if provider == "openai" else []))
     name = Path(path).name
     if Path(path).resolve() != run.path.resolve():
         if not re.fullmatch(r"checkpoint-step-\d+", name):
@@ -228,10 +228,15 @@ def resume(
         time.sleep(2)  # a worker whose parent was killed takes a moment to see it
         if run.busy():
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
-    if changed and int(os.environ.get("RANK", 0)) == 0:  # of several processes one
-        run.append("changed", settings=changed)
+
+    def ready() -> tuple[Run, int | None]:
+        if changed:
+            run.append("changed", settings=changed)
+        return run, step
+
     if launched():
-        return _together(lambda: (run, step), on_event)
+        return _together(ready, on_event)
+    ready()
     backend = backends.get(provider)
     offset = run.log_size()
     if until != "end":

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections import Counter
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,14 @@ def _model(recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, st
     return recipe, origin, known
 
 
-def in_full(recipe: Recipe) -> Recipe:
-    """With the service's address and the model's name written out, as a run keeps them."""
-    url, name = effective(recipe.base_url)[0], recipe.model
-    known = hosted_model(name) if url == OPENAI or name in hosted()["models"] else None
-    return msgspec.structs.replace(recipe, base_url=url, model=known[0] if known else name)
+def same(recipe: Recipe, name: str, value: Any) -> bool:
+    """Whether a setting that is given again is the one of a run, which keeps addresses and names of models in full."""
+    if name == "base_url":
+        return effective(value)[0] == recipe.base_url
+    if name == "model" and (recipe.base_url == OPENAI or value in hosted()["models"]):
+        with suppress(UsageError):  # no such model is another one
+            return (hosted_model(value) or ("",))[0] == recipe.model
+    return False
 
 
 def instead(dataset: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +22,10 @@ from tunesmith.runs import TEMPLATE, Run
 if TYPE_CHECKING:
     from tunesmith.planning import Plan, Prepared
 
-LAID_OUT = {
-    ".lock",
-    "data",
-    "checkpoints",
-    "logs",
-    "events.jsonl",
-    "upload",
-    "remote.json",
-}  # before run.json is written
+LAID_OUT = re.compile(  # files that there may be before run.json is written
+    r"\.lock|events\.jsonl|remote\.json|upload/(train|valid)\.jsonl"
+    r"|data/((train|valid|test)\.\w+(\.npy)?|check\.json|chat_template\.jinja)|(data/|upload/)?\.[\w.]+\.tmp"
+)
 
 
 def create_run(prepared: Prepared, path: Path, fill: Callable[[Run], None] = lambda _: None) -> Run:
@@ -92,7 +88,7 @@ def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
     run = Run(path)
     try:
         claim = run.lock(wait=0)
-    except RunError:
+    except (RunError, FileNotFoundError):  # it may be gone again, where that process has failed
         raise RunError(
             "another process is taking this directory", where=str(path), fix="choose another --output-dir"
         ) from None
@@ -131,11 +127,15 @@ def refuse_taken(path: Path, ours: bool = False) -> None:
 
 
 def _left(path: Path, ours: bool) -> bool:
-    """Whether a folder is a run that was not laid out whole, by a process that is gone."""
-    try:  # the lock tells that it is ours to delete: it names the process that had begun
-        msgspec.json.decode((path / ".lock").read_bytes(), type=tuple[str, int])
+    """Whether a folder is a run that was not laid out whole, by a process that is gone: never one that was begun, and has lost
+    its run.json."""
+    every = [entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir()]
+    known = all(LAID_OUT.fullmatch(str(entry.relative_to(path))) and not entry.is_symlink() for entry in every)
+    lock, run = path / ".lock", Run(path)
+    try:  # it names the process that had begun; empty where that came no further
+        msgspec.json.decode(lock.read_bytes() or b'["", 0]', type=tuple[str, int])
+        link = msgspec.json.decode((path / "remote.json").read_bytes()) if (path / "remote.json").exists() else {}
     except (OSError, msgspec.DecodeError):
         return False
-    names = {entry.name for entry in path.iterdir() if entry.suffix != ".tmp"}
-    begun = names <= LAID_OUT and not list(path.glob("checkpoints/*"))  # never a run that has lost its run.json
-    return begun and (ours or not Run(path).busy())
+    begun = len(list(run.events())) > 1 or link.get("job") or link.get("asked")
+    return known and not begun and (lock.stat().st_size > 0 or every == [lock]) and (ours or not run.busy())

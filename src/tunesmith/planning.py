@@ -136,7 +136,7 @@ def _alpha(recipe: Recipe) -> tuple[int, str]:
 def _threads(recipe: Recipe) -> tuple[int, str]:
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said):
-        return int(said), "OMP_NUM_THREADS"
+        return min(int(said), 4096), "OMP_NUM_THREADS"
     return max(
         1, cores() // recipe.nproc
     ), "every core" if recipe.nproc == 1 else f"every core, for {recipe.nproc} processes"

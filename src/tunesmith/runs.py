@@ -33,6 +33,7 @@ from tunesmith.recipe import Recipe
 Event = dict[str, Any]  # an object of events.jsonl
 TEMPLATE = "data/chat_template.jinja"
 ENDED = ("succeeded", "failed", "cancelled")  # states that stay, of a run and of a job
+GOING = ("queued", "preparing", "running")
 ROW_LOSSES = "row_losses.npy"
 STARTING = 60.0  # seconds that a worker may take to hold the run's lock; at most two were seen, beside other work
 _MODEL = re.compile(r"best_model|final_model|checkpoint-step-\d+")  # folders of a run that hold one
@@ -85,7 +86,10 @@ class Run:
     def recipe(self) -> Recipe:
         """What is trained: the manifest's settings, with those that were changed when it was gone on with."""
         changed = {k: v for e in self.events("changed") for k, v in e["settings"].items()}
-        return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
+        try:
+            return msgspec.convert(self.manifest()["recipe"] | changed, Recipe)
+        except msgspec.ValidationError as error:
+            raise RunError(f"run.json is of another version: {error}", where=str(self), fix="train anew") from None
 
     def job(self) -> str | None:
         """The id of its job, where a service has one."""
@@ -150,7 +154,10 @@ class Run:
 
     def state(self) -> str:
         """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
-        return standing(self.last("state"), self.busy())
+        last = self.last("state")
+        if last.get("state") in GOING and not self.busy():
+            return standing(self.last("state"), busy=False)  # read again: it may have ended in between
+        return str(last.get("state", "unknown"))
 
     def metrics(self, kind: str) -> list[Event]:
         """Events of a kind, one for each step, of the history that led to where the run stands: what was done after the step
@@ -188,11 +195,15 @@ class Run:
         """Hold the run until the returned file is closed or the process ends. Raises RunError when it stays taken."""
         import fcntl
 
-        stream = (self / ".lock").open("ab")
-        deadline = time.monotonic() + wait
+        path, deadline = self / ".lock", time.monotonic() + wait
+        stream = path.open("ab")
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(stream.fileno()).st_ino != path.stat().st_ino:  # deleted since, and made anew by another
+                    stream.close()
+                    stream = path.open("ab")
+                    continue
                 stream.truncate(0)
                 stream.write(msgspec.json.encode((host(), os.getpid())))
                 stream.flush()
@@ -297,7 +308,7 @@ class Run:
 def standing(last: Event, busy: bool) -> str:
     """How a run stands by its last event of state, and whether a process holds its lock."""
     word = str(last.get("state", "unknown"))
-    gone = word in ("preparing", "running") or word == "queued" and time.time() - last["time"] > STARTING
+    gone = word in GOING and (word != "queued" or time.time() - last["time"] > STARTING)
     return "interrupted" if gone and not busy and last.get("at") != "service" else word
 
 

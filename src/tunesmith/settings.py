@@ -86,18 +86,18 @@ def changes(
     recipe: Recipe,
     flags: dict[str, Any],
     config: str | None = None,
-    in_full: Callable[[Recipe], Recipe] = lambda given: given,
+    alike: Callable[[Recipe, str, Any], bool] = lambda *_: False,
 ) -> dict[str, Any]:
     """Settings that flags and a file give and that differ from a run's. Raises UsageError for one that is not SAFE.
-    `in_full`: how a service's names are written out."""
+    `alike`: whether another word for a setting means the run's."""
     given, origin = resolve(flags, config)
-    given, found = in_full(given), {}
+    found = {}
     for name in fields():
         value, now = getattr(given, name), getattr(recipe, name)
         asked = origin[name] not in ("default", f"task {given.task}") and name not in ("output_dir", "runs_dir")
         paths = {Path(p).expanduser().resolve() for p in (value, now) if p} if name in PLACES else ()
         same = value in (now, "auto") or len(paths) == 1  # one place, however it is spelt
-        if not asked or same:
+        if not asked or same or alike(recipe, name, value):
             continue
         if name not in SAFE:
             raise UsageError(

@@ -301,8 +301,9 @@ def test_the_servers_own_errors_are_waited_out_and_stop_nothing_else(
     monkeypatch.setattr(supervisor, "translate", translate)
     monkeypatch.setattr(supervisor, "tidy", lambda *_: 1 / 0)
     job(made, status="succeeded", finished_at=int(time.time()))
-    looks = [made.supervisor.look() for _ in range(20)]
-    assert not any(looks) and status(made, id) == "running"  # waits before it looks at this job again
+    assert [made.supervisor.look() for _ in range(20)] == [False] * 20
+    monkeypatch.setattr(supervisor, "tidy", lambda *_: None)
+    assert made.supervisor.look() and status(made, id) == "running"  # waits before it looks at this job again
     assert made.supervisor._preparing.keys() == {other} and made.supervisor._errors.keys() == {id}
     made.supervisor._end_preparing(other)
     made.store.change(db.jobs, other, status="cancelled")
@@ -310,6 +311,7 @@ def test_the_servers_own_errors_are_waited_out_and_stop_nothing_else(
     made.supervisor.look()
     assert not made.supervisor._errors  # it has passed
     broken[0] = True
+    assert 15 * 60 < sum(2.0**n for n in range(supervisor.ERRORS - 1)) < 20 * 60  # seconds from the first to the last
     for n in range(supervisor.ERRORS):
         assert status(made, id) == "running"
         now[0] += 2.0**n

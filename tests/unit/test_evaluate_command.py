@@ -422,7 +422,7 @@ def test_what_was_heard_on_another_device_is_not_compared(tiny: Path, monkeypatc
     keys.append(observing._key(str(tiny), observing.Ask([]), None))
     monkeypatch.setattr(observing, "GPUS", ("/dev/null",))
     keys.append(observing._key(str(tiny), observing.Ask([]), None))
-    monkeypatch.setattr(observing.platform, "node", lambda: "another")
+    monkeypatch.setattr(observing, "processor", lambda: "another")
     keys.append(observing._key(str(tiny), observing.Ask([]), None))
     assert len(set(keys)) == 4
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,15 +13,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
 
 from training import fit, made
 from tunesmith import api
 from tunesmith.cli import main
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
-from tunesmith.hosted import in_full
+from tunesmith.hosted import OPENAI, same
 from tunesmith.layout import create
 from tunesmith.local import backend
 from tunesmith.local.loop import train
@@ -286,6 +288,7 @@ def test_only_lines_of_the_kind_are_read(tmp_path: Path) -> None:
 def test_a_directory_that_was_not_laid_out_whole_is_taken_again(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
+from typing import Any
 from tunesmith.layout import create
 with create(Path({str(tmp_path / "run")!r}), {{}}) as run:
     (run / "data" / "train.jsonl").write_text("x")
@@ -295,14 +298,81 @@ with create(Path({str(tmp_path / "run")!r}), {{}}) as run:
     assert (tmp_path / "run" / "data" / "train.jsonl").exists()
     with create(tmp_path / "run", {}) as run:
         assert not list((run / "data").iterdir())
-    (run / "run.json").unlink()  # a run that has lost its record is nobody's to delete
-    (run / "best_model").mkdir()
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {".lock": '["host", 1]', "data/mine.jsonl": "x"},  # the user's own
+        {".lock": '["host", 1]', "data/train.jsonl": "x", "best_model/model.safetensors": "x"},
+        {".lock": '["host", 1]', "events.jsonl": '{"type":"state"}\n{"type":"state"}\n'},  # it had begun
+        {".lock": '["host", 1]', "remote.json": '{"job": "ftjob-1"}'},
+        {".lock": '["host", 1]', "remote.json": '{"asked": 1}'},
+        {".lock": "of another program"},
+        {".lock": "", "data/train.jsonl": "x"},
+    ],
+)
+def test_a_directory_that_holds_more_is_nobodys_to_delete(there: dict[str, str], tmp_path: Path) -> None:
+    for name, text in there.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
     with pytest.raises(RunError, match="is not empty"), create(tmp_path / "run", {}):
         raise AssertionError
+    assert all((tmp_path / "run" / name).read_text() == text for name, text in there.items())
+
+
+def test_what_a_claim_leaves_is_taken_and_a_link_is_not(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # killed before the first word
+    with create(tmp_path / "run", {}):
+        pass
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / ".lock").write_text("of another program")
+    (tmp_path / "other" / ".lock").write_text('["host", 1]')
+    (tmp_path / "other" / "data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunError, match="is not empty"), create(tmp_path / "other", {}):
         raise AssertionError
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking another process may have failed and deleted it, and a third have made a new one."""
+    run, flock, calls = Run(tmp_path), fcntl.flock, list[int]()
+
+    def late(stream: Any, how: int) -> None:
+        if not calls:
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".lock").touch()
+        calls.append(how)
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with run.lock() as held:
+        assert os.fstat(held.fileno()).st_ino == (tmp_path / ".lock").stat().st_ino and len(calls) == 2
+        assert run.busy()
+
+
+def test_a_finished_run_is_read_without_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.append("state", state="running")
+    assert run.state() == "interrupted"
+
+    def ends(_: Run) -> bool:
+        run.append("state", state="succeeded")  # after the log was read, and before the lock is asked
+        return False
+
+    monkeypatch.setattr(Run, "busy", ends)
+    assert run.state() == "succeeded"
+    monkeypatch.setattr(Run, "busy", lambda _: 1 / 0)  # a disk that knows no locks
+    assert run.state() == "succeeded"
+
+
+def test_a_record_of_another_version_is_one_line(tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    known = json.loads((run / "run.json").read_text())
+    known["recipe"]["threads"] = 8192
+    (run / "run.json").write_text(json.dumps(known))
+    with pytest.raises(RunError, match=r"of another version: .*threads"):
+        run.recipe()
 
 
 def test_resume_refuses_before_it_writes_and_knows_the_same_setting(
@@ -319,10 +389,35 @@ def test_resume_refuses_before_it_writes_and_knows_the_same_setting(
     monkeypatch.setattr(api.planning, "prepare", lambda *_: 1 / 0)
     with pytest.raises(UsageError, match="until job: only a service"):  # before any row is read
         api.train("echo", provider="fake", until="job")
-    assert api.resume("r", dataset="echo", **given) == run or run.log_size() == before
-    full = {"model": "gpt-4o-mini-2024-07-18", "base_url": "https://api.openai.com/v1"}
-    recipe = msgspec.structs.replace(Recipe(provider="openai"), **full)
-    short = {"model": "gpt-4o-mini", "base_url": "https://api.openai.com/v1/"}
-    assert changes(recipe, short, in_full=in_full) == {}
-    with pytest.raises(UsageError, match="is not the run's"):
-        changes(recipe, {"model": "gpt-4.1"}, in_full=in_full)
+    assert str(api.resume("r", dataset="echo", **given)) == "r"
+    assert not list(run.events("changed"))
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "given", "alike"),
+    [
+        (OPENAI, "gpt-4o-mini-2024-07-18", {"model": "gpt-4o-mini", "base_url": f"{OPENAI}/"}, True),
+        (OPENAI, "gpt-4o-mini-2024-07-18", {"model": "gpt-4.1"}, False),
+        (OPENAI, "gpt-4o-mini-2024-07-18", {"model": "gpt-4x-mine"}, False),
+        ("http://localhost:8000/v1", "gpt-4o-mini", {"model": "gpt-4o-mini"}, True),  # as it has the name
+        (
+            "http://localhost:8000/v1",
+            "gpt-4x-mine",
+            {"model": "gpt-4x-mine", "base_url": "http://localhost:8000/v1/"},
+            True,
+        ),
+        ("http://localhost:8000/v1", "gpt-4x-mine", {"base_url": "http://localhost:9000/v1"}, False),
+    ],
+)
+def test_a_services_names_are_those_of_the_run(
+    url: str, model: str, given: dict[str, str], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The address of now is no part of it."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "not an address")
+    recipe = Recipe(provider="openai", model=model, base_url=url)
+    assert changes(recipe, {}, None, same) == {}
+    if alike:
+        assert changes(recipe, given, None, same) == {}
+    else:
+        with pytest.raises(UsageError, match="is not the run's"):
+            changes(recipe, given, None, same)

@@ -157,6 +157,8 @@ def test_a_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     told = ["auto: small sets need many", "steps, large ones even ones"]
     assert lines == [f"  batch_size   4  {told[0]}", " " * 18 + told[1], "  seed        42  default"]
     assert max(map(len, lines)) == 45
+    path = "my/customer-support/data-set.jsonl"  # can be pasted
+    assert table([("a", f"{path} and more words")]).splitlines() == [f"  a  {path} and", "     more words"]
     monkeypatch.setenv("COLUMNS", "30")  # too narrow to be of use
     assert table(rows) == whole
 

@@ -185,7 +185,8 @@ def table(rows: list[tuple[Any, ...]], indent: str = "  ") -> str:
     room = shutil.get_terminal_size().columns - place
     if sys.stdout.isatty() and LEAST <= room < max(widths[-1:], default=0):
         below = "\n" + " " * place
-        texts = [[*row[:-1], below.join(textwrap.wrap(row[-1], room, break_long_words=False))] for row in texts]
+        wrapped = (textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) for row in texts)
+        texts = [[*row[:-1], below.join(lines)] for row, lines in zip(texts, wrapped, strict=True)]
         widths[-1] = 0
     lines = [
         "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)).rstrip()

@@ -7,6 +7,7 @@ many runs.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -30,6 +31,7 @@ from tunesmith.preflight import GPUS
 FORM = 3  # of what is kept: another number, and nothing kept before is used
 HEAT = 0.8  # temperature of further answers
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "tunesmith")
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 WORST = 1e9  # nats: of a row that a model gives no number for (JSON has no infinity)
 CONTEXTS = 4  # other rows' contexts that each suspect's answer is tried with
 
@@ -215,14 +217,19 @@ def _key(name: str, ask: Ask, template: str | None) -> str:
     whose device decides the precision. Two models are compared as heard on one."""
     digest = hashlib.sha256(msgspec.json.encode(ask))
     libraries = [layout.version_of(name) for name in LIBRARIES]
-    machine = (
-        platform.node(),
-        [device for device in GPUS if os.path.exists(device)],
-    )  # torch takes seconds to be asked
-    variables = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")]  # an empty one hides all
+    machine = processor(), [device for device in GPUS if os.path.exists(device)]  # torch takes seconds to be asked
+    variables = [os.environ.get(name) for name in VARIABLES]  # an empty one hides all GPUs
     digest.update(repr((FORM, template, libraries, machine, variables)).encode())
     digest.update(_model_hash(find(name)).encode())
     return digest.hexdigest()[:32]
+
+
+@functools.cache
+def processor() -> str:
+    """The model of this machine's processor, by which sums come out."""
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as stream:
+        return next(line for line in stream if line.startswith("model name")).strip()
+    return platform.machine() + platform.processor()
 
 
 def _model_hash(folder: Path) -> str:

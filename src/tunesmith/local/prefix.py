@@ -198,7 +198,8 @@ class Rows:
         if self.found:
             self._file = np.memmap(path, np.float32, "r", shape=size)
             self._have[:], self._missing = True, 0
-            os.utime(path)
+            with suppress(OSError):  # another user's: its time of last use is theirs to keep
+                os.utime(path)
         else:
             self._building = begun(path)
             self._abandon = weakref.finalize(self, self._building.unlink, missing_ok=True)

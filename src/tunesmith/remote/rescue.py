@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def rescue(service: Service, folder: Path, say: Callable[[str], None] = lambda _
     named(service.base_url)
     folder.mkdir(parents=True, exist_ok=True)
     tidy(folder, math.inf)  # only what a killed process had begun: nothing here is a cache
+    for begun_once in folder.glob("*.tmp"):  # also in a container that is no more: nobody holds its lock
+        old = time.time() - begun_once.stat().st_mtime > 60  # one that is just being given its name has no lock either
+        if old and (begun_once / ".lock").exists() and not Run(begun_once).busy():
+            shutil.rmtree(begun_once, ignore_errors=True)
     done = Rescued(str(folder), service.base_url)
     files = list(service.files())
     for n, file in enumerate(files, 1):

@@ -23,6 +23,7 @@ ABSENT: dict[str, Any] = {  # what is not offered, and what says the same as not
 }
 SHRINKS = 4  # times that a tokenizer may make a text shorter before it looks at it (composed letters)
 PARTS = ("role", "content", "refusal", "name", "tool_calls", "tool_call_id", "function_call")  # of a message
+OF_ASSISTANTS = ("refusal", "tool_calls", "function_call")
 
 
 def refuse(body: ChatRequest) -> None:
@@ -49,14 +50,19 @@ def messages(given: list[dict[str, Any]]) -> list[Message]:
             )
         if more := next((key for key, value in message.items() if key not in PARTS and value), None):
             raise Refusal(400, f"Unrecognized request argument supplied: {place}.{more}", param=f"{place}.{more}")
-        content = message.get("refusal") if message.get("content") is None else message["content"]
+        if role != "assistant" and (given_to := next((key for key in OF_ASSISTANTS if message.get(key)), None)):
+            raise Refusal(400, "Only an assistant's message has it", param=f"{place}.{given_to}")
+        if message.get("refusal") and message.get("content"):
+            raise Refusal(400, "An answer or a refusal, not both", param=f"{place}.refusal")
+        content = message.get("refusal") or message.get("content")
         if isinstance(content, list):
             content = "".join(_part(part, f"{place}.content") for part in content)
         calls, call = message.get("tool_calls"), message.get("function_call")
-        if not calls and isinstance(call, dict):  # the older way to write one
+        if not calls and isinstance(call, dict) and isinstance(call.get("name"), str):  # the older way to write one
             calls = [{"type": "function", "function": call}]
         elif call is not None:
-            raise Refusal(400, "Expected an object, without 'tool_calls' beside it", param=f"{place}.function_call")
+            words = "Expected an object with a name, and no 'tool_calls' beside it"
+            raise Refusal(400, words, param=f"{place}.function_call")
         if content is None and not calls and role != "assistant" or not isinstance(content, str | None):
             raise Refusal(400, "Expected a string or an array of parts", param=f"{place}.content")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):

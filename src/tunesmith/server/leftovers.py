@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tunesmith.server import store as db
 from tunesmith.server.store import Blobs, Store
 
 LOST = ("failed", "cancelled")
+log = logging.getLogger("tunesmith.server")
 
 
 def drop_parts(store: Store, blobs: Blobs, upload: str) -> None:
@@ -72,8 +73,10 @@ def free_deleted(store: Store, data_dir: Path) -> None:
     for id, name, _, has_models, status in known:
         run = Run(data_dir / "jobs" / id / "run")
         if not has_models and status in ENDED and name not in needed and not run.busy():
-            with suppress(FileNotFoundError):  # what a job's end leaves is being deleted too
+            try:
                 free(run)
+            except OSError:  # again when the next model is deleted, or the server starts
+                log.exception("weights stay", extra={"about": {"job": id}})
 
 
 def tidy(store: Store, run: Run, job: dict[str, Any]) -> None:

@@ -39,9 +39,7 @@ ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that 
 PREPARING = 3600  # seconds that checking a job's files may take
 PATIENCE = 30.0  # seconds that a worker has for its last checkpoint
 ATTEMPTS = 8  # times that a worker may end without having got on before its job fails
-ERRORS = (
-    10  # of this server's own with one job in a row, each waited for twice as long: after a quarter of an hour it fails
-)
+ERRORS = 11  # of this server's own with one job in a row, each waited for twice as long: after 17 minutes it fails
 
 
 class Supervisor:
