@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from reading import read
 from recomputed import Recomputed, leaves
 from training import fit
 from tunesmith import api
+from tunesmith.conversation import Conversation, Message
 from tunesmith.data.persona import names, persona
 from tunesmith.errors import DataError, UsageError
-from tunesmith.evaluation import report
+from tunesmith.evaluation import observe, report
 from tunesmith.evaluation.evaluate import kept
 from tunesmith.evaluation.result import Evaluation
 from tunesmith.runs import Run
@@ -354,3 +356,21 @@ def test_a_base_without_template_is_judged_on_the_form_of_the_run(tiny: Path, da
     assert as_trained != pytest.approx(as_chat, rel=1e-4)
     found = api.evaluate(run, rows=1)
     assert found.metrics[0].base * found.tokens == pytest.approx(as_trained)
+
+
+def test_nothing_is_scored_twice() -> None:
+    """A row of one turn is a test row, its own last turn, and a suspect in its own context."""
+    given = [Conversation((Message("user", f"q{i}"), Message("assistant", "a" * (i + 1)))) for i in range(10)]
+    asked: list[str] = []
+
+    def scorer(part: list[Conversation]) -> list[Any]:
+        asked.extend(row.digest() for row in part)
+        return [SimpleNamespace(loss=len(row.answer()) + 0.5, tokens=3, right=1, bins=[], cut=False) for row in part]
+
+    ask, chat = observe.Ask(given, shuffled=True, suspects=given), SimpleNamespace(said=lambda *_: [])
+    told: list[float] = []
+    found = observe._asked(ask, chat, scorer, "x", lambda rows, share, what: told.append(share))  # type: ignore[arg-type]
+    assert len(asked) == len(set(asked)) < 60 and set(asked) > {row.digest() for row in given}
+    assert [h.loss for h in found.heard] == [len(row.answer()) + 0.5 for row in given]
+    assert [h.context and h.context[0] for h in found.heard] == [h.loss for h in found.heard]
+    assert len(found.gains) == 10 and told == sorted(told) and told[-1] == 1.0

@@ -109,12 +109,17 @@ def _asked(ask: Ask, chat: backends.Completer, scorer: Callable[..., Any], doing
         sum(map(len, scored)) + 4 * writing, len(ask.rows), doing, progress
     )  # an answer takes longer than a score
 
+    known: dict[str, Any] = {}  # scores by what was scored: a row of one turn is asked for twice, or three times
+
     def score(rows: list[Conversation]) -> list[Any]:
-        found: list[Any] = []
-        for start in range(0, len(rows), 64):
-            found += scorer(rows[start : start + 64])
-            tally(len(rows[start : start + 64]))
-        return found
+        digests = [row.digest() for row in rows]
+        fresh = {digest: row for digest, row in zip(digests, rows, strict=True) if digest not in known}
+        names, left = list(fresh), list(fresh.values())
+        tally(len(rows) - len(left))
+        for start in range(0, len(left), 64):
+            known.update(zip(names[start : start + 64], scorer(left[start : start + 64]), strict=True))
+            tally(len(left[start : start + 64]))
+        return [known[digest] for digest in digests]
 
     losses = score(ask.rows)
     contexts: list[tuple[float, float, int] | None] = [None] * len(ask.rows)
