@@ -75,7 +75,7 @@ MUTATIONS = {  # what is wrong: the file, a part of it, what stands there instea
     "exports that fail are deployable": (HTML, "elif e.parity.deployable", "elif not e.parity.deployable"),
     "checks that fail have passed": (HTML, "{% if c.passed %}", "{% if not c.passed %}"),
     "exports that are gone": (HTML, "'passed' if e.deployable else 'failed'", "'failed' if e.deployable else 'passed'"),
-    "exports: the oldest first": (CODE, "in reversed(list(run.events())):", "in run.events():"),
+    "exports: the oldest first": (CODE, "in reversed(list(run.events(\"export\"))):", "in run.events(\"export\"):"),
     "training for validation rows": (HTML, "fig('run.json:plan.rows.valid')", "fig('run.json:plan.rows.train')"),
     "tokens that are learnt": (HTML, "fig('run.json:plan.supervised_tokens.train')", "fig('run.json:plan.tokens.train')"),
     "where a setting came from": (HTML, "text('run.json:origin.' ~ name)", "text('run.json:recipe.' ~ name)"),

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -143,13 +143,17 @@ class Run:
         return (self / "events.jsonl").stat().st_size if (self / "events.jsonl").exists() else 0
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Add an event with the time of now: one write of a whole line, on a line of its own after a half one."""
+        """Add an event with the time of now: one write of a whole line, in the place of a half one that a kill has left."""
         if self.silent:
             return
+        import fcntl
+
         line = msgspec.json.encode({"type": kind, "time": round(time.time(), 3), **fields}) + b"\n"
         with (self / "events.jsonl").open("ab+") as stream:
-            if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
-                line = b"\n" + line
+            with suppress(OSError):  # a disk that knows no locks
+                fcntl.flock(stream, fcntl.LOCK_EX)  # what another process is writing is no half line
+            if (end := _whole(stream)) < stream.seek(0, os.SEEK_END):
+                stream.truncate(end)
             stream.write(line)
 
     def state(self) -> str:
@@ -310,6 +314,18 @@ def standing(last: Event, busy: bool) -> str:
     word = str(last.get("state", "unknown"))
     gone = word in GOING and (word != "queued" or time.time() - last["time"] > STARTING)
     return "interrupted" if gone and not busy and last.get("at") != "service" else word
+
+
+def _whole(stream: BinaryIO) -> int:
+    """Where the last whole line of a file ends."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        stream.seek(start)
+        if (found := stream.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _decode(line: bytes) -> Event | None:

@@ -406,9 +406,9 @@ def test_it_asks_first(cli: Cli, hub: Hub, run: Run) -> None:
     ("part", "status", "said"),
     [
         ("create", 401, "the Hub says 401"),
-        ("create", 403, "the Hub says 403: no, not with Bearer [key] [2J -- a token that may write to me/echo"),
-        ("create", 500, "the Hub says 500: no, not with Bearer [key] [2J -- push again later"),
-        ("commit", 503, "the Hub says 503: no, not with Bearer [key] [2J -- push again later"),
+        ("create", 403, "the Hub says 403: no, not with Bearer [key]␛[2J -- a token that may write to me/echo"),
+        ("create", 500, "the Hub says 500: no, not with Bearer [key]␛[2J -- push again later"),
+        ("commit", 503, "the Hub says 503: no, not with Bearer [key]␛[2J -- push again later"),
     ],
 )
 def test_a_refusal_is_one_line_without_the_token(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ def test_an_event_after_a_half_line_is_read_and_the_half_line_is_not(tmp_path: P
     assert len(list(run.events())) == 1
     run.append("state", state="failed")
     assert [e["state"] for e in run.events()] == ["running", "failed"] and run.state() == "failed"
+    assert all(json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines())  # for any reader
+
+
+def test_events_of_many_are_all_kept(tmp_path: Path) -> None:
+    """Also where one of them finds half a line, however long, that another process has left."""
+    with (tmp_path / "events.jsonl").open("ab") as log:
+        log.write(b'{"type":"a"}\n{"type":"step","note":"' + b"x" * 10_000)
+    threads = [threading.Thread(target=lambda: [Run(tmp_path).append("b", n=i) for i in range(100)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["a"] + ["b"] * 400
 
 
 def test_events_are_read_from_an_offset(tmp_path: Path) -> None:

@@ -131,11 +131,12 @@ def tidy(folder: Path, unused: float = UNUSED) -> None:
     used for so many seconds (its time of change is that of its last use)."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(OSError):  # another process may be at it too
-            if time.time() - entry.stat().st_mtime > unused or _abandoned(entry.name):
+            if time.time() - entry.stat().st_mtime > unused or abandoned(entry.name):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
-def _abandoned(name: str) -> bool:
+def abandoned(name: str) -> bool:
+    """Whether a name of `begun` is of a process of this machine that is gone."""
     place, _, process = name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
     if not name.endswith(".tmp") or place != host() or not process.isdecimal():
         return False

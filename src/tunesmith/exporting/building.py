@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tunesmith.data.write import begun, publish
+from tunesmith.data.write import abandoned, begun, publish
 from tunesmith.errors import UsageError
 
 YOUNG = 10.0  # seconds in which a folder may have no lock yet
@@ -72,7 +72,8 @@ def _in_work(folder: Path) -> bool:
         return False
     try:
         free = _lock(handle)
-        return not free or time.time() - os.fstat(handle).st_mtime < YOUNG
+        young = time.time() - os.fstat(handle).st_mtime < YOUNG
+        return not free or young and not abandoned(folder.name)
     finally:
         os.close(handle)
 
