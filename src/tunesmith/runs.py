@@ -155,6 +155,9 @@ class Run:
             if (end := _whole(stream)) < stream.seek(0, os.SEEK_END):
                 stream.truncate(end)
             stream.write(line)
+            stream.flush()
+            with suppress(OSError):  # said in words: a process that was forked meanwhile would keep it
+                fcntl.flock(stream, fcntl.LOCK_UN)
 
     def state(self) -> str:
         """queued, preparing, running, paused, succeeded, failed or cancelled; "interrupted" when its process is gone."""
