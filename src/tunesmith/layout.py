@@ -129,13 +129,13 @@ def refuse_taken(path: Path, ours: bool = False) -> None:
 def _left(path: Path, ours: bool) -> bool:
     """Whether a folder is a run that was not laid out whole, by a process that is gone: never one that was begun, and has lost
     its run.json."""
-    every = [entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir()]
-    known = all(LAID_OUT.fullmatch(str(entry.relative_to(path))) and not entry.is_symlink() for entry in every)
     lock, run = path / ".lock", Run(path)
     try:  # it names the process that had begun; empty where that came no further
         msgspec.json.decode(lock.read_bytes() or b'["", 0]', type=tuple[str, int])
         link = msgspec.json.decode((path / "remote.json").read_bytes()) if (path / "remote.json").exists() else {}
     except (OSError, msgspec.DecodeError):
         return False
+    every = [entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir()]
+    known = all(LAID_OUT.fullmatch(str(entry.relative_to(path))) and not entry.is_symlink() for entry in every)
     begun = len(list(run.events())) > 1 or link.get("job") or link.get("asked")
     return known and not begun and (lock.stat().st_size > 0 or every == [lock]) and (ours or not run.busy())
