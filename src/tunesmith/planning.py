@@ -25,7 +25,7 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.models import STARTER, ModelFacts, facts, find, linear_modules
 from tunesmith.preflight import idle_settings, long_warmup, refuse_impossible
 from tunesmith.preparing import MOST_HELD_OUT, Data, prepare_data
-from tunesmith.recipe import FACTS, Recipe, need_dataset
+from tunesmith.recipe import FACTS, MOST_CORES, Recipe, need_dataset
 from tunesmith.render import Renderer, chosen_template, own_template
 from tunesmith.tokens import Tokens
 
@@ -136,7 +136,7 @@ def _alpha(recipe: Recipe) -> tuple[int, str]:
 def _threads(recipe: Recipe) -> tuple[int, str]:
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdigit() and int(said):
-        return min(int(said), 4096), "OMP_NUM_THREADS"
+        return min(int(said), MOST_CORES), "OMP_NUM_THREADS"
     return max(
         1, cores() // recipe.nproc
     ), "every core" if recipe.nproc == 1 else f"every core, for {recipe.nproc} processes"

@@ -20,7 +20,8 @@ from tunesmith.errors import UsageError
 FACTS = Path(__file__).parent / "facts"
 Auto = Literal["auto"]
 Count = Annotated[int, Meta(gt=0)]
-Cores = Annotated[int, Meta(gt=0, le=4096)]  # no machine has more; a system refuses far more threads than that
+MOST_CORES = 4096  # no machine has more; a system refuses far more threads than that
+Cores = Annotated[int, Meta(gt=0, le=MOST_CORES)]
 Whole = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Positive = Annotated[float, Meta(gt=0)]

@@ -122,9 +122,8 @@ def _typed(name: str, value: Any, place: str) -> Any:
         value = ",".join(map(str, value))
     try:
         value = msgspec.convert(value, field.type, strict=not isinstance(value, str))
-        if (
-            value in ("", math.inf) or isinstance(value, int) and value >= 2**63
-        ):  # neither JSON nor torch has such numbers
+        beyond = value == math.inf or isinstance(value, int) and value >= 2**63  # numbers of neither JSON nor torch
+        if value == "" or beyond:
             raise msgspec.ValidationError
     except msgspec.ValidationError:
         fix = f"that is a task of tunesmith evaluate: --task {value}" if (name, value) in EVALUATED else field.help

@@ -123,7 +123,7 @@ class Side:
 
 def shown(sides: Sequence[Side], streams: Sequence[Iterator[str]]) -> list[str]:
     """The answers, written to stdout as they come: two in columns where the terminal has room for them, else in turn."""
-    from tunesmith.cli.columns import LEAST, Columns, shown
+    from tunesmith.cli.columns import LEAST, Columns, drawable
 
     texts = [""] * len(sides)
     size = shutil.get_terminal_size()
@@ -144,7 +144,7 @@ def shown(sides: Sequence[Side], streams: Sequence[Iterator[str]]) -> list[str]:
             _write(f"── {sides[at].name}\n")
         for piece in stream:
             texts[at] += piece
-            _write(shown(piece) if sys.stdout.isatty() else piece)
+            _write(drawable(piece) if sys.stdout.isatty() else piece)
         _write("\n")
     return [text.strip() for text in texts]
 

@@ -18,7 +18,7 @@ GAP = " │ "
 _PIECES = re.compile(r"\n| +|[^\n ]+")
 
 
-def shown(text: str) -> str:
+def drawable(text: str) -> str:
     """A piece of a model's answer as a terminal may have it."""
     return harmless(text.replace("\r", "").replace("\t", "    "))
 
@@ -79,7 +79,7 @@ class Columns:
         self._open = {*range(len(titles))}
         self._done = 0  # rows that can no longer change
         self._drawn: list[str] = []  # those below, as they stand on the screen, the cursor behind the last
-        heads = [cut(shown(title).replace("\n", " "), self._width)[0] for title in titles]
+        heads = [cut(drawable(title).replace("\n", " "), self._width)[0] for title in titles]
         write(self._line(heads) + "\n" + "─┼─".join("─" * self._width for _ in titles))
 
     def add(self, side: int, piece: str) -> None:
@@ -87,7 +87,7 @@ class Columns:
         rows = self._rows[side]
         if rows == [""]:
             piece = piece.lstrip()
-        rows[-1:] = wrap(rows[-1] + shown(piece), self._width)
+        rows[-1:] = wrap(rows[-1] + drawable(piece), self._width)
         self._draw(self._done + self._lines - 1)
 
     def end(self, side: int) -> None:
