@@ -154,10 +154,11 @@ def train(
         return _together(lambda: (_laid_out(ready()), None), on_event)
     prepared = ready()
     provider = prepared.plan.recipe.provider
-    backend = backends.get(provider)
-    run = backend.submit(prepared, planning.output_path(prepared.plan.recipe))
-    del prepared  # the rows are on disk now
-    return backends.watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
+    backend, path = backends.get(provider), planning.output_path(prepared.plan.recipe)
+    with backends.interruptible(backend, path):
+        run = backend.submit(prepared, path)
+        del prepared  # the rows are on disk now
+        return backends.watch(run, backend, on_event) if until == "end" else _begin(run, until, on_event)
 
 
 def _refuse_until(until: str, provider: str) -> None:
@@ -236,13 +237,14 @@ def resume(
 
     if launched():
         return _together(ready, on_event)
-    ready()
     backend = backends.get(provider)
-    offset = run.log_size()
-    if until != "end":
-        return _begin(run, until, on_event, offset)
-    backend.resume(run, step)
-    return backends.watch(run, backend, on_event, offset)
+    with backends.interruptible(backend, run.path):
+        ready()
+        offset = run.log_size()
+        if until != "end":
+            return _begin(run, until, on_event, offset)
+        backend.resume(run, step)
+        return backends.watch(run, backend, on_event, offset)
 
 
 def state_of(path: str | os.PathLike[str]) -> str:

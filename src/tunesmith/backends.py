@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -43,8 +44,11 @@ class Backend(Protocol):
         """Ask the work to stop; a local run checkpoints first, unless it has to end `at_once`."""
         ...
 
-    def interrupt(self, run: Run) -> None:
-        """What Ctrl-C does to who is watching: ask the work to stop, or raise Interrupted where it goes on without us."""
+    def interrupt(self, run: Run, at_once: bool = False) -> None:
+        """What Ctrl-C does to who is watching: ask the work to stop.
+
+        Raises Interrupted, which says how to go on, where the work goes on without us, or where it had to end `at_once`.
+        """
         ...
 
     def act(self, run: Run, what: str) -> str:
@@ -134,8 +138,10 @@ class FakeBackend:
         if run.state() not in ("succeeded", "failed"):
             run.append("state", state="cancelled")
 
-    def interrupt(self, run: Run) -> None:
+    def interrupt(self, run: Run, at_once: bool = False) -> None:
         self.cancel(run)
+        if at_once:
+            raise stopped(run)
 
     def act(self, run: Run, what: str) -> str:
         if what != "cancel":
@@ -166,9 +172,22 @@ class Echo:
         return [(text, True, 0) for text in self(prompts)]
 
 
+@contextmanager
+def interruptible(backend: Backend, path: Path) -> Iterator[None]:
+    """Around all that begins, or goes on with, the run at `path`: a Ctrl-C at any moment after it was laid out raises
+    Interrupted, which says how to go on. That of `watch` is gentler."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run = Run(path)
+        if (run / "run.json").exists() and run.state() != "succeeded":
+            backend.interrupt(run, at_once=True)
+        raise
+
+
 def watch(run: Run, backend: Backend, on_event: Callable[[Run, Event], None] | None = None, offset: int = 0) -> Run:
-    """Pass on events until the run ends. Ctrl-C asks a local worker to stop (a second one ends us, and so the worker), and
-    leaves a job at a service alone: then Interrupted says how to come back to it."""
+    """Pass on events until the run ends. Ctrl-C asks a local worker to stop (a second one is passed on), and leaves a job at a
+    service alone: then Interrupted says how to come back to it."""
     return follow(run, backend.poll, backend.interrupt, on_event, offset)
 
 

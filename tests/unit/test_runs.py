@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +144,50 @@ def test_a_run_that_has_succeeded_stays_so(tiny: Path, tmp_path: Path, data: Pat
     assert backend.LocalBackend().poll(run) == "succeeded" == run.state()
 
 
-def test_ctrl_c_while_the_worker_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends, and the message says how to go on."""
-    run, begun = made(tmp_path / "run"), list["subprocess.Popen[bytes]"]()
+def interrupted(after: int) -> Callable[..., Any]:
+    """In the place of a method: the method, and a Ctrl-C after it; or before it, where `after` is 0."""
 
-    class Table(dict[str, "subprocess.Popen[bytes]"]):
-        def __setitem__(self, name: str, process: subprocess.Popen[bytes]) -> None:
-            super().__setitem__(name, process)
-            begun.append(process)
+    def instead(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if after:
+                method(*arguments, **named)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(backend, "_workers", Table())
-    with pytest.raises(Interrupted, match="stopped before its first step -- go on with: tunesmith train --resume "):
-        backend.LocalBackend().resume(run)
-    with begun[0]:
-        assert begun[0].wait(timeout=20) == -signal.SIGKILL and run.state() == "cancelled"
+        return call
+
+    return instead
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "after"),
+    [
+        (Run, "append", 0),  # its first word, while it is laid out
+        (Run, "append", 1),
+        (backend.LocalBackend, "submit", 0),
+        (backend.LocalBackend, "submit", 1),
+        (backend.LocalBackend, "resume", 0),
+        (backend.LocalBackend, "resume", 1),
+        (backend.subprocess, "Popen", 0),
+        (backend.LocalBackend, "poll", 0),  # again and again: the first is heard, the second ends it at once
+        (backend.LocalBackend, "poll", 1),
+    ],
+)
+def test_ctrl_c_at_any_moment_says_how_to_go_on(
+    place: Any, name: str, after: int, tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or leaves nothing, where the run was not laid out yet."""
+    path, method = tmp_path / "run", getattr(place, name)
+    monkeypatch.setattr(place, name, interrupted(after)(method))
+    laid_out = name != "append" and (name, after) != ("submit", 0)
+    with pytest.raises(Interrupted if laid_out else KeyboardInterrupt) as error:
+        api.train(data, model=str(tiny), output_dir=str(path), max_steps=2)
+    if laid_out:
+        assert re.search("stopped before its first step -- go on with: tunesmith train --resume ", str(error.value))
+        assert Run(path).last("state")["state"] == "cancelled"
+    assert path.exists() == laid_out and not backend._workers
+    monkeypatch.undo()
+    if laid_out:
+        assert api.resume(path).state() == "succeeded"
 
 
 def test_commands_in_messages_can_be_pasted(tmp_path: Path) -> None:

@@ -38,16 +38,11 @@ class LocalBackend:
         _refuse_missing()
         command = [sys.executable, "-m", "tunesmith.local.worker", str(run), "--attached"]
         command += [] if step is None else ["--step", str(step)]
-        try:
-            run.append("state", state="queued")  # so that an older word is not taken for this worker's
-            with (run / "worker.log").open("ab") as log:
-                _workers[str(run)] = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(), start_new_session=True
-                )
-        except KeyboardInterrupt:  # a worker that is not in the table yet ends when its standard input closes
-            self.cancel(run, at_once=True)
-            run.append("state", state="cancelled")
-            raise stopped(run) from None
+        run.append("state", state="queued")  # so that an older word is not taken for this worker's
+        with (run / "worker.log").open("ab") as log:
+            _workers[str(run)] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(), start_new_session=True
+            )
 
     def poll(self, run: Run) -> str:
         """The run's own word; "failed" as soon as a worker of ours is gone without having said how it ended."""
@@ -57,9 +52,7 @@ class LocalBackend:
         code = worker.poll()
         if code is None:
             return "running"
-        _workers.pop(str(run))
-        if worker.stdin:
-            worker.stdin.close()
+        _forget(run)
         if code == LOCKED:
             raise RunError("another process is training this run", where=str(run), fix="wait for it, or stop it first")
         state = run.state()
@@ -90,8 +83,14 @@ class LocalBackend:
             else:
                 worker.terminate()
 
-    def interrupt(self, run: Run) -> None:
-        self.cancel(run)
+    def interrupt(self, run: Run, at_once: bool = False) -> None:
+        self.cancel(run, at_once)
+        if not at_once:
+            return
+        _forget(run)  # one that is not in the table yet ends when its standard input closes
+        if run.state() != "succeeded":
+            run.append("state", state="cancelled")
+            raise stopped(run) from None
 
     def act(self, run: Run, what: str) -> str:
         """Cancelling from another process asks the worker by the number in its lock."""
@@ -116,6 +115,14 @@ class LocalBackend:
 
         chat: Any = Chat(model, template)
         return chat  # type: ignore[no-any-return]
+
+
+def _forget(run: Run) -> None:
+    """Wait for the end of a run's worker, if there is one."""
+    if worker := _workers.pop(str(run), None):
+        worker.wait()
+        if worker.stdin:
+            worker.stdin.close()
 
 
 def _refuse_missing() -> None:

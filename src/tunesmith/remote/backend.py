@@ -110,7 +110,7 @@ class OpenAIBackend:
         sent and a job asked for: who merely watches starts nothing."""
         return _of(run).look()
 
-    def interrupt(self, run: Run) -> None:
+    def interrupt(self, run: Run, at_once: bool = False) -> None:
         """Ctrl-C leaves the job alone."""
         link = Link.of(run)
         how = f"follow it: tunesmith runs watch {run:q}; stop it: tunesmith runs cancel {run:q}"
