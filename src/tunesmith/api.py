@@ -18,7 +18,7 @@ from tunesmith.data.check import Loaded
 from tunesmith.data.check import load as load_checked
 from tunesmith.data.scan import Progress
 from tunesmith.errors import RunError, UsageError
-from tunesmith.layout import refuse_taken
+from tunesmith.layout import output_path, refuse_taken
 from tunesmith.models import find
 from tunesmith.preflight import launched, refuse_impossible
 from tunesmith.recipe import Recipe
@@ -154,7 +154,7 @@ def train(
         return _together(lambda: (_laid_out(ready()), None), on_event)
     prepared = ready()
     provider = prepared.plan.recipe.provider
-    backend, path = backends.get(provider), planning.output_path(prepared.plan.recipe)
+    backend, path = backends.get(provider), output_path(prepared.plan.recipe)
     with backends.interruptible(backend, path):
         run = backend.submit(prepared, path)
         del prepared  # the rows are on disk now
@@ -186,7 +186,7 @@ def _laid_out(prepared: planning.Prepared) -> Run:
         raise UsageError(
             "only training on this machine can be shared by processes", where="provider", fix="huggingface"
         )
-    return lay_out(prepared, planning.output_path(prepared.plan.recipe))
+    return lay_out(prepared, output_path(prepared.plan.recipe))
 
 
 def _together(begin: Callable[[], tuple[Run, int | None]], on_event: Callable[[Run, Event], None] | None) -> Run:

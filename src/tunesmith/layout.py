@@ -17,6 +17,7 @@ import msgspec
 
 from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
 from tunesmith.errors import RunError
+from tunesmith.recipe import Recipe, need_dataset
 from tunesmith.runs import TEMPLATE, Run
 
 if TYPE_CHECKING:
@@ -77,6 +78,18 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def output_path(recipe: Recipe) -> Path:
+    """Where the run goes: exactly --output-dir, else RUNS_DIR/TASK_DATASET, with -2, -3 … when that is taken."""
+    if recipe.output_dir:
+        return Path(recipe.output_dir).expanduser()
+    name = Path(need_dataset(recipe).rstrip("/")).name.split(".")[0]
+    base = Path(recipe.runs_dir).expanduser() / f"{recipe.task}_{name}"
+    path, number = base, 2
+    while not is_free(path):
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
 @contextmanager
 def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
     """A new run directory, to be filled inside the `with`: run.json, which makes it a run, is written last.
@@ -109,14 +122,13 @@ def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
 
 
 def refuse_taken(path: Path, ours: bool = False) -> None:
-    """RunError unless `path` is free (absent, an empty folder, or what a process left that was killed while it laid out a run
-    there) and can be written. `ours`: its lock is held by this process."""
+    """RunError unless `path` is free and can be written. `ours`: its lock is held by this process."""
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(above, os.W_OK):
         raise RunError("cannot be written", where=str(above), fix="choose another --output-dir")
     if path.is_file():
         raise RunError("the output directory is a file", where=str(path), fix="choose another --output-dir")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not _left(path, ours):
+    if not is_free(path, ours):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
         fix = (
             f"choose another --output-dir (--runs-dir is a folder for many), or go on with --resume {Run(path):q}"
@@ -124,6 +136,11 @@ def refuse_taken(path: Path, ours: bool = False) -> None:
             else "choose another --output-dir"
         )
         raise RunError(f"the output directory {what}", where=str(path), fix=fix)
+
+
+def is_free(path: Path, ours: bool = False) -> bool:
+    """Whether it is absent, an empty folder, or what a process left that was killed while it laid out a run there."""
+    return not path.exists() or path.is_dir() and (not any(path.iterdir()) or _left(path, ours))
 
 
 def _left(path: Path, ours: bool) -> bool:

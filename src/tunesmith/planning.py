@@ -239,15 +239,3 @@ def _plan(
         ),
         issues=issues,
     )
-
-
-def output_path(recipe: Recipe) -> Path:
-    """Where the run goes: exactly --output-dir, else RUNS_DIR/TASK_DATASET, with -2, -3 … when that is taken."""
-    if recipe.output_dir:
-        return Path(recipe.output_dir).expanduser()
-    name = Path(need_dataset(recipe).rstrip("/")).name.split(".")[0]
-    base = Path(recipe.runs_dir).expanduser() / f"{recipe.task}_{name}"
-    path, number = base, 2
-    while path.exists() and any(path.iterdir()):
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path

@@ -150,7 +150,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "paged_adamw_8bit"],
         opt(
-            "training", "8bit: two bytes of state a weight instead of eight; paged: swapped out of a full GPU", "optim"
+            "training",
+            "8bit: two bytes of state a weight instead of eight; paged: swapped out of a full GPU (without one: as 8bit)",
+            "optim",
         ),
     ] = "adamw"
     adam_beta1: Annotated[Share, opt("training", "decay of the first moment", unit="factor")] = 0.9

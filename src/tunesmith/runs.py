@@ -34,6 +34,7 @@ Event = dict[str, Any]  # an object of events.jsonl
 TEMPLATE = "data/chat_template.jinja"
 ENDED = ("succeeded", "failed", "cancelled")  # states that stay, of a run and of a job
 GOING = ("queued", "preparing", "running")
+RISE = 1.02  # of a validation loss over the lowest: less is within what a few hundred rows waver
 ROW_LOSSES = "row_losses.npy"
 STARTING = 60.0  # seconds that a worker may take to hold the run's lock; at most two were seen, beside other work
 _MODEL = re.compile(r"best_model|final_model|checkpoint-step-\d+")  # folders of a run that hold one

@@ -455,7 +455,7 @@ def test_step_by_step(hostile: Hostile, settings: dict[str, Any], cli: Any) -> N
     run = Run(settings["output_dir"])
     done = cli("train", *flags, "--yes", "--until", "files")
     assert done.code == 0 and len(hostile.files) == 2 and not hostile.jobs, done.err
-    assert f"train --resume {run}" in done.err
+    assert f"train --resume {run}" in done.err and run.state() == "paused"
     done = cli("train", "--resume", run, "--until", "job", "--json")
     assert done.code == 0 and len(hostile.jobs) == 1 and done.json()["status"] == "queued", done.err
     assert hostile.count("GET /fine_tuning/jobs/ftjob-000") == 0

@@ -255,7 +255,7 @@ def test_the_first_command(row: Row, trained: Callable[..., Run], own: None, her
     for folder in (run / "final_model", run / "best_model", run.path):
         assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 6e6
     assert api.prepare(dataset="datasets/chat_data.jsonl", model="starter").plan.rows["train"] == 44
-    from tunesmith.planning import output_path
+    from tunesmith.layout import output_path
 
     assert output_path(run.recipe()).name == "chat_chat_data-2"
 

@@ -320,6 +320,21 @@ def test_the_servers_own_errors_are_waited_out_and_stop_nothing_else(
     assert row and row["status"] == "failed" and row["error"]["message"].endswith("with this job: OSError")
 
 
+def test_what_is_trained_is_not_lost_to_the_servers_own_errors(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, backend, id, run = mortal(tiny, tmp_path)
+    now = [0.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor, "results", lambda _: 1 / 0)
+    run.append("state", state="succeeded")
+    backend.word = "succeeded"
+    for _ in range(2 * supervisor.ERRORS):
+        made.supervisor.look()
+        now[0] += 2.0**supervisor.ERRORS
+    assert status(made, id) == "running" and made.supervisor._errors[id][0] == 2 * supervisor.ERRORS
+
+
 def test_weights_stay_while_another_job_needs_them(tiny: Path, tmp_path: Path) -> None:
     made = service(tmp_path / "data", tiny)
 

@@ -17,6 +17,7 @@ from conftest import rows, write
 from training import fit, losses, weights
 from tunesmith import api, planning, preparing
 from tunesmith.errors import DataError, UsageError
+from tunesmith.layout import output_path
 from tunesmith.local import batches
 from tunesmith.planning import Plan
 from tunesmith.recipe import Recipe, fields
@@ -192,7 +193,7 @@ def _(b: Bench) -> None:
 
 @proves("task")
 def _(b: Bench) -> None:
-    assert planning.output_path(b.plan(task="code").recipe) == Path("fine_tuned_models/code_data")
+    assert output_path(b.plan(task="code").recipe) == Path("fine_tuned_models/code_data")
     assert b.plan(dataset="echo", task="code").recipe.persona == "none"
 
 
@@ -496,11 +497,11 @@ def _(b: Bench) -> None:
 
 @proves("output_dir", "runs_dir")
 def _(b: Bench) -> None:
-    assert planning.output_path(b.plan(output_dir="x/y").recipe) == Path("x/y")
-    path = planning.output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe)
+    assert output_path(b.plan(output_dir="x/y").recipe) == Path("x/y")
+    path = output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe)
     assert path == b.folder / "runs" / "chat_data"
     (path / "full").mkdir(parents=True)
-    assert planning.output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe) == b.folder / "runs" / "chat_data-2"
+    assert output_path(b.plan(runs_dir=str(b.folder / "runs")).recipe) == b.folder / "runs" / "chat_data-2"
 
 
 def test_no_setting_lacks_a_proof() -> None:

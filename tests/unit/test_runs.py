@@ -24,7 +24,7 @@ from tunesmith import api
 from tunesmith.cli import main
 from tunesmith.errors import Interrupted, RunError, TunesmithError, UsageError
 from tunesmith.hosted import OPENAI, same
-from tunesmith.layout import create
+from tunesmith.layout import create, output_path
 from tunesmith.local import backend
 from tunesmith.local.loop import train
 from tunesmith.recipe import Recipe
@@ -341,8 +341,12 @@ with create(Path({str(tmp_path / "run")!r}), {{}}) as run:
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "data" / "train.jsonl").exists()
-    with create(tmp_path / "run", {}) as run:
+    unnamed = Recipe(dataset="run.jsonl", runs_dir=str(tmp_path))
+    (tmp_path / "run").rename(tmp_path / "chat_run")
+    assert output_path(unnamed) == tmp_path / "chat_run"  # also where nobody names it again
+    with create(tmp_path / "chat_run", {}) as run:
         assert not list((run / "data").iterdir())
+    assert output_path(unnamed) == tmp_path / "chat_run-2"
 
 
 @pytest.mark.parametrize(

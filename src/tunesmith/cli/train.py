@@ -89,7 +89,7 @@ def _write_prepared(prepared: Prepared, as_json: bool) -> int:
     from pathlib import Path
 
     from tunesmith.data.write import as_row, write_jsonl
-    from tunesmith.planning import output_path
+    from tunesmith.layout import output_path
 
     folder = output_path(prepared.plan.recipe)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import msgspec
@@ -20,13 +19,12 @@ from tunesmith.evaluation.syntax import code_of, continued, kinds, language, par
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """`heard` with `passed` filled in where a row has tests. `endings`: how many answers ended in each way (sandbox.Status).
+    """`heard` with `passed` filled in where a row has tests.
 
     `note`: why nothing was run, where this machine cannot shut a program in; "" otherwise.
     """
 
     heard: list[Heard]
-    endings: dict[str, int] = {}
     note: str = ""
 
 
@@ -54,10 +52,9 @@ def judge(
     if different and not (able := sandbox.run("", "", limits, allow)).passed:
         return Judged(list(heard), note=f"no code was run: {able.error}")
     ended = dict(zip(different, sandbox.run_all(different, limits, allow, progress=progress), strict=True))
-    endings: Counter[str] = Counter(ended[pair].status if pair else "failed" for pairs in asked for pair in pairs)
     passed = [[pair is not None and ended[pair].passed for pair in pairs] for pairs in asked]
     kept = [msgspec.structs.replace(one, passed=each) for one, each in zip(heard, passed, strict=True)]
-    return Judged(kept, dict(endings))
+    return Judged(kept)
 
 
 def test_of(row: Conversation) -> str | None:

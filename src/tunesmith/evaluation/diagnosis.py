@@ -21,8 +21,8 @@ from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.evaluation.result import Canary, Diagnosis
 from tunesmith.evaluation.rowreport import RowReport
 from tunesmith.evaluation.stats import Comparison
+from tunesmith.runs import RISE
 
-RISE = 1.02  # of the validation loss over its lowest, as in training
 LEVEL = 0.02  # relative change of the training loss that is none
 FORGOT = 0.10  # relative rise of the loss on general text
 RECITED = 0.5  # share of the best-learnt rows that are repeated word for word

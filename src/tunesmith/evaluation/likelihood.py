@@ -10,7 +10,6 @@ from tunesmith.evaluation.metric import Facts, Heard, Metric
 from tunesmith.evaluation.stats import Array, ratio
 
 MOST = 100.0  # nats, of a perplexity: of a model that gives no numbers it would be infinite, which JSON cannot say
-BINS = 10  # tenths of sureness, as of local.score
 
 
 def _per_token(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ...] | None:
@@ -41,7 +40,7 @@ def _bins(row: Conversation, heard: Heard, facts: Facts) -> tuple[float, ...] | 
 
 
 def calibration_error(sums: Array) -> Array:
-    """From sums [3 x BINS, …] of (tokens, probability, right) for each bin: the mean over tokens of |sureness - accuracy|."""
+    """From sums [3 x bins, …] of (tokens, probability, right) for each bin: the mean over tokens of |sureness - accuracy|."""
     tokens, sure, right = sums[0::3], sums[1::3], sums[2::3]
     with np.errstate(invalid="ignore"):
         return np.asarray(np.abs(sure - right).sum(0) / tokens.sum(0), np.float64)

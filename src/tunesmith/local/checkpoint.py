@@ -31,10 +31,9 @@ from tunesmith.local import model as models
 from tunesmith.local.machine import accelerator
 from tunesmith.local.world import ALONE, World, part_of, whole
 from tunesmith.render import Renderer
-from tunesmith.runs import Run
+from tunesmith.runs import RISE, Run
 
 PREFIX = "checkpoint-step-"
-RISE = 1.02  # of a validation loss over the best: less is within what a few hundred rows waver
 TRAINER_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer.json", "MANIFEST.json")
 
 

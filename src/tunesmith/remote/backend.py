@@ -241,6 +241,7 @@ class Following:
                     link.files[side] = upload.send(service, path, f"{link.mark}-{side}.jsonl")
                     link.save(run)
             if not job:
+                run.append("state", state="paused")
                 return
             link.job = self._create(service, link)
             link.save(run)

@@ -131,8 +131,10 @@ class Supervisor:
                 self._follow(job)
         except Exception as error:
             log.exception("job", extra={"about": {"job": job["id"]}})
-            self._errors[job["id"]] = errors + 1, time.monotonic() + 2.0**errors
-            if errors + 1 >= ERRORS:
+            self._errors[job["id"]] = errors + 1, time.monotonic() + 2.0 ** min(errors, ERRORS)
+            if (
+                errors + 1 >= ERRORS and self._run(job["id"]).state() != "succeeded"
+            ):  # what is trained is not thrown away
                 words = f"The server had an error with this job: {type(error).__name__}"
                 self._fail(job["id"], {"code": "server_error", "message": words, "param": None})
 
