@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,15 @@ def test_windows_is_told_where_it_works(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("tunesmith.cli.doctor.doctor", lambda words: __import__("fcntl"))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "error: Windows: this needs Linux or macOS -- run it in WSL 2, which is a Linux\n"
+
+
+@pytest.mark.parametrize(("theirs", "is_set"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_are_told_to_sleep(theirs: dict[str, str], is_set: str, tmp_path: Path) -> None:
+    """In every command, before torch reads it, and in workers; unless the user says otherwise."""
+    code = "import os; from tunesmith import cli; from tunesmith.local import backend; cli.main(['runs', 'list'])"
+    code += "; print([e.get('GOMP_SPINCOUNT') for e in (os.environ, backend._environment())])"
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**others, **theirs}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == f"['{is_set}', '{is_set}']", done.stderr

@@ -143,6 +143,9 @@ def _run(words: list[str]) -> int:
         with open(help_page(name), encoding="utf-8") as page:
             print(page.read(), end="")
         return 0
+    from tunesmith.local import ENVIRONMENT
+
+    os.environ.update({**ENVIRONMENT, **os.environ})
     module, _, function = COMMANDS[name][0].partition(":")
     return int(getattr(import_module(f"tunesmith.cli.{module}"), function)(words[size:]) or 0)
 

@@ -17,6 +17,7 @@ from tunesmith.backends import Completer, stopped
 from tunesmith.costs import Answer, Question
 from tunesmith.errors import RunError, UsageError
 from tunesmith.layout import create_run
+from tunesmith.local import ENVIRONMENT
 from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run
@@ -155,8 +156,13 @@ def probe(prepared: Prepared) -> tuple[Question, Answer]:
 
 
 def _environment() -> dict[str, str]:
-    mps = {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}  # an operation that Apple's GPU lacks is done on the CPU
-    return {**mps, **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONWARNINGS": "ignore"}
+    return {
+        **ENVIRONMENT,
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def lay_out(prepared: Prepared, path: Path) -> Run:
