@@ -44,7 +44,7 @@ def test_windows_is_told_where_it_works(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == "error: Windows: this needs Linux or macOS -- run it in WSL 2, which is a Linux\n"
 
 
-@pytest.mark.parametrize(("theirs", "is_set"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("theirs", "is_set"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_that_wait_are_told_to_sleep(theirs: dict[str, str], is_set: str, tmp_path: Path) -> None:
     """In every command, before torch reads it, and in workers; unless the user says otherwise."""
     code = "import os; from tunesmith import cli; from tunesmith.local import backend; cli.main(['runs', 'list'])"
