@@ -335,8 +335,11 @@ def lr_find(
     `trial_steps`: steps of the first trials, more for those that are left. `on_trial(trial)` is told each.
     """
     from tunesmith.evaluation.rates import advise
-    from tunesmith.local.lr_finder import search
-    from tunesmith.local.worker import failure
+    from tunesmith.local import loading
+
+    with loading():
+        from tunesmith.local.lr_finder import search
+        from tunesmith.local.worker import failure
 
     prepared = prepare(config=config, **settings)
     try:

@@ -14,6 +14,7 @@ import pytest
 from conftest import Result
 from tunesmith import api, costs
 from tunesmith.costs import Answer, Question
+from tunesmith.local import backend
 from tunesmith.models import facts
 from tunesmith.recipe import Recipe
 
@@ -114,7 +115,7 @@ def test_the_probe_ends_with_whoever_asked() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     with subprocess.Popen(
-        [sys.executable, "-m", "tunesmith.local.probe", str(gone.pid)], stdin=subprocess.PIPE
+        [sys.executable, "-c", backend.PROBE, str(gone.pid)], stdin=subprocess.PIPE
     ) as probe:  # its question never comes
         assert probe.wait(60) == 1
 

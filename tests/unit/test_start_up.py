@@ -54,3 +54,22 @@ def test_threads_that_wait_are_told_to_sleep(theirs: dict[str, str], is_set: str
         [sys.executable, "-c", code], env={**others, **theirs}, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == f"['{is_set}', '{is_set}']", done.stderr
+
+
+def test_the_search_for_garbage_waits_while_torch_is_loaded() -> None:
+    """It goes on afterwards, and what was loaded is not looked through any more; a second time changes nothing."""
+    code = """
+import gc, sys
+from tunesmith.local import loading
+seen = []
+gc.callbacks.append(lambda phase, info: seen.append(phase))
+with loading():
+    import torch
+assert not seen and gc.isenabled() and gc.get_freeze_count() > 100_000, (seen, gc.get_freeze_count())
+with loading():
+    assert gc.isenabled()
+gc.collect()
+assert seen
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

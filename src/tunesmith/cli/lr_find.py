@@ -25,8 +25,10 @@ def lr_find(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from tunesmith import api
     from tunesmith.cli.progress import clock
-    from tunesmith.local.machine import tune
+    from tunesmith.local import loading
 
+    with loading():
+        from tunesmith.local.machine import tune
     if options.plot:
         from tunesmith.data.write import refuse_output
 

@@ -54,8 +54,11 @@ def serve(argv: list[str]) -> int:
 def _serve(options: argparse.Namespace, folder: Path, bases: dict[str, Path]) -> int:
     keyed = refuse_open(options, folder)  # before what takes seconds to load
     from tunesmith.backends import get
-    from tunesmith.server.run import run
-    from tunesmith.server.service import Limits, Service
+    from tunesmith.local import loading
+
+    with loading():
+        from tunesmith.server.run import run
+        from tunesmith.server.service import Limits, Service
 
     limits = Limits(
         file_bytes=options.max_file_bytes,

@@ -87,8 +87,11 @@ def observe(name: str, ask: Ask, template: str | None, doing: str, progress: Pro
         return found
     except (OSError, msgspec.MsgspecError):  # not asked before; or a damaged file, which is written anew
         pass
-    from tunesmith.local.generate import Chat
-    from tunesmith.local.score import Scorer
+    from tunesmith.local import loading
+
+    with loading():
+        from tunesmith.local.generate import Chat
+        from tunesmith.local.score import Scorer
 
     chat = Chat(name, template)
     scorer = Scorer(chat.renderer, chat.decoder.model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.scan import Progress
 from tunesmith.errors import UsageError, did_you_mean
+from tunesmith.local import loading
 from tunesmith.models import find
 from tunesmith.recipe import FACTS
 from tunesmith.runs import refuse_removed
@@ -55,7 +56,8 @@ def export(
     refuse_target(Path(output).expanduser().resolve())
     refuse_removed(model)
     find(str(model))
-    from tunesmith.exporting.export import export as made
+    with loading():
+        from tunesmith.exporting.export import export as made
 
     return made(
         str(model),
@@ -78,7 +80,8 @@ def parity(
 ) -> Certificate:
     """Certify an export again, against the model that it was made from or `against` another; refuses before torch is loaded."""
     refuse_no_export(Path(folder))
-    from tunesmith.exporting.export import recheck
+    with loading():
+        from tunesmith.exporting.export import recheck
 
     return recheck(Path(folder), against, prompts, on_progress)
 

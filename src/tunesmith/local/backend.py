@@ -17,12 +17,13 @@ from tunesmith.backends import Completer, stopped
 from tunesmith.costs import Answer, Question
 from tunesmith.errors import RunError, UsageError
 from tunesmith.layout import create_run
-from tunesmith.local import ENVIRONMENT
+from tunesmith.local import ENVIRONMENT, loading
 from tunesmith.local.worker import LOCKED
 from tunesmith.planning import Prepared
 from tunesmith.runs import Run
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")  # without which the worker could not even say what is wrong
+PROBE = "from tunesmith.local import loading\nwith loading():\n  from tunesmith.local.probe import main\nmain()"
 _workers: dict[str, subprocess.Popen[bytes]] = {}  # of this process, by run directory
 
 
@@ -112,7 +113,8 @@ class LocalBackend:
         return run.state()
 
     def completer(self, model: str, template: str | None = None) -> Completer:
-        from tunesmith.local.generate import Chat
+        with loading():
+            from tunesmith.local.generate import Chat
 
         chat: Any = Chat(model, template)
         return chat  # type: ignore[no-any-return]
@@ -138,7 +140,7 @@ def probe(prepared: Prepared) -> tuple[Question, Answer]:
     learnt = plan.supervised_tokens["train"] / plan.tokens["train"]
     question = Question(plan.model.folder, plan.recipe, rows.lengths().tolist(), learnt, plan.steps)
     done = subprocess.run(
-        [sys.executable, "-m", "tunesmith.local.probe", str(os.getpid())],
+        [sys.executable, "-c", PROBE, str(os.getpid())],
         input=msgspec.json.encode(question),
         capture_output=True,
         env=_environment(),

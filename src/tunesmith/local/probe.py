@@ -1,7 +1,5 @@
 """What a step costs on this machine, measured in about two seconds on the first one and two layers of a model.
 
-    python -m tunesmith.local.probe PARENT <question.json >answer.json      PARENT: the process without which it ends
-
 The layers have random weights: the model's own are not read. All else is what training runs: the same loader, method, loss
 and optimizer. What two layers cost more than one is what each further layer costs.
 """
@@ -215,7 +213,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer the question on standard input; the first word is the process without which this one ends."""
     threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     tune()
     sys.stdout.buffer.write(msgspec.json.encode(answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Question))))
