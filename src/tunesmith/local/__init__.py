@@ -6,6 +6,11 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunesmith.recipe import Recipe
 
 ENVIRONMENT = {  # what libraries read when they are loaded, unless the user has said otherwise
     # torch's threads meet after each of thousands of products a step, and spin for the last one, which takes the processor from
@@ -32,3 +37,15 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def load(recipe: Recipe) -> None:
+    """Import all that a process which trains by this recipe will have."""
+    from tunesmith.costs import ADAPTERS
+
+    with loading():
+        import_module("tunesmith.local.loop")
+        if recipe.method in ADAPTERS:
+            import_module("peft")
+        if "8bit" in recipe.optimizer or recipe.method == "qlora":
+            import_module("bitsandbytes")

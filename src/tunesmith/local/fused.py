@@ -6,13 +6,13 @@ of all that a step keeps for its backward pass.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, silu
@@ -27,10 +27,11 @@ def fuse(model: nn.Module, again: bool = True) -> dict[str, int]:
     not reach into it.
     """
     count = {"norms": 0, "gates": 0, "rotations": 0, "adapters": 0}
+    lora = sys.modules.get("peft.tuners.lora")  # there where there are adapters: to load it takes 1.4 s
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
             count["rotations"] += _rotate(module)
-        if isinstance(module, LoraLinear):
+        if lora and isinstance(module, lora.Linear):
             if _plain(module):
                 module.forward = partial(_adapted, module)
                 count["adapters"] += 1

@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.costs import ADAPTERS, Answer, Question
-from tunesmith.local import batches
+from tunesmith.costs import Answer, Question
+from tunesmith.local import batches, load
 from tunesmith.local import model as models
 from tunesmith.local.loss import chunked_cross_entropy
 from tunesmith.local.machine import accelerator, free_memory, held, tune
@@ -48,7 +47,7 @@ def answer(question: Question) -> Answer:
     if recipe.method == "freeze":
         recipe = msgspec.structs.replace(recipe, method="full")
     torch.set_num_threads(int(recipe.threads))
-    imported(recipe)
+    load(recipe)
     libraries = 0.0 if accelerator() else held()  # of the memory that is asked about: the GPU's, where there is one
     segments = typical(question.lengths)
     tokens = sum(segments)
@@ -78,15 +77,6 @@ def answer(question: Question) -> Answer:
         head_forward_seconds=one["head_forward"] / tokens,
         optimizer_seconds=one["optimizer"],
     )
-
-
-def imported(recipe: Recipe) -> None:
-    """Import what a training process has besides what this one has."""
-    import_module("tunesmith.local.loop")
-    if recipe.method in ADAPTERS:
-        import_module("peft")
-    if "8bit" in recipe.optimizer or recipe.method == "qlora":
-        import_module("bitsandbytes")
 
 
 def typical(lengths: list[int]) -> list[int]:

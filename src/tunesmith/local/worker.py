@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from tunesmith.errors import Interrupted, RunError, TunesmithError
-from tunesmith.local import loading
+from tunesmith.local import load
 from tunesmith.runs import Run
 
 LOCKED = 75  # exit status when another worker holds the run (EX_TEMPFAIL of sysexits.h)
@@ -41,9 +41,9 @@ def main(path: str, attached: bool, step: int | None = None) -> int:
     try:
         if not follows:
             others = _start_others(run, step)
-        with loading():
-            from tunesmith.local.loop import train
-            from tunesmith.local.machine import tune
+        load(run.recipe())
+        from tunesmith.local.loop import train
+        from tunesmith.local.machine import tune
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopping.set())
