@@ -166,7 +166,7 @@ def peak(recipe: Recipe, model: ModelFacts, trained: int, valid_tokens: int, fou
     # A layer that is recomputed stands beside its gradients, which are as large, and its gates keep their products
     layer = (min(3.5, 1 + top / 2) if recipe.gradient_checkpointing else 1.0) * found.layer_saved_bytes
     passing = (layer + share * kept) * found.tokens_at_most + 60e6
-    validating = found.layer_saved_bytes * min(8192, valid_tokens)
+    validating = found.layer_saved_bytes * min(int(recipe.micro_batch_tokens), valid_tokens)
     return found.libraries + weights + moments + max(forward, backward, validating) + passing
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tunesmith.data.write import as_row, write_bytes, write_json, write_jsonl
+from tunesmith.data.write import as_row, sync_files, write_bytes, write_json, write_jsonl
 from tunesmith.errors import RunError
 from tunesmith.recipe import Recipe, need_dataset
 from tunesmith.runs import TEMPLATE, Run
@@ -23,6 +23,7 @@ from tunesmith.runs import TEMPLATE, Run
 if TYPE_CHECKING:
     from tunesmith.planning import Plan, Prepared
 
+VERSIONS = ("tunesmith", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "numpy", "jinja2")
 LAID_OUT = re.compile(  # files that there may be before run.json is written
     r"\.lock|events\.jsonl|remote\.json|upload/(train|valid)\.jsonl"
     r"|data/((train|valid|test)\.\w+(\.npy)?|check\.json|chat_template\.jinja)|(data/|upload/)?\.[\w.]+\.tmp"
@@ -65,7 +66,7 @@ def manifest(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
         "data_hashes": hashes,
         "versions": {
             "python": platform.python_version(),
-            **{name: version_of(name) for name in ("tunesmith", "torch", "transformers", "peft", "tokenizers")},
+            **{name: version_of(name) for name in VERSIONS},
         },
     }
 
@@ -114,6 +115,7 @@ def create(path: Path, manifest: dict[str, Any]) -> Iterator[Run]:
             for folder in ("data", "checkpoints", "logs"):
                 (run / folder).mkdir()
             yield run
+            sync_files(path)
             run.append("state", state="queued")
             write_json(run / "run.json", manifest)
         except BaseException:

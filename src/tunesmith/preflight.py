@@ -175,7 +175,9 @@ class Seen(msgspec.Struct):
         if self.endless[0]:
             message = f"{self.endless[0]} of {self.kept} rows never teach the model to stop"
             fix = "end the answer with the EOS token in the chat template"
-            issues.append(finding("no-end-of-turn", self.endless[1], message, fix))
+            found = finding("no-end-of-turn", self.endless[1], message, fix)
+            every = self.endless[0] == self.kept and not self.long  # a row whose end is cut off has none
+            issues.append(msgspec.structs.replace(found, severity="error") if every else found)
         return issues + ([self.lost] if self.lost else [])
 
 

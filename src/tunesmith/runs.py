@@ -1,7 +1,7 @@
 """Run: a directory that is the whole truth about one training run.
 
     run.json       manifest: recipe with the origin of each value, plan, data hashes, versions (written once)
-    events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, warning, error, tagged, removed
+    events.jsonl   one JSON object a line, appended: state, step, eval, checkpoint, … (docs/events.md)
     data/          the splits as used, their token ids, the chat template that is not the model's own
     remote.json    of a run at a service: its address, and the ids of files and job; upload/, results/ the files themselves
     row_losses.npy each training row's loss in each epoch

@@ -6,8 +6,6 @@ import re
 
 from conftest import ROOT
 
-ELSEWHERE = ("fits with", "NOT-DEPLOYABLE.txt")
-
 
 def said_by_the_program() -> str:
     """All source text, with strings that go on in the next line joined."""

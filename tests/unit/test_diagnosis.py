@@ -20,12 +20,13 @@ from tunesmith import api
 from tunesmith.cli import COMMANDS
 from tunesmith.cli.options import Parser
 from tunesmith.conversation import Conversation, Message
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.evaluation.diagnosis import RULES, Evidence, curves, diagnose
 from tunesmith.evaluation.metric import Heard, Said
 from tunesmith.evaluation.result import Canary, Diagnosis
 from tunesmith.evaluation.rowreport import RowReport
 from tunesmith.evaluation.stats import Comparison
+from tunesmith.preflight import Seen
 
 
 def metric(name: str, base: float, tuned: float, verdict: str = "cannot tell", rows: int = 20) -> dict[str, Comparison]:
@@ -435,8 +436,9 @@ def test_shuffled_answers(tiny: Path, tmp_path: Path) -> None:
     assert "shuffled answers" in found[1] and "shuffled answers" not in found[0]
 
 
-def test_no_end_token(tiny: Path, tmp_path: Path) -> None:
-    """The template writes none after an answer, so that none is learnt; with it, the same rows end."""
+def test_no_end_token(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template writes none after an answer, so that none is learnt: refused. Where it was trained nevertheless, the answers
+    show it; with it, the same rows end."""
     bare = tmp_path / "endless"
     shutil.copytree(tiny, bare)
     template = (tiny / "chat_template.jinja").read_text()
@@ -444,6 +446,11 @@ def test_no_end_token(tiny: Path, tmp_path: Path) -> None:
     assert without != template
     (bare / "chat_template.jinja").write_text(without)
     data, found = write(tmp_path / "d.jsonl", same(90, BOX)), {}
+    with pytest.raises(
+        DataError, match=r"72 of 72 rows never teach the model to stop \[no-end-of-turn\] -- end the answer"
+    ):
+        api.plan(data, model=str(bare))
+    monkeypatch.setattr(Seen, "training", lambda seen, vocabulary: [])
     for name, model in (("bare", bare), ("whole", tiny)):
         run = fit(tmp_path / name, data, model, epochs=4, patience=0, learning_rate=1e-2)
         found[name] = names(api.evaluate(run, rows=10, samples=0).diagnoses)

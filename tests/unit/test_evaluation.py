@@ -29,7 +29,16 @@ from tunesmith.errors import DataError, UsageError
 from tunesmith.evaluation import observe, report
 from tunesmith.evaluation.evaluate import kept
 from tunesmith.evaluation.result import Evaluation
+from tunesmith.render import Renderer
 from tunesmith.runs import Run
+
+
+def score(folder: Path, rows: list[Conversation], template: str | None = None) -> list[Any]:
+    """Each row's likelihood to the model of a folder."""
+    from tunesmith.local import model
+    from tunesmith.local.score import Scorer
+
+    return Scorer(Renderer(folder, template), model.to_judge(str(folder)))(rows)
 
 
 def test_persona_is_mined() -> None:
@@ -236,12 +245,11 @@ def test_scores_equal_a_plain_computation(run: Run) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tunesmith.local.score import score
     from tunesmith.render import Renderer
 
     held = api.load(run / "data" / "test.jsonl")
     model, renderer = AutoModelForCausalLM.from_pretrained(run / "best_model").double(), Renderer(run / "best_model")
-    for mine, row in zip(score(str(run / "best_model"), held), held, strict=True):
+    for mine, row in zip(score(run / "best_model", held), held, strict=True):
         r = renderer.render(row)
         with torch.no_grad():
             logp = model(torch.tensor([r.ids])).logits[0].log_softmax(1)
@@ -345,14 +353,13 @@ def test_chart_geometry() -> None:
 
 
 def test_a_base_without_template_is_judged_on_the_form_of_the_run(tiny: Path, data: Path, tmp_path: Path) -> None:
-    from tunesmith.local.score import score
 
     bare = tmp_path / "bare"
     shutil.copytree(tiny, bare)
     (bare / "chat_template.jinja").unlink()
     run = fit(tmp_path / "run", data, bare, task="code", max_steps=1)
     held = api.load(run / "data" / "test.jsonl")
-    as_trained, as_chat = (sum(s.loss for s in score(str(bare), held, t)) for t in (run.template(), None))
+    as_trained, as_chat = (sum(s.loss for s in score(bare, held, t)) for t in (run.template(), None))
     assert as_trained != pytest.approx(as_chat, rel=1e-4)
     found = api.evaluate(run, rows=1)
     assert found.metrics[0].base * found.tokens == pytest.approx(as_trained)

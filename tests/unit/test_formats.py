@@ -341,3 +341,11 @@ def test_old_function_calls_are_kept() -> None:
     }
     result = convert(Row("f:1", row), {})
     assert isinstance(result, tuple) and result[0].messages[1].tool_calls == [{"type": "function", "function": call}]
+
+
+def test_a_column_that_is_null_in_a_row_is_none_of_its_columns() -> None:
+    """As in files of mixed rows with all columns in each."""
+    found = convert(Row("f:1", {"messages": None, "prompt": None, "completion": None, "text": "hello there"}), {})
+    assert isinstance(found, tuple) and found[1] == "text" and found[0].messages[0].content == "hello there"
+    empty = convert(Row("f:1", {"prompt": "Hello?", "completion": None}), {})
+    assert not isinstance(empty, tuple) and (empty.code, empty.severity) == ("wrong-type", "error")

@@ -37,15 +37,13 @@ LAYERS = [
     {"server"},
     {"cli"},
 ]
-HEAVY = {
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tensorboard",
-    "safetensors",
-}  # only in local/ and exporting/ (doctor may ask torch about GPUs)
-MODULES = 40  # at least so many are found: the test must not pass on an empty folder
+TRAINING = {"torch", "transformers", "peft", "accelerate", "tensorboard", "safetensors"}
+FOLDERS = {  # libraries: where alone they are imported (doctor may ask torch about GPUs)
+    **dict.fromkeys(TRAINING, ("local", "exporting", "cli.doctor")),
+    "openai": ("remote",),
+    **dict.fromkeys(("starlette", "uvicorn", "sqlalchemy", "multipart"), ("server",)),
+}
+MODULES = 160  # at least so many are found: the test must not pass on an empty folder
 
 
 def modules() -> dict[str, ast.Module]:
@@ -95,14 +93,17 @@ def test_each_layer_imports_only_from_those_above() -> None:
     assert checked > 100
 
 
-def test_backends_do_not_import_each_other_and_heavy_libraries_stay_in_their_folder() -> None:
-    wrong = [
-        f"{name} imports {target}"
-        for name, tree in modules().items()
-        for target in imports(tree)
-        if target.split(".")[0] in HEAVY and not name.startswith(("local.", "exporting.")) and name != "cli.doctor"
-    ]
-    assert not wrong
+def test_libraries_stay_in_their_folders_and_the_client_knows_nothing_of_training() -> None:
+    wrong, seen = [], set()
+    for name, tree in modules().items():
+        for target in imports(tree):
+            head = target.split(".")[0]
+            seen.add(head)
+            if head in FOLDERS and not name.startswith(FOLDERS[head]):
+                wrong.append(f"{name} imports {target}")
+            if name.startswith("remote.") and target.startswith("tunesmith.local"):
+                wrong.append(f"{name} imports {target}")
+    assert not wrong and seen >= set(FOLDERS)
 
 
 def test_no_inheritance_but_from_exception_protocol_and_what_libraries_demand() -> None:
@@ -149,7 +150,7 @@ def test_light_commands_load_nothing_heavy(tmp_path: Path) -> None:
     ):
         code = (
             f"import sys; from tunesmith.cli import main\ntry: main({argv!r})\nexcept SystemExit: pass\n"
-            f"print(sorted({HEAVY | {'numpy', 'datasets'}!r} & set(sys.modules)))"
+            f"print(sorted({TRAINING | {'numpy', 'datasets'}!r} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "[]", argv

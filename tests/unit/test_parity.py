@@ -494,10 +494,6 @@ OWN = Own(
 )
 
 
-def check_of(name: str, checks: list[Check]) -> Check:
-    return next(check for check in checks if check.name == name)
-
-
 def test_places_are_those_of_the_answer() -> None:
     assert OWN.places(0) == [2, 3, 4]
     long = Own([[1] * 5], [Answer([3] * 63, True)], 2, [[1] * 5 + [3] * 63 + [2]], [])

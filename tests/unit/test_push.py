@@ -19,9 +19,8 @@ import msgspec
 import pytest
 
 from conftest import Result
-from tunesmith.data.write import write_json
+from tunesmith.data.write import sha256, write_json
 from tunesmith.errors import TunesmithError
-from tunesmith.exporting.forms import sha256
 from tunesmith.exporting.push import gather
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run

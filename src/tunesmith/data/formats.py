@@ -224,7 +224,8 @@ def convert(row: Row, columns: dict[str, str]) -> tuple[Conversation, str] | Iss
         rest = {k: v for k, v in value.items() if k not in columns.values()}
     else:
         mapped, rest = value, {}
-    known = detect(set(mapped))
+    known = detect({name for name, held in mapped.items() if held is not None})  # null: a column that other rows fill
+    known = detect(set(mapped)) if isinstance(known, Bad) else known
     if isinstance(known, Bad):
         return finding(known.issue[0], row.where, *known.issue[1:])
     tools = mapped.get("tools") or None

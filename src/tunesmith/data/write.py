@@ -252,3 +252,9 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
     if conversation.metadata:
         row["metadata"] = conversation.metadata
     return row
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,11 +20,11 @@ from tunesmith import card
 from tunesmith.conversation import Message
 from tunesmith.data.convert import sample
 from tunesmith.data.scan import Progress, conversations
-from tunesmith.data.write import write_bytes, write_json
+from tunesmith.data.write import sha256, write_bytes, write_json
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.evaluation.evaluate import refresh_report
 from tunesmith.exporting import building, gguf_file, inspect, merged, ollama, parity, runtime, servers
-from tunesmith.exporting.forms import PARITY, PROMPTS, REFUSED, SAID, is_k_quant, sha256
+from tunesmith.exporting.forms import PARITY, PROMPTS, REFUSED, SAID, is_k_quant
 from tunesmith.exporting.parity import Certificate, Check
 from tunesmith.exporting.weights import Weights
 from tunesmith.models import facts, find, read_json

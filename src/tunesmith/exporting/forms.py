@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tomllib
@@ -129,12 +128,6 @@ def refuse_no_export(folder: Path) -> None:
     """UsageError unless `tunesmith export` made the folder."""
     if not (folder / PARITY).is_file():
         raise UsageError("not an export (no parity.json)", where=str(folder), fix="tunesmith export makes one")
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quantisation(name: str) -> tuple[str, str, str]:

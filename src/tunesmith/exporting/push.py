@@ -20,8 +20,9 @@ from typing import Any
 import msgspec
 
 from tunesmith import card
+from tunesmith.data.write import sha256
 from tunesmith.errors import RunError, ServiceError, TunesmithError, UsageError
-from tunesmith.exporting.forms import PARITY, SAID, sha256
+from tunesmith.exporting.forms import PARITY, SAID
 from tunesmith.models import read_json
 from tunesmith.remote.objects import hidden
 from tunesmith.removal import MODEL_FILES

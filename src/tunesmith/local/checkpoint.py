@@ -12,7 +12,6 @@ own folder hold hard links to the weights in checkpoints: loadable, and no weigh
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith.data.write import publish as put
-from tunesmith.data.write import sync_files, sync_folder, write_json
+from tunesmith.data.write import sha256, sync_files, sync_folder, write_json
 from tunesmith.errors import RunError
 from tunesmith.local import model as models
 from tunesmith.local.machine import accelerator
@@ -136,16 +135,13 @@ def save(run: Run, model: nn.Module, renderer: Renderer, state: State, position:
         save_file(state.optimizer, building / "optimizer.safetensors")
         save_file(state.rng, building / "rng.safetensors")
         write_json(building / "trainer.json", position)
-        write_json(building / "MANIFEST.json", {p.name: _hash(p) for p in sorted(building.iterdir())})
+        write_json(building / "MANIFEST.json", {p.name: sha256(p) for p in sorted(building.iterdir())})
         mode = 0o666 & ~_umask()
         for file in building.iterdir():
             file.chmod(mode)  # safetensors makes its files readable for their owner alone
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
         if final.exists():  # of an earlier try at this step
             shutil.rmtree(final)
-        building.rename(final)
-        sync_folder(final.parent)
+        put(building, final)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -282,15 +278,10 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None when every hash is right."""
     try:
         manifest = msgspec.json.decode((folder / "MANIFEST.json").read_bytes(), type=dict[str, str])
-        wrong = next((name for name, digest in manifest.items() if _hash(folder / name) != digest), None)
+        wrong = next((name for name, digest in manifest.items() if sha256(folder / name) != digest), None)
     except (OSError, msgspec.DecodeError) as error:
         return str(error)
     return f"{wrong} has changed" if wrong else None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def prune(run: Run, keep_last: int, kept: set[int], every: int = 1) -> None:

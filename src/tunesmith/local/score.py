@@ -12,7 +12,6 @@ from tunesmith.conversation import Conversation
 from tunesmith.local import batches
 from tunesmith.local import model as models
 from tunesmith.local.loss import LossModule
-from tunesmith.models import find
 from tunesmith.render import Rendered, Renderer
 from tunesmith.tokens import Tokens, flatten
 
@@ -29,14 +28,6 @@ class RowScore(msgspec.Struct, frozen=True):
     right: int
     bins: list[tuple[int, float, int]] = []
     cut: bool = False
-
-
-def score(name: str, rows: list[Conversation], template: str | None = None) -> list[RowScore]:
-    """Score each row with a model of that name or folder, in order. Rows longer than its context are cut.
-
-    `template`: the text of another chat template than the model's own.
-    """
-    return Scorer(Renderer(find(name), template), models.to_judge(name))(rows)
 
 
 class Scorer:

@@ -17,6 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from tunesmith.data.write import write_bytes
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
 
@@ -54,7 +55,7 @@ class Wandb:
 
         known = run / "logs" / "wandb.id"
         identity = known.read_text() if known.exists() else secrets.token_hex(4)
-        known.write_text(identity)
+        write_bytes(known, identity.encode())
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tunesmith"),
             name=run.path.name,
@@ -93,7 +94,7 @@ class MLflow:
             self._client.update_run(self._id, status="RUNNING")
             return
         self._id = self._client.create_run(experiment, run_name=run.path.name).info.run_id
-        known.write_text(self._id)
+        write_bytes(known, self._id.encode())
         for key, value in _settings(recipe).items():
             self._client.log_param(self._id, key, value)
 
