@@ -23,7 +23,7 @@ from tunesmith.runs import TEMPLATE, Run
 if TYPE_CHECKING:
     from tunesmith.planning import Plan, Prepared
 
-VERSIONS = ("tunesmith", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "numpy", "jinja2")
+VERSIONS = ("tunesmith", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "numpy")
 LAID_OUT = re.compile(  # files that there may be before run.json is written
     r"\.lock|events\.jsonl|remote\.json|upload/(train|valid)\.jsonl"
     r"|data/((train|valid|test)\.\w+(\.npy)?|check\.json|chat_template\.jinja)|(data/|upload/)?\.[\w.]+\.tmp"

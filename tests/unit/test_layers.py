@@ -103,7 +103,7 @@ def test_libraries_stay_in_their_folders_and_the_client_knows_nothing_of_trainin
                 wrong.append(f"{name} imports {target}")
             if name.startswith("remote.") and target.startswith("tunesmith.local"):
                 wrong.append(f"{name} imports {target}")
-    assert not wrong and seen >= set(FOLDERS)
+    assert not wrong and set(FOLDERS) - seen == {"accelerate"}  # which its launcher alone imports
 
 
 def test_no_inheritance_but_from_exception_protocol_and_what_libraries_demand() -> None:
