@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from tunesmith.conversation import Conversation
 from tunesmith.errors import Interrupted, TunesmithError, UsageError, did_you_mean
 from tunesmith.layout import create_run
-from tunesmith.runs import Event, Run
+from tunesmith.runs import GOING, Event, Run
 
 if TYPE_CHECKING:
     from tunesmith.planning import Prepared
@@ -206,7 +206,7 @@ def follow(
             for event in events:
                 if on_event:
                     on_event(run, event)
-            if state not in ("queued", "preparing", "running"):
+            if state not in GOING:
                 break
             time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,7 @@ def check(argv: list[str]) -> int:
         from tunesmith.data.repair import repair
 
         fixed = repair(datasets, Path(options.fix))
+    explained = _explained(found.formats) if options.explain else {}
     if options.json:
         show_json(
             {
@@ -104,6 +106,7 @@ def check(argv: list[str]) -> int:
                 "rows": found.rows_in,
                 "usable": found.usable,
                 "formats": found.formats,
+                **({"known_by": explained} if options.explain else {}),
                 "grade": word,
                 "reasons": reasons,
                 "errors": errors,
@@ -127,15 +130,9 @@ def check(argv: list[str]) -> int:
         return 3 if errors else 0
     for line in summary(found.issues, counts=found.counts):
         print(line)
-    if options.explain:
-        from tunesmith.data.formats import BY_NAME
-
-        for name, count in found.formats.items():
-            known = BY_NAME[name]
-            print(
-                f"format   {name}: {count} rows, known by {' and '.join(sorted(known.required))}"
-                + (f"; also read: {', '.join(sorted(known.optional))}" if known.optional else "")
-            )
+    for name, known in explained.items():
+        also = f"; also read: {', '.join(known['optional'])}" if known["optional"] else ""
+        print(f"format   {name}: {found.formats[name]} rows, known by {' and '.join(known['required'])}{also}")
     kinds = ", ".join(f"{count} {name}" for name, count in found.formats.items()) or "no known format"
     print(
         f"{found.rows_in} rows ({kinds}): {found.usable} usable, {counted(errors, 'error')}, {counted(warnings, 'warning')}"
@@ -166,6 +163,13 @@ WORST = {  # --worst: what comes first
     "short": lambda row: len(row.ids),
     "no-label": lambda row: sum(row.mask[1:]) / len(row.ids),
 }
+
+
+def _explained(formats: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """By which columns each format was recognised, and which it reads besides."""
+    from tunesmith.data.formats import BY_NAME
+
+    return {n: {"required": sorted(BY_NAME[n].required), "optional": sorted(BY_NAME[n].optional)} for n in formats}
 
 
 def preview(argv: list[str]) -> int:

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from tunesmith.errors import ModelError
+from tunesmith.local.adapters import PREFIX
 from tunesmith.models import find, read_json, shapes, weight_files
 
-PEFT = "base_model.model."  # what peft puts before the names of the base's modules
 MERGED = ("lora_A", "lora_B", "lora_magnitude_vector")  # all else in an adapter would be lost
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")  # old checkpoints keep what is computed anyway
@@ -90,7 +90,7 @@ class _Adapter:
                 where=str(self._folder),
                 fix="--format adapter",
             )
-        modules = {key.removeprefix(PEFT).rpartition(".lora_A.weight")[0] for key in self._keys} - {""}
+        modules = {key.removeprefix(PREFIX).rpartition(".lora_A.weight")[0] for key in self._keys} - {""}
         found = {self._module(name) for name in base} - {None}
         if missing := sorted(modules - found):
             raise ModelError(
@@ -104,7 +104,7 @@ class _Adapter:
         """The adapter's name for the layer of a base's weight. Checkpoints of a bare trunk lack its prefix ("transformer.")."""
         layer = name.removesuffix(".weight")
         tries = (layer, f"model.{layer}", f"transformer.{layer}")
-        return next((m for m in tries if f"{PEFT}{m}.lora_A.weight" in self._keys), None)
+        return next((m for m in tries if f"{PREFIX}{m}.lora_A.weight" in self._keys), None)
 
     def merged(self, name: str, stored: Tensor) -> Tensor:
         """W + scale * B A in float32 (Hu et al. 2021); for DoRA each output's row at its learnt length (Liu et al. 2024)."""
@@ -112,8 +112,8 @@ class _Adapter:
         if module is None:
             return stored.clone()
         with safe_open(self._tensors, "pt") as file:
-            down, up = (file.get_tensor(f"{PEFT}{module}.lora_{part}.weight").float() for part in "AB")
-            key = f"{PEFT}{module}.lora_magnitude_vector"
+            down, up = (file.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float() for part in "AB")
+            key = f"{PREFIX}{module}.lora_magnitude_vector"
             lengths = next((file.get_tensor(k).float() for k in (key, f"{key}.weight") if k in self._keys), None)
         turned = bool(self._config.get("fan_in_fan_out")) or stored.shape != (up.shape[0], down.shape[1])
         weight = (stored.t() if turned else stored).float().contiguous()  # [out, in], whatever GPT-2's Conv1D keeps

@@ -24,7 +24,7 @@ import sqlalchemy as sql
 from tunesmith.backends import Backend
 from tunesmith.data.write import sync_folder
 from tunesmith.errors import TunesmithError
-from tunesmith.runs import Run
+from tunesmith.runs import GOING, Run
 from tunesmith.server import store as db
 from tunesmith.server.leftovers import expire, tidy
 from tunesmith.server.orders import Orders, wanted
@@ -35,7 +35,6 @@ from tunesmith.server.store import Blobs, Store
 
 log = logging.getLogger("tunesmith.server")
 TICK = 0.2  # seconds
-ACTIVE = ("queued", "preparing", "running")  # what a backend says of work that goes on
 PREPARING = 3600  # seconds that checking a job's files may take
 PATIENCE = 30.0  # seconds that a worker has for its last checkpoint
 ATTEMPTS = 8  # times that a worker may end without having got on before its job fails
@@ -83,7 +82,7 @@ class Supervisor:
         deadline = time.monotonic() + patience
         while left and time.monotonic() < deadline:
             await asyncio.sleep(TICK)  # until its process is gone: a run is free a second before that
-            left = [run for run in left if self._backend.poll(run) in ACTIVE]
+            left = [run for run in left if self._backend.poll(run) in GOING]
         for run in left:
             self._backend.cancel(run, at_once=True)
 
@@ -146,7 +145,7 @@ class Supervisor:
         now = time.monotonic()
         for id in [id for id in self._working if id not in wanted or id in self._asked]:
             run, asked = self._run(id), self._asked.setdefault(id, now)
-            if self._backend.poll(run) in ACTIVE:
+            if self._backend.poll(run) in GOING:
                 self._backend.cancel(run, at_once=now - asked > PATIENCE)
             else:
                 self._working.discard(id)
@@ -265,7 +264,7 @@ class Supervisor:
                 self._backend.resume(run)
             self._working.add(id)
         state = self._backend.poll(run)
-        ended = state not in ACTIVE
+        ended = state not in GOING
         last = run.last("error") if state == "failed" else {}
         failed = state == "failed" and not last.get("lost")
         events, offset = translate(run, job, int(job["read"] or 0), failed)
