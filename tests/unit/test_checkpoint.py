@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import fit, weights
 from tunesmith import api
@@ -48,6 +51,35 @@ def test_names_contents_and_hard_links(finished: Run) -> None:
     assert (folders[-1] / "model.safetensors").samefile(finished / "final_model" / "model.safetensors")  # no byte twice
     assert not {p.name for p in (finished / "final_model").iterdir()} & set(checkpoint.TRAINER_FILES)
     assert not list(finished.path.rglob("*.bin")) and not list(finished.path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "paged_adamw_8bit", "freeze_ratio": 0.5},
+        {"optimizer": "adamw_8bit", "method": "lora", "lora_rank": 64},
+        {"optimizer": "paged_adamw_8bit", "method": "qlora", "lora_rank": 64},
+    ],
+)
+def test_states_of_eight_bits_come_back(how: dict[str, Any], tiny: Path, tmp_path: Path, data: Path) -> None:
+    """Those of matrices of 4,096 weights and more, whose tables all stand in the same memory."""
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny)
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
+    model = shutil.copytree(tiny, tmp_path / "wide")
+    LlamaForCausalLM(config).save_pretrained(model)
+    both = [
+        fit(tmp_path / name, data, model, max_steps=6, save_steps=3, eval_steps=6, save_total_limit=9, **how)
+        for name in ("whole", "again")
+    ]
+    shutil.rmtree(both[1] / "checkpoints" / "checkpoint-step-6")
+    saved = load_file(both[0] / "checkpoints" / "checkpoint-step-3" / "optimizer.safetensors")
+    eight = [name for name, tensor in saved.items() if tensor.dtype == torch.uint8]
+    assert len(eight) >= 8 and sum(name.startswith("qmap1/") for name in saved) == len(eight) / 2
+    api.resume(both[1] / "checkpoints" / "checkpoint-step-3")
+    assert both[1].last("resumed")["step"] == 3
+    assert weights(both[0] / "final_model") == weights(both[1] / "final_model")
 
 
 @pytest.mark.parametrize("limit", [1, 2])

@@ -113,14 +113,21 @@ def _weight_items(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _pieces(items: Iterable[tuple[str, torch.Tensor]], world: World) -> dict[str, torch.Tensor]:
     """Tensors by name, each put together from all processes, kept on the CPU of the first."""
     found: dict[str, torch.Tensor] = {}
-    names: dict[int, str] = {}
+    names: dict[int, tuple[str, torch.Tensor]] = {}  # the tensor too: while it lives no other has its id
     for name, tensor in items:
-        first = names.setdefault(id(tensor), name)
+        first, _ = names.setdefault(id(tensor), (name, tensor))
         if first == name:
             piece = whole(tensor).detach()
         if world.rank == 0:
             found[name] = found[first] if first != name else piece.cpu().contiguous()
     return found
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of those that share memory, as the tables of 8-bit optimizers do: safetensors takes none that do."""
+    first: dict[int, str] = {}
+    own = {name: first.setdefault(tensor.data_ptr(), name) == name for name, tensor in tensors.items()}
+    return {name: tensor if own[name] else tensor.clone() for name, tensor in tensors.items()}
 
 
 def save(run: Run, model: nn.Module, renderer: Renderer, state: State, position: Position) -> Path:
@@ -132,7 +139,7 @@ def save(run: Run, model: nn.Module, renderer: Renderer, state: State, position:
     try:
         models.save(model, building, state.weights)
         renderer.save(building)
-        save_file(state.optimizer, building / "optimizer.safetensors")
+        save_file(_apart(state.optimizer), building / "optimizer.safetensors")
         save_file(state.rng, building / "rng.safetensors")
         write_json(building / "trainer.json", position)
         write_json(building / "MANIFEST.json", {p.name: sha256(p) for p in sorted(building.iterdir())})
