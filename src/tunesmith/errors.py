@@ -64,7 +64,11 @@ def counted(number: int, word: str) -> str:
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """' (did you mean "epochs"?)' for the nearest known word, else ''."""
+    return f' (did you mean "{near}"?)' if (near := nearest(word, known)) else ""
+
+
+def nearest(word: str, known: list[str]) -> str | None:
+    """The known word that is likest, where one is like it at all."""
     import difflib  # only on the way to an error: 4 ms
 
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f' (did you mean "{near[0]}"?)' if near else ""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)

@@ -132,11 +132,8 @@ def refuse_taken(path: Path, ours: bool = False) -> None:
         raise RunError("the output directory is a file", where=str(path), fix="choose another --output-dir")
     if not is_free(path, ours):
         what = "holds another run" if (path / "run.json").exists() else "is not empty"
-        fix = (
-            f"choose another --output-dir (--runs-dir is a folder for many), or go on with --resume {Run(path):q}"
-            if "run" in what
-            else "choose another --output-dir"
-        )
+        fix = "choose another --output-dir (--runs-dir is a folder for many)"
+        fix += f", or go on with --resume {Run(path):q}" if "run" in what else ""
         raise RunError(f"the output directory {what}", where=str(path), fix=fix)
 
 

@@ -164,11 +164,11 @@ def _load_config(config: str) -> dict[str, Any]:
             raise UsageError(what, where=config, fix=f"name a .toml or .json file, or a preset: {', '.join(presets)}")
         return _read_toml(presets[config])
     try:
-        data = msgspec.json.decode(path.read_bytes()) if path.suffix == ".json" else _read_toml(path)
+        data = _read_json(path) if path.suffix == ".json" else _read_toml(path)
     except OSError as error:
         fix = "name a file that this user may read"
         raise UsageError(f"cannot be read: {error.strerror}", where=config, fix=fix) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise UsageError(f"cannot be read: {error}", where=config, fix="write a JSON object (.json) or TOML") from None
     if not isinstance(data, dict):
         raise UsageError("holds no object", where=config, fix='write {"dataset": "data.jsonl", "epochs": 3}')
@@ -190,6 +190,18 @@ def _sections(config: dict[str, Any], place: str) -> dict[str, Any]:
     return flat
 
 
+def _read_json(path: Path) -> Any:
+    import json  # not on the way to help
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None)
+        if twice is not None:
+            raise UsageError(f"{twice} stands there twice", where=str(path), fix="leave one of the two out")
+        return dict(pairs)
+
+    return json.loads(path.read_bytes(), object_pairs_hook=once)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     import tomllib  # 3 ms: not on the way to help
 
@@ -197,4 +209,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         try:
             return tomllib.load(stream)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"not TOML: {error}", where=str(path), fix="strings need quotes; see toml.io") from None
+            data = path.suffix in (".jsonl", ".csv", ".tsv")
+            fix = f"rows are named by --dataset {path}" if data else "strings need quotes; see toml.io"
+            raise UsageError(f"not TOML: {error}", where=str(path), fix=fix) from None

@@ -122,6 +122,17 @@ def test_readme_python(block: str, trained: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_readme_names_all_that_a_run_leaves(trained: Path) -> None:
+    assert README.count("```") == 2 * len(BLOCKS)  # no block without a kind
+    (tree,) = (text for kind, text in BLOCKS if kind == "text")
+    assert tree.startswith("my_run/\n")
+    listed = {word.rstrip("/") for word in re.findall(r"^  (\S+)", tree, re.M)} | set(tree.splitlines()[-1].split())
+    found = {path.name for path in (trained / "my_run").iterdir() if not path.name.startswith(".")}
+    of_models = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
+    of_models |= {"tokenizer.json", "tokenizer_config.json"}  # "the run's own folder loads as this one"
+    assert listed == (found - of_models) | {"evaluation", "report.html"} and of_models <= found
+
+
 def test_each_row_of_the_readme_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = (text for kind, text in BLOCKS if kind == "json")
     assert len(block.splitlines()) == 4

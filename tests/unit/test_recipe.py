@@ -116,6 +116,8 @@ def test_bad_setting(flags: dict[str, object], words: str) -> None:
         ("c.json", "{", "cannot be read"),
         ("c.toml", "a = ", "not TOML"),
         ("c.json", "[]", "holds no object"),
+        ("c.json", '{"epochs": 1, "seed": 2, "epochs": 3}', "epochs stands there twice -- leave one of the two out"),
+        ("c.jsonl", '{"prompt": "a", "completion": "b"}', "-- rows are named by --dataset "),
         ("c.toml", "epoks = 3", 'did you mean "epochs"'),
         ("c.toml", 'epochs = "3x"', "epochs is '3x'"),
     ],

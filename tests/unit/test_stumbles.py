@@ -349,3 +349,26 @@ def test_a_config_for_no_data(capsys: Captured, tmp_path: Path, monkeypatch: pyt
     assert cli.main(["init", "chat", "-o", "-"]) == 0 and capsys.readouterr().out == template("chat")
     assert cli.main(["init"]) == 0 and sorted(path.name for path in tmp_path.iterdir())[-1] == "tunesmith.toml"
     assert not Path("q.toml").exists() and not Path("-").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("run list", "runs list"),
+        ("rns lst", "runs list"),
+        ("runs lits", "runs list"),
+        ("key add x", "keys add"),
+        ("dat check", "data check"),
+        ("run", "runs"),
+        ("trian --dataset x", "train"),
+        ("evaluat my_run", "evaluate"),
+        ("version", "--version"),
+        ("-v", "--version"),
+    ],
+)
+def test_a_slip_in_a_command_is_met_with_what_was_meant(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within its group: never with the command that deletes, because its name is short."""
+    assert f'(did you mean "{meant}"?)' in refused(capsys, *typed.split())
+    assert "did you mean" not in refused(capsys, "runs", "xyzzy")

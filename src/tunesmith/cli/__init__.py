@@ -135,10 +135,10 @@ def _run(words: list[str]) -> int:
         print(overview(words[0]))
         return 0
     if name not in COMMANDS:
-        known = ["--help", "--version"] if name.startswith("-") else list(COMMANDS)
-        from tunesmith.errors import UsageError, did_you_mean
+        from tunesmith.errors import UsageError
 
-        raise UsageError(f'no command "{name}"{did_you_mean(name, known)}', fix="tunesmith --help lists them")
+        hint = f' (did you mean "{meant}"?)' if (meant := _meant(words)) else ""
+        raise UsageError(f'no command "{name}"{hint}', fix="tunesmith --help lists them")
     if words[size:] in (["--help"], ["-h"]) and _width() >= HELP_WIDTH and os.path.exists(help_page(name)):
         with open(help_page(name), encoding="utf-8") as page:
             print(page.read(), end="")
@@ -148,6 +148,18 @@ def _run(words: list[str]) -> int:
     os.environ.update({**ENVIRONMENT, **os.environ})
     module, _, function = COMMANDS[name][0].partition(":")
     return int(getattr(import_module(f"tunesmith.cli.{module}"), function)(words[size:]) or 0)
+
+
+def _meant(words: list[str]) -> str | None:
+    """The command whose name is likest: first its group, then within it, lest a slip asks for what deletes."""
+    from tunesmith.errors import nearest
+
+    single = [name for name in COMMANDS if " " not in name]
+    first = "--version" if words[0] == "-v" else nearest(words[0], [*GROUPS, *single, "--help", "--version"])
+    if first not in GROUPS or len(words) == 1:
+        return first
+    second = nearest(words[1], [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")])
+    return f"{first} {second}" if second else first if words[0] != first else None
 
 
 def help_page(name: str) -> Path:

@@ -300,7 +300,7 @@ def few(found: Loaded) -> Iterator[Issue]:
         yield finding(
             "too-few-rows",
             found.dataset,
-            f"{n} rows; hosted services ask for {HOSTED_ROWS} at least",
+            f"{counted(n, 'row')}; hosted services ask for {HOSTED_ROWS} at least",
             f"add {HOSTED_ROWS - n}",
         )
     if n < FEW_ROWS:

@@ -156,7 +156,8 @@ def opened(path: Path) -> Iterator[IO[bytes] | None]:
                 raise DataError("a gzip file", where=str(path), fix=f"name it {path.name}.gz")
             yield None if head[:2] in _UTF16 else stream
     except (OSError, EOFError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), fix="is the file whole and readable?") from None
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot be read: {why}", where=str(path), fix="is the file whole and readable?") from None
     except Exception as error:
         if type(error).__module__.startswith(("zstandard", "zlib", "pyarrow")):
             raise DataError(f"cannot be unpacked: {error}", where=str(path), fix="is the file whole?") from None

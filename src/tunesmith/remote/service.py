@@ -262,9 +262,8 @@ def key(base_url: str, key_file: str | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             if os.environ.get("OPENAI_API_KEY"):
                 return key(base_url, None)
-            raise UsageError(
-                f"no key: {type(error).__name__}", where=key_file, fix="a file with the key alone"
-            ) from None
+            why = getattr(error, "strerror", None) or "not text"
+            raise UsageError(f"no key: {why}", where=key_file, fix="name a file that holds the key alone") from None
         where, fix = key_file, "write the key, and nothing else, into it"
     else:
         found = os.environ.get("OPENAI_API_KEY", "").strip()
