@@ -143,9 +143,7 @@ def add_settings(parser: Parser) -> None:
         group = groups.setdefault(field.group, None) or parser.add_argument_group(field.group)
         groups[field.group] = group
         names = [f"--{n.replace('_', '-')}" for n in (field.name, *field.aliases)]
-        default = (
-            "" if field.default is None or field.default is False or field.default == {} else f" [{field.default}]"
-        )
+        default = "" if field.default is False or field.default in (None, {}) else f" [{field.default}]"
         text = (field.help + default).replace("%", "%%")
         if field.type is bool:
             group.add_argument(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = {  # what libraries read when they are loaded, unless the user has said otherwise
     # torch's threads meet after each of thousands of products a step, and spin for the last one, which takes the processor from
     # it where other work runs on the same cores. With 10,000 turns (0.1 ms) before they sleep, 66 steps of the starter beside
-    # two busy processes take 49 s instead of 110 and more; alone 3 % more at most
+    # two busy processes take 49 s instead of 110 and more; alone 0 to 3 % more
     "GOMP_SPINCOUNT": "10000",
     "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # an operation that Apple's GPU lacks is done on the CPU
 }
