@@ -243,7 +243,7 @@ def test_data_commands(tmp_path: Path, data: Path, cli: Cli) -> None:
     assert "bad.jsonl:2" in cli("data", "check", bad).out
     assert "known by completion and prompt" in cli("data", "check", data, "--explain").out
     told = cli("data", "check", data, "--explain", "--json").json()
-    assert told["known_by"]["prompt/completion"]["required"] == ["completion", "prompt"]
+    assert told["known_by"]["prompt-completion"]["required"] == ["completion", "prompt"]
     long = write(tmp_path / "long.jsonl", [*rows(60), {"prompt": "q", "completion": "word " * 3000}])
     assert cli("data", "check", long).code == 0 and cli("data", "check", long, "--model", "starter").code == 3
 
